@@ -1,0 +1,43 @@
+# Two commands are the whole set-up: `make sweep` and `make test`. Both create the environment first.
+VENV := .venv
+BIN := $(VENV)/bin
+SAELENS := 6.54.12
+export RAY_USAGE_STATS_ENABLED = 0
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: sweep test ui lint clean test-saelens
+
+sweep: $(VENV)/.installed  ## train the default sweep: 18 SAEs of the embedded language model
+	$(BIN)/python jobs/scaling_sweep.py $(ARGS)
+
+test: $(VENV)/.installed  ## run every test
+	RAY_AUTH_MODE=disabled $(BIN)/python -m pytest $(ARGS)
+
+ui: $(VENV)/.installed  ## open the MLflow UI on the local results
+	$(BIN)/python -m raysae.tracking.ui $(if $(PORT),--port $(PORT)) $(ARGS)
+
+test-saelens: $(VENV)/.installed  ## check in an environment of its own that SAELens reads every architecture with equal reconstructions
+	@if ! $(MAKE) --no-print-directory $(VENV)-saelens/.installed; then \
+		echo "skipped: an environment with sae-lens $(SAELENS) cannot be made here (see pip's message above)"; \
+	else \
+		$(BIN)/python tests/saelens/check_saelens.py write build/saelens && \
+		$(VENV)-saelens/bin/python tests/saelens/check_saelens.py compare build/saelens; \
+	fi
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:  ## remove the environments and build products; results (runs/, mlflow.db) stay
+	rm -rf $(VENV) $(VENV)-saelens build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)-saelens/.installed:
+	python3 -m venv $(VENV)-saelens
+	$(VENV)-saelens/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-saelens/bin/python -m pip install --quiet sae-lens==$(SAELENS)
+	touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@

@@ -1,0 +1,277 @@
+"""Every knob of raysae, its unit, default and bounds. Imports neither torch nor Ray, so that `--help` is instant.
+
+A job's configuration is one pydantic model. It is read from (strongest first) command-line overrides, a YAML file and the defaults here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Architecture = Literal["topk", "batchtopk", "relu", "tied", "jumprelu"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class UserError(ValueError):
+    """A mistake of the user's, told in one sentence that names the field, the value and what would be right. Jobs print it and exit with 2."""
+
+
+class Strict(BaseModel):
+    """Immutable; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def digest(content: object) -> str:
+    """16 hexadecimal digits of the SHA-256 of `content` as canonical JSON: equal content, equal digest, on every machine."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- where activations come from
+
+
+class ModelConfig(Strict):
+    name: str = Field("embedded", description="'embedded' (the model in the package), a folder, or a Hugging Face model name")
+    revision: str | None = Field(None, description="revision on the Hugging Face hub")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of weights and activations")
+    device_map: Literal["auto"] | None = Field(None, description="'auto' spreads one model over all GPUs of a producer")
+    trust_remote_code: bool = Field(False, description="run Python code that the model's repository brings")
+    modules: dict[str, str] = Field(
+        default_factory=dict,
+        description="module paths of other architectures, e.g. blocks=transformer.h,attn=attn,attn_proj=attn.o,mlp=mlp,mlp_proj=mlp.o",
+    )
+
+
+class TextConfig(Strict):
+    source: str = Field(
+        "stdlib",
+        description="'stdlib' (this interpreter's standard library), files or globs separated by commas (txt md py jsonl parquet, "
+        "also .gz .xz .zst), or 'hf:NAME'",
+    )
+    field: str = Field("text", description="column that holds the text (jsonl, parquet, Hugging Face)")
+    subset: str | None = Field(None, description="configuration name of a Hugging Face dataset")
+    split: str = Field("train", description="split of a Hugging Face dataset")
+    max_documents: int | None = Field(None, gt=0, description="read at most this many documents")
+    separator: str = Field("\n\n", description="text between two documents (there is no BOS inside a context)")
+    delimiter: str | None = Field(
+        None, description="a string that separates documents inside .txt and .md files, e.g. '<|endoftext|>'; unset: one file, one document"
+    )
+    evaluation_fraction: float = Field(0.15, gt=0, lt=1, description="share of the documents held out for evaluation, by hash of the document")
+    cache: str = Field("~/.cache/raysae/text", description="folder for tokenised text")
+
+
+class StreamConfig(Strict):
+    context_length: int | None = Field(None, ge=4, description="tokens per context; unset: the model's own, 1,024 at most")
+    skip_positions: int | None = Field(
+        None,
+        ge=1,
+        description="first positions of each context that yield no rows (BOS has an outlier norm); unset: 8, or 200 from a context of 1,024 on",
+    )
+    epochs: int = Field(1, gt=0, description="passes over the text; each permutes the contexts anew")
+    seed: int = Field(0, ge=0, description="seed of the order of contexts and rows")
+    shard_contexts: int = Field(256, ge=256, description="contexts per shard")
+    block_mib: float = Field(32, gt=0, description="size of a block in MiB")
+    mib_in_flight: float = Field(256, gt=0, description="bound on the activations held for consumers, in MiB")
+    batch_contexts: int = Field(32, gt=0, description="contexts per forward pass of the language model")
+    lag: Literal["stall", "detach"] = Field("stall", description="a consumer far ahead of the slowest waits, or goes on in a pass of its own")
+    hold_seconds: float = Field(120, ge=0, description="how long the first blocks wait for expected consumers")
+    producers_min: int = Field(1, gt=0, description="language models kept running at least")
+    producers_max: int = Field(1, gt=0, description="language models running at most")
+    cache: Literal["auto", "on", "off"] = Field("auto", description="keep activations on disk; auto: where the whole pass is at most cache_gib")
+    cache_gib: float = Field(4, gt=0, description="size of the activation cache per pass, in GiB: it keeps a prefix of the pass")
+    cache_dir: str = Field("~/.cache/raysae/activations", description="folder or s3:// URL of the activation cache")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> StreamConfig:
+        if self.producers_max < self.producers_min:
+            raise ValueError(f"producers_max is {self.producers_max}: it must be at least producers_min, {self.producers_min}")
+        return self
+
+
+class ActivationSpec(Strict):
+    """What fixes the activations of a pass, and with them its content hash. Shard i at a hook point is a function of (spec, hook point, i)."""
+
+    model: str  # digest of the model's weights and configuration
+    text: str  # digest of the tokenised contexts
+    contexts: int = Field(gt=0)  # contexts in the text, one epoch
+    context_length: int = Field(ge=4)
+    skip_positions: int = Field(ge=0)
+    dtype: Literal["float32", "bfloat16"]
+    seed: int
+    epochs: int = Field(gt=0)
+    shard_contexts: int = Field(gt=0)
+    batch_contexts: int = Field(gt=0)  # contexts per forward pass: part of what the bits depend on
+
+    @property
+    def hash(self) -> str:
+        return digest(self.model_dump())
+
+    @property
+    def rows_per_shard(self) -> int:
+        return self.shard_contexts * (self.context_length - self.skip_positions)
+
+    @property
+    def shards_per_epoch(self) -> int:
+        return self.contexts // self.shard_contexts
+
+    @property
+    def shards(self) -> int:
+        return self.shards_per_epoch * self.epochs
+
+    @property
+    def rows(self) -> int:
+        return self.shards * self.rows_per_shard
+
+    def contexts_of(self, shard: int) -> np.ndarray:
+        """Indices of shard's contexts, `(shard_contexts,)`; the order of contexts is a permutation seeded with (seed, epoch)."""
+        epoch, within = divmod(shard, self.shards_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.contexts)
+        return order[within * self.shard_contexts : (within + 1) * self.shard_contexts]
+
+    def permutation_of(self, shard: int) -> np.ndarray:
+        """Order of the shard's rows, `(rows_per_shard,)`: row r of the stream's shard is row permutation[r] of the contexts laid end to end."""
+        return np.random.default_rng([self.seed, shard // self.shards_per_epoch, shard, 1]).permutation(self.rows_per_shard)
+
+
+# ---------------------------------------------------------------- SAEs and their training
+
+# Coefficients that span a useful range of L0 (relu and jumprelu weigh against a squared error summed over d, tied against its mean over d).
+SPARSITIES = {"relu": [0.3, 1.0, 3.0], "jumprelu": [0.03, 0.3, 3.0], "tied": [1e-4, 1e-3, 1e-2]}
+TOPK = ("topk", "batchtopk")
+
+
+class SAEConfig(Strict):
+    """One sparse autoencoder."""
+
+    architecture: Architecture = "topk"
+    hook_point: str
+    width: int = Field(gt=0, description="latents n")
+    k: int | None = Field(None, gt=0, description="active latents per token (topk), on average (batchtopk)")
+    sparsity: float | None = Field(None, ge=0, description="penalty coefficient: L1 (relu, tied) or L0 (jumprelu)")
+    learning_rate: float = Field(gt=0)
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_sparsity(self) -> SAEConfig:
+        if self.architecture in TOPK:
+            if self.k is None or self.sparsity is not None:
+                raise ValueError(f"{self.architecture} takes k and no sparsity coefficient")
+            if self.k > self.width:
+                raise ValueError(f"k is {self.k}, more than the width {self.width}")
+        elif self.sparsity is None or self.k is not None:
+            raise ValueError(f"{self.architecture} takes a sparsity coefficient and no k")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Unique in a sweep and safe as a file name, e.g. `topk_w1024_k16_resid_post.2_lr0.001_s0`."""
+        level = f"k{self.k}" if self.k is not None else f"c{self.sparsity:g}"
+        return f"{self.architecture}_w{self.width}_{level}_{self.hook_point}_lr{self.learning_rate:g}_s{self.seed}"
+
+
+class TrainConfig(Strict):
+    tokens: int = Field(1_000_000, gt=0, description="rows (tokens) each SAE is trained on")
+    batch: int = Field(1024, gt=0, description="rows per step")
+    warmup: Fraction = Field(0.05, description="share of the steps over which the learning rate rises from 0")
+    decay: Fraction = Field(0.2, description="share of the steps, at the end, over which it falls to 0")
+    sparsity_warmup: Fraction = Field(0.1, description="share of the steps over which a penalty's coefficient rises from 0 (relu, tied, jumprelu)")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's beta 1")
+    beta2: float = Field(0.999, ge=0, lt=1, description="Adam's beta 2")
+    clip_norm: float = Field(
+        1.0, gt=0, description="gradients are scaled down to a global norm of this times √d: losses are sums over the d dimensions"
+    )
+    aux_coefficient: float = Field(1 / 32, ge=0, description="weight of the AuxK loss (topk, batchtopk)")
+    decoder_bias: Literal["mean", "median"] = Field("median", description="b_dec starts at the mean or the geometric median of the first rows")
+    bandwidth: float = Field(0.03, gt=0, description="width of jumprelu's straight-through window, in units of the normalised activation")
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads of a trainer; unset: the cores of its machine shared out evenly. The bits of an SAE depend on it"
+    )
+    reports: int = Field(10, gt=0, description="interim evaluations per run")
+    checkpoint_seconds: float = Field(60, gt=0, description="seconds between checkpoints of a trainer")
+
+    @property
+    def steps(self) -> int:
+        return -(-self.tokens // self.batch)
+
+
+class EvaluationConfig(Strict):
+    rows: int = Field(200_000, gt=0, description="held-out rows for fvu, l0 and dead_fraction")
+    interim_rows: int = Field(16_384, gt=0, description="held-out rows of an interim evaluation")
+    predicted_tokens: int = Field(32_768, ge=0, description="tokens for ce_recovered and kl; 0 leaves both out")
+
+
+# ---------------------------------------------------------------- the sweep
+
+
+class ResourcesConfig(Strict):
+    address: str | None = Field(None, description="Ray cluster to connect to; unset: RAY_ADDRESS, else a local Ray")
+    banks: int | None = Field(None, gt=0, description="trainer processes; unset: one per GPU, or one per CPU core (8 per machine at most)")
+    trainer_cpus: float = Field(0.25, gt=0, description="CPUs a trainer reserves")
+    trainer_gpus: float = Field(0, ge=0, description="GPUs a trainer reserves (fractions share one)")
+    producer_cpus: float = Field(0.25, gt=0, description="CPUs a producer reserves")
+    producer_gpus: float = Field(0, ge=0, description="GPUs a producer reserves")
+    trial_cpus: float = Field(0.01, gt=0, description="CPUs the handle of one trial reserves")
+    shared_storage: bool = Field(False, description="`output` is a folder that all machines of the cluster share (NFS and the like)")
+
+
+class TrackingConfig(Strict):
+    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
+    experiment: str = Field("raysae", description="MLflow experiment of the study")
+
+
+class SweepConfig(Strict):
+    """A study: every SAE of a grid, trained by one pass of a language model."""
+
+    model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
+    stream: StreamConfig = StreamConfig()
+    hook_points: list[str] = Field(default_factory=list, description="hook points, e.g. resid_post.3; unset: the middle layer's resid_post")
+    architectures: list[Architecture] = Field(["topk"], min_length=1, description="topk, batchtopk, relu, tied, jumprelu")
+    widths: list[Annotated[int, Field(gt=0)]] = Field([256, 512, 1024, 2048, 4096, 8192], min_length=1, description="latents per SAE")
+    k: list[Annotated[int, Field(gt=0)]] = Field([8, 16, 32], description="active latents per token (topk, batchtopk)")
+    sparsities: list[Annotated[float, Field(ge=0)]] = Field(
+        default_factory=list,
+        description="penalty coefficients: L1 (relu, tied), L0 (jumprelu); unset: relu 0.3 1 3, jumprelu 0.03 0.3 3, tied 0.0001 0.001 0.01",
+    )
+    learning_rates: list[Annotated[float, Field(gt=0)]] = Field([1e-3], min_length=1, description="peak learning rates of Adam")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="seeds of the SAEs' initial weights")
+    search: Literal["grid", "random"] = Field("grid", description="every combination, or `samples` of them drawn at random")
+    samples: int = Field(10, gt=0, description="SAEs drawn when search is random")
+    scheduler: Literal["none", "asha"] = Field("none", description="asha stops the worse SAEs early, by held-out FVU")
+    asha_reduction: float = Field(2, gt=1, description="asha keeps one SAE in this many at each rung")
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    output: str = Field("runs", description="folder or s3:// URL for checkpoints, SAEs and summaries")
+    study: str | None = Field(None, description="name of this sweep's folder; unset: date and time")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SweepConfig:
+        if any(a in TOPK for a in self.architectures) and not self.k:
+            raise ValueError("k is empty: topk and batchtopk need at least one value")
+        if any(a in TOPK for a in self.architectures):
+            wide = max(self.k)
+            narrow = min(self.widths)
+            if wide > narrow:
+                raise ValueError(f"k is {wide}, more than the width {narrow}: every k must be at most every width")
+        return self
+
+    def saes(self) -> list[SAEConfig]:
+        """The sweep's SAEs, in a fixed order. `hook_points` must be resolved. Random search draws without replacement, seeded by stream.seed."""
+        saes = []
+        for hook, arch in itertools.product(self.hook_points, self.architectures):
+            levels = [{"k": k} for k in self.k] if arch in TOPK else [{"sparsity": s} for s in self.sparsities or SPARSITIES[arch]]
+            for width, level, lr, seed in itertools.product(self.widths, levels, self.learning_rates, self.seeds):
+                saes.append(SAEConfig(architecture=arch, hook_point=hook, width=width, learning_rate=lr, seed=seed, **level))
+        saes = list({sae.name: sae for sae in saes}.values())
+        if self.search == "random" and self.samples < len(saes):
+            chosen = np.random.default_rng(self.stream.seed).choice(len(saes), self.samples, replace=False)
+            saes = [saes[i] for i in sorted(chosen)]
+        return saes

@@ -1,0 +1,23 @@
+"""Fixtures for every test. Ray's authentication is off and its usage statistics too; hub access is refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real models and texts for tests; absent outside development machines."""
+    if not SHARED_DATA.exists():
+        pytest.skip(f"{SHARED_DATA} is not here: real models and texts for tests")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def stories_model(shared_data: Path) -> Path:
+    return shared_data / "models" / "stories260K"
