@@ -1,0 +1,225 @@
+"""A causal language model whose activations can be read and replaced at named hook points (see `facts`).
+
+Every method works on whole contexts of equal length without padding, in evaluation mode and without gradients. Here `c` counts contexts,
+`t` positions, `w` the width of a hook point, `d` the model's width and `V` the vocabulary. The model's own forward pass does all the computing:
+hooks read and replace tensors on the way, an exception ends the pass after the highest hook point needed, and blocks below a hook point are
+passed over when continuing from it. So masks, positions and whatever else an architecture does stay its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raysae.config import ModelConfig, UserError
+from raysae.lm.facts import KINDS, ModelFacts, hook_width, model_facts, not_loadable, parse_hook_point
+from raysae.lm.hooks import Site, Stop, hooked, passed_over
+
+Replacement = Callable[[Tensor], Tensor]
+LOGITS_AT_ONCE = 1 << 21  # elements of the logits held at a time where only sums over the vocabulary are wanted: 8 MiB in float32 stay in the cache
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A clean forward pass up to a hook point, kept to be continued any number of times with `LanguageModel.resume`."""
+
+    tokens: Tensor  # (c, t)
+    hook_point: str
+    activation: Tensor  # (c, t, w), at the hook point
+    hidden: Tensor  # (c, t, d), the residual stream entering block `first`; the activation itself at resid_pre and resid_post
+    first: int  # the lowest block to run again
+
+
+class LanguageModel:
+    """A decoder-only transformers model, its facts and its hook points."""
+
+    def __init__(self, model: nn.Module, facts: ModelFacts) -> None:
+        """
+        Raises:
+            UserError: the module paths in `facts` do not fit the model.
+        """
+        self.model = model.eval().requires_grad_(False)
+        self.facts = facts
+        self.blocks: nn.ModuleList = self._submodule(model, "blocks", facts.modules.blocks)
+        self._block_extras = self._check_modules()
+
+    @classmethod
+    def load(cls, config: ModelConfig, device: str | torch.device = "cpu") -> LanguageModel:
+        """Loads weights in `config.dtype` onto `device`, or spread over all GPUs with `config.device_map`. Attention is PyTorch's fused
+        one, or the eager one where an architecture does not allow it (Gemma 2's soft-capping).
+
+        Raises:
+            UserError: the model is not found, incomplete, of unknown architecture, or its module paths do not fit.
+        """
+        from transformers import AutoModelForCausalLM
+
+        facts = model_facts(config)
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                facts.folder_or_name,
+                revision=facts.commit,
+                dtype=getattr(torch, config.dtype),
+                device_map=config.device_map,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError) as error:
+            raise not_loadable(config, error) from None
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise UserError(f"model.name is {config.name!r}: its weight files lack {len(missing)} of the model's tensors, e.g. {missing[0]}")
+        return cls(model if config.device_map else model.to(device), facts)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in; with a device map other layers may be elsewhere, and activations stay where they were computed."""
+        return self.model.device
+
+    def contexts_at_once(self, length: int) -> int:
+        """How many contexts of `length` tokens have logits of at most LOGITS_AT_ONCE elements (at least 1)."""
+        return max(1, LOGITS_AT_ONCE // (length * self.model.config.vocab_size))
+
+    # ---------------------------------------------------------------- reading
+
+    @torch.no_grad()
+    def activations(self, tokens: Tensor, hook_points: Sequence[str], token_loss: bool = False) -> dict[str, Tensor]:
+        """Activations (c, t, w) at every hook point, from one forward pass that stops after the highest.
+
+        Args:
+            tokens: (c, t) token ids.
+            hook_points: e.g. `["resid_post.3", "mlp_act.0"]`.
+            token_loss: also returns under the key "token_loss" a float32 tensor (c, t): the loss in nats of predicting token t from those before it,
+                not a number at position 0. The pass then runs to the end, with logits for only a few contexts at a time.
+        """
+        if not token_loss:
+            return self._capture(tokens, hook_points)
+        last = f"resid_post.{self.facts.layers - 1}"
+        captured = self._capture(tokens, [*hook_points, last])
+        size = self.contexts_at_once(tokens.shape[1])
+        loss = torch.full(tokens.shape, torch.nan, device=self.device)
+        for i in range(0, len(tokens), size):
+            logits = self._logits_from(tokens[i : i + size], self.facts.layers, captured[last][i : i + size])
+            loss[i : i + size, 1:] = next_token_loss(logits, tokens[i : i + size])
+        return {name: captured[name] for name in hook_points} | {"token_loss": loss}
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, replace: Mapping[str, Replacement] = {}) -> Tensor:
+        """Logits (c, t, V) of a whole forward pass in which the activation at each hook point of `replace` gives way to the function of it."""
+        with hooked([(self._site(name), function) for name, function in replace.items()]):
+            return self._forward(tokens)
+
+    # ---------------------------------------------------------------- continuing from a hook point up
+
+    @torch.no_grad()
+    def prefix(self, tokens: Tensor, hook_point: str) -> Prefix:
+        """One clean pass that stops at the hook point and keeps what `resume` needs."""
+        kind, layer = parse_hook_point(hook_point, self.facts)
+        if kind in ("resid_pre", "resid_post"):
+            activation = self._capture(tokens, [hook_point])[hook_point]
+            return Prefix(tokens, hook_point, activation, hidden=activation, first=layer + (kind == "resid_post"))
+        entering = f"resid_pre.{layer}"
+        captured = self._capture(tokens, [hook_point, entering])
+        return Prefix(tokens, hook_point, captured[hook_point], hidden=captured[entering], first=layer)
+
+    @torch.no_grad()
+    def resume(self, prefix: Prefix, activation: Tensor) -> Tensor:
+        """Logits (c, t, V) with `activation` (c, t, w) in place of the prefix's own. Only the blocks above are computed, and, but for resid_post, the
+        hook point's own.
+
+        `resume(prefix(tokens, hook), f(prefix.activation))` equals `logits(tokens, {hook: f})`.
+        """
+        if activation.shape != prefix.activation.shape:
+            raise ValueError(f"the activation has the shape {tuple(activation.shape)}, the prefix's {tuple(prefix.activation.shape)}")
+        if prefix.hidden is prefix.activation:
+            return self._logits_from(prefix.tokens, prefix.first, activation.to(prefix.hidden))
+        return self._logits_from(prefix.tokens, prefix.first, prefix.hidden, {prefix.hook_point: lambda _: activation})
+
+    # ---------------------------------------------------------------- inside
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    def _logits_from(self, tokens: Tensor, first: int, hidden: Tensor, replace: Mapping[str, Replacement] = {}) -> Tensor:
+        """Logits where `hidden` (c, t, d) enters block `first`; where `first` is the number of layers, the final norm and the head remain.
+        Embeddings are looked up in vain, which is cheap, so that the model makes its masks and positions as ever."""
+        if first == 0:
+            return self.logits(tokens, {"resid_pre.0": lambda _: hidden, **replace})
+        with passed_over(self.blocks[:first], hidden, self._block_extras):
+            return self.logits(tokens, replace)
+
+    def _capture(self, tokens: Tensor, hook_points: Sequence[str]) -> dict[str, Tensor]:
+        """Activations at the hook points; the forward pass ends when it has all of them, whatever the order of modules within a block."""
+        wanted = {name: self._site(name) for name in hook_points}
+        captured: dict[str, Tensor] = {}
+
+        def keep(name: str, tensor: Tensor) -> None:
+            captured[name] = tensor
+            if len(captured) == len(wanted):
+                raise Stop
+
+        if wanted:
+            with suppress(Stop), hooked([(site, functools.partial(keep, name)) for name, site in wanted.items()]):
+                self._forward(tokens)
+        for name in wanted.keys() - captured.keys():
+            raise UserError(f"hook point {name!r}: the model's forward pass does not go through the module that model.modules names for it")
+        return {name: captured[name] for name in wanted}
+
+    def _site(self, hook_point: str) -> Site:
+        name, layer = parse_hook_point(hook_point, self.facts)
+        kind, modules = KINDS[name], self.facts.modules
+        if kind.module == "blocks":
+            return Site(self.blocks[layer], kind.side)
+        field = kind.module
+        if field in ("attn", "mlp") and getattr(modules, f"{field}_norm"):
+            field = f"{field}_norm"
+        return Site(self._submodule(self.blocks[layer], field, getattr(modules, field)), kind.side)
+
+    @staticmethod
+    def _submodule(parent: nn.Module, field: str, path: str) -> nn.Module:
+        try:
+            return parent.get_submodule(path)
+        except AttributeError:
+            raise UserError(f"model.modules: {field!r} is {path!r}, which {type(parent).__name__} does not have") from None
+
+    @torch.no_grad()
+    def _check_modules(self) -> int | None:
+        """Runs block 0 on four tokens to see that every hook point has the width in `facts` and that attention and MLP add up to the block.
+
+        Returns:
+            how many elements follow the residual stream in what a block returns; None where it returns a tensor alone.
+        """
+        if not isinstance(self.blocks, nn.ModuleList) or len(self.blocks) != self.facts.layers:
+            raise UserError(
+                f"model.modules: 'blocks' is {self.facts.modules.blocks!r}, which is not the list of the model's {self.facts.layers} blocks"
+            )
+        returned = []
+        handle = self.blocks[0].register_forward_hook(lambda module, args, output: returned.append(output))
+        try:
+            seen = self._capture(torch.ones(1, 4, dtype=torch.long), [f"{kind}.0" for kind in self.facts.kinds])
+        finally:
+            handle.remove()
+        for name, activation in seen.items():
+            found, expected = activation.shape[-1], hook_width(name, self.facts)
+            if found != expected:
+                raise UserError(f"hook point {name!r} is {found} wide where config.json says {expected}: check model.modules")
+        if {"attn_out.0", "mlp_out.0"} <= seen.keys():
+            parts = [seen[name].float() for name in ("resid_pre.0", "attn_out.0", "mlp_out.0")]
+            difference = sum(parts) - seen["resid_post.0"].float()
+            if difference.norm() > 0.05 * max(part.norm() for part in parts):  # bfloat16 rounds by 0.004
+                raise UserError(
+                    "model.modules: resid_pre + attn_out + mlp_out is not resid_post in block 0, so 'attn' or 'mlp' is not what the block adds to "
+                    "the residual stream; name its post-norms as 'attn_norm' and 'mlp_norm', or leave 'attn' and 'mlp' out"
+                )
+        return None if isinstance(returned[0], Tensor) else len(returned[0]) - 1
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy in nats, float32 (c, t − 1): entry p is the loss of predicting token p + 1 from logits (c, t, V) at position p."""
+    predicted = tokens[:, 1:].to(logits.device)
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), predicted.flatten(), reduction="none").view(predicted.shape)

@@ -1,0 +1,250 @@
+"""Tokenised text as fixed-length contexts on disk: built once per content, memory-mapped, addressable by index.
+
+Definition (changing it means raising `DEFINITION`):
+
+- A document belongs to the evaluation split if the first 64 bits of its SHA-256, as a fraction of 2^64, are below `evaluation_fraction`; equal
+  documents therefore never lie on both sides.
+- Each split is the concatenation of its documents' tokens in the source's order, each document followed by `text.separator` and tokenised together
+  with it (a separator that contains special tokens is tokenised on its own and becomes those). Special tokens spelled out in a document are plain
+  text: there is no BOS inside a context. A document longer than 131,072 characters is cut after the last line end before that length (or at it, where
+  the line is longer) and its pieces are tokenised one by one.
+- A context is the tokenizer's BOS and the next `context_length` - 1 tokens; EOS stands in where a tokenizer has no BOS, and where it has neither a
+  context is `context_length` tokens of text. Contexts do not overlap; what remains at the end of a split is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from raysae.config import ActivationSpec, TextConfig, UserError, digest
+from raysae.text.sources import documents, fingerprint
+
+DEFINITION = 1
+PIECE_CHARACTERS = 1 << 17  # longest text tokenised in one go
+BATCH_CHARACTERS = 1 << 19  # per call of the tokenizer: it holds some 200 bytes per token
+
+Split = Literal["train", "evaluation"]
+SPLITS: tuple[Split, ...] = ("train", "evaluation")
+
+
+@dataclass(frozen=True, eq=False)
+class Contexts:
+    """Contexts of one split. `tokens` is `(contexts, context_length)`, unsigned integers, memory-mapped; `digest` is that of its content.
+
+    `tokens` is a plain array over the mapping: `ray.put(contexts)` stores it once per node and readers share it.
+    """
+
+    digest: str
+    tokens: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, indices: np.ndarray | slice | list[int]) -> np.ndarray:
+        """Token ids of some contexts, `(n, context_length)` int64."""
+        return self.tokens[indices].astype(np.int64)
+
+
+def build_contexts(text: TextConfig, tokenizer: Any, tokenizer_digest: str, context_length: int, split: Split) -> Contexts:
+    """The contexts of a split, from the cache in `text.cache` or tokenised now (both splits in one pass over the source).
+
+    Raises UserError where the source cannot be read, holds no text, or only documents of one split.
+    """
+    key = {
+        "definition": DEFINITION,
+        "documents": fingerprint(text),
+        "separator": text.separator,
+        "evaluation_fraction": text.evaluation_fraction,
+        "tokenizer": tokenizer_digest,
+        "context_length": context_length,
+    }
+    folder = Path(text.cache).expanduser() / digest(key)
+    contexts = _open_split(folder, split)
+    if contexts is None:
+        _write_splits(folder, text, tokenizer, context_length)
+        contexts = _open_split(folder, split)
+        if contexts is None:
+            raise OSError(f"tokenised text written to {folder} could not be read back")
+    return contexts
+
+
+def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: str | None) -> None:
+    """UserError unless the spec has `rows` rows. `asked_by` is the field that asks for them, e.g. `train.tokens`; `epochs_field` the one that sets
+    the epochs, or None where there is only one: then the text is the evaluation split.
+    """
+    whose = "held-out text" if epochs_field is None else "text"
+    more = f"lower {asked_by}, raise text.evaluation_fraction or give more text" if epochs_field is None else "give more text"
+    if spec.shards_per_epoch == 0:
+        raise UserError(
+            f"the {whose} is too small: it packs into fewer than the {spec.shard_contexts} contexts of {spec.context_length} tokens that one shard "
+            "takes (stream.shard_contexts): lower stream.context_length or give more text"
+        )
+    per_epoch = spec.shards_per_epoch * spec.rows_per_shard
+    if per_epoch * spec.epochs < rows:
+        epochs = "" if epochs_field is None else f"set {epochs_field} to {-(-rows // per_epoch)} or more, or "
+        raise UserError(f"the {whose} yields {per_epoch:,} tokens per epoch, {rows:,} are needed for {asked_by}: {epochs}{more}")
+
+
+def is_held_out(document: str, evaluation_fraction: float) -> bool:
+    """Whether a document belongs to the evaluation split."""
+    head = hashlib.sha256(document.encode()).digest()[:8]
+    return int.from_bytes(head, "big") / 2**64 < evaluation_fraction
+
+
+# ---------------------------------------------------------------- tokenising
+
+
+def _pieces(document: str) -> Iterator[str]:
+    start = 0
+    while len(document) - start > PIECE_CHARACTERS:
+        end = document.rfind("\n", start, start + PIECE_CHARACTERS) + 1 or start + PIECE_CHARACTERS
+        yield document[start:end]
+        start = end
+    yield document[start:]
+
+
+def _batches(text: TextConfig) -> Iterator[list[tuple[Split, str, bool]]]:
+    """Pieces of documents in order, each with its split and whether it ends its document, some `BATCH_CHARACTERS` at a time."""
+    batch, characters = [], 0
+    for document in documents(text):
+        split = "evaluation" if is_held_out(document, text.evaluation_fraction) else "train"
+        *inner, last = _pieces(document)
+        for piece, ends in [*((p, False) for p in inner), (last, True)]:
+            batch.append((split, piece, ends))
+            characters += len(piece)
+            if characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encoder(tokenizer: Any, separator: str) -> Callable[[list[tuple[Split, str, bool]]], list[list[int]]]:
+    """A function from a batch of pieces to their token ids, the separator's after each document's."""
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    suffix: list[int] | None = None
+    if any(token in separator for token in tokenizer.all_special_tokens):
+        suffix = tokenizer(separator, **options)["input_ids"]
+
+    def encode(batch: list[tuple[Split, str, bool]]) -> list[list[int]]:
+        texts = [piece + separator if ends and suffix is None else piece for _, piece, ends in batch]
+        ids = tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
+        return [row + suffix if ends and suffix else row for row, (_, _, ends) in zip(ids, batch, strict=True)]
+
+    return encode
+
+
+# ---------------------------------------------------------------- files: FOLDER/contexts.json, train.tokens, evaluation.tokens
+
+
+class _SplitWriter:
+    """Packs a stream of token ids into contexts and writes them as little-endian integers."""
+
+    def __init__(self, path: Path, context_length: int, dtype: str, first: int | None):
+        self.file = path.open("wb")
+        self.context_length, self.dtype, self.first = context_length, dtype, first
+        self.body = context_length - (first is not None)  # tokens of text per context
+        self.pending = np.empty(0, dtype)
+        self.documents = self.contexts = 0
+        self.content = _content_hash(context_length, dtype)
+
+    def add(self, ids: list[list[int]]) -> None:
+        flat = np.concatenate([self.pending, *(np.array(row, self.dtype) for row in ids)])
+        count = len(flat) // self.body
+        rows = np.empty((count, self.context_length), self.dtype)
+        if self.first is not None:
+            rows[:, 0] = self.first
+        rows[:, -self.body :] = flat[: count * self.body].reshape(count, self.body)
+        self.pending = flat[count * self.body :].copy()
+        self.contexts += count
+        self.content.update(rows)
+        self.file.write(rows.data)
+
+    def close(self) -> dict[str, object]:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {"documents": self.documents, "contexts": self.contexts, "sha256": self.content.hexdigest()}
+
+
+def _content_hash(context_length: int, dtype: str) -> Any:
+    return hashlib.sha256(f"{context_length} {dtype}\n".encode())
+
+
+def _write_splits(folder: Path, text: TextConfig, tokenizer: Any, context_length: int) -> None:
+    """Tokenise the source into a temporary folder and rename it to `folder`: whoever sees `folder` sees it whole."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
+    try:
+        work = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"text.cache is '{text.cache}', where nothing can be written ({error.strerror}): name a folder of your own") from error
+    try:
+        writers = {split: _SplitWriter(work / f"{split}.tokens", context_length, dtype, first) for split in SPLITS}
+        encode = _encoder(tokenizer, text.separator)
+        for batch in _batches(text):
+            ids = encode(batch)
+            for split, writer in writers.items():
+                writer.add([row for row, (of, _, _) in zip(ids, batch, strict=True) if of == split])
+                writer.documents += sum(ends for of, _, ends in batch if of == split)
+        manifest = {"context_length": context_length, "dtype": dtype} | {split: writer.close() for split, writer in writers.items()}
+        _check_documents(text, *(writers[split].documents for split in SPLITS))
+        with (work / "contexts.json").open("w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            work.rename(folder)
+        except OSError:  # another process was first: its folder holds the same
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_documents(text: TextConfig, train: int, evaluation: int) -> None:
+    total = train + evaluation
+    if total == 0:
+        raise UserError(f"text.source is '{text.source}', which holds no text")
+    if train == 0 or evaluation == 0:
+        amount = "a single document" if total == 1 else f"{total} documents, all of them in one split"
+        raise UserError(
+            f"text.source '{text.source}' is {amount}, so that train and evaluation cannot both have text: set text.delimiter to what separates "
+            "documents inside its files, or give more documents"
+        )
+
+
+def _open_split(folder: Path, split: Split) -> Contexts | None:
+    """Contexts of a split as written; None where there are none, and where they are damaged (then they are removed with a warning)."""
+    if not folder.is_dir():
+        return None
+    try:
+        manifest = json.loads((folder / "contexts.json").read_text())
+        length, dtype, entry = manifest["context_length"], manifest["dtype"], manifest[split]
+        path = folder / f"{split}.tokens"
+        shape = (entry["contexts"], length)
+        if path.stat().st_size != shape[0] * length * np.dtype(dtype).itemsize:
+            raise ValueError(f"{path.name} has a wrong size")
+        # A file of no contexts cannot be mapped. The view is a plain array: a memmap would pickle in-band.
+        tokens = np.memmap(path, dtype, "r", shape=shape).view(np.ndarray) if shape[0] else np.empty(shape, dtype)
+        content = _content_hash(length, dtype)
+        content.update(tokens)
+        if content.hexdigest() != entry["sha256"]:
+            raise ValueError(f"{path.name} has a wrong checksum")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"tokenised text in {folder} is damaged ({error}): removed, to be made anew", RuntimeWarning, stacklevel=3)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return Contexts(digest=entry["sha256"][:16], tokens=tokens)
