@@ -1,0 +1,50 @@
+"""BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): the b·k largest positive pre-activations of a batch of b rows; loss and AuxK as TopK.
+
+Selection over a batch exists in training only. `encode` keeps what lies above `threshold`, the running mean of each batch's smallest selected
+value, so that the codes of a row do not depend on its company.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raysae.config import SAEConfig, TrainConfig
+from raysae.sae import kernels
+from raysae.sae.kernels import BatchTop, Nonzeros
+from raysae.sae.topk import DeadCodes, TopK
+
+AVERAGED_STEPS = 100  # the running mean is plain over the first so many steps, then exponential with this time constant
+
+
+class BatchTopK(TopK):
+    """x̂ from the pre-activations above one threshold, k per row on average."""
+
+    def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
+        super().__init__(config, d, train)
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64))
+        self._smallest: Tensor | None = None
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre = self.pre_activations(x)
+        return pre * (pre > self.threshold)
+
+    def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
+        top, dead_tops = BatchTop(len(centred) * self.config.k, self.n, centred), []
+        for rows, scores in kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace):
+            top.add(rows.start, scores)
+            if dead is not None:
+                dead_tops.append(self._select_dead(scores, dead))
+        self._smallest = top.values.min() if len(top.values) else None
+        return top.nonzeros(len(centred)), self._dead_codes(dead, dead_tops)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        super().after_step()
+        if self._smallest is not None:
+            self.threshold_steps += 1
+            self.threshold.lerp_(self._smallest, 1 / self.threshold_steps.clamp(max=AVERAGED_STEPS).to(self.threshold))
+
+    def _in_activation_units(self) -> list[Tensor]:
+        return [*super()._in_activation_units(), self.threshold]

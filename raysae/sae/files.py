@@ -1,0 +1,149 @@
+"""Saved autoencoders: a folder in SAELens's format, with raysae's own description beside it.
+
+    cfg.json                  what SAELens reads: architecture, sizes, where the activations come from
+    sae_weights.safetensors   W_enc (d, n), W_dec (n, d), b_enc (n,), b_dec (d,), for jumprelu threshold (n,)
+    raysae.json               the SAEConfig, d, and the SHA-256 of the other two files
+
+What is saved is folded: it takes raw activations. topk is SAELens's topk, relu and tied are its standard, batchtopk and jumprelu its jumprelu.
+A folder appears whole or not at all; files that do not match their checksum are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import fsspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from raysae.config import SAEConfig, TrainConfig, UserError
+from raysae.sae.base import SAE
+
+SAELENS_ARCHITECTURE = {"topk": "topk", "batchtopk": "jumprelu", "relu": "standard", "tied": "standard", "jumprelu": "jumprelu"}
+TRANSFORMER_LENS = {
+    "resid_pre": "blocks.{}.hook_resid_pre",
+    "resid_post": "blocks.{}.hook_resid_post",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+    "attn_z": "blocks.{}.attn.hook_z",
+    "mlp_act": "blocks.{}.mlp.hook_post",
+}
+SAELENS_VERSION = "6.0.0"  # of the format written here: SAELens rewrites what names no version or an older one
+WEIGHTS, CONFIG, OWN = "sae_weights.safetensors", "cfg.json", "raysae.json"
+
+
+def save_sae(sae: SAE, folder: str | Path, metadata: dict | None = None) -> None:
+    """Writes `sae` (folded or not) to `folder`, replacing what is there.
+
+    `metadata` goes into SAELens's: model_name, context_size, prepend_bos, dataset_path and the like; hook_name is filled in.
+    """
+    sae, folder = sae.folded(), Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(_tensors(sae), fresh / WEIGHTS)
+        (fresh / CONFIG).write_text(json.dumps(_saelens_config(sae, metadata or {}), indent=2) + "\n")
+        own = {"config": sae.config.model_dump(), "d": sae.d, "sha256": {name: _sha256(fresh / name) for name in (WEIGHTS, CONFIG)}}
+        (fresh / OWN).write_text(json.dumps(own, indent=2) + "\n")
+        fresh.chmod(0o755)
+        for path in [*fresh.iterdir(), fresh]:
+            _sync(path)
+        if folder.exists():
+            replaced = fresh.with_name(fresh.name + ".replaced")
+            folder.rename(replaced)
+            fresh.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            fresh.rename(folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def load_sae(folder: str | Path) -> SAE:
+    """The folded autoencoder that `save_sae` wrote, bit for bit; `folder` is local or a URL (s3://…). UserError: not such a folder, or damaged."""
+    if "://" in str(folder):
+        files, path = fsspec.core.url_to_fs(str(folder))
+        with tempfile.TemporaryDirectory() as copy:
+            for name in (OWN, WEIGHTS, CONFIG):
+                if files.exists(f"{path}/{name}"):
+                    files.get_file(f"{path}/{name}", f"{copy}/{name}")
+            return load_sae(copy)
+    folder = Path(folder)
+    try:
+        own = json.loads((folder / OWN).read_text())
+        config, d, checksums = SAEConfig(**own["config"]), own["d"], own["sha256"]
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a saved SAE: it has no {OWN}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / OWN} is damaged: it is not the description of a saved SAE") from None
+    for name, checksum in checksums.items():
+        if not (folder / name).exists():
+            raise UserError(f"{folder} is damaged: {name} is missing")
+        if _sha256(folder / name) != checksum:
+            raise UserError(f"{folder / name} is damaged: its SHA-256 is not the one in {OWN}")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from None
+    sae = SAE.build(config, d, TrainConfig()).requires_grad_(False)
+    _take_tensors(sae, tensors)
+    return sae
+
+
+def _tensors(sae: SAE) -> dict[str, torch.Tensor]:
+    """In SAELens's names and layout."""
+    tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    if SAELENS_ARCHITECTURE[sae.config.architecture] == "jumprelu":
+        tensors["threshold"] = sae.threshold.expand(sae.n)  # batchtopk has one for all latents
+    return {name: tensor.detach().float().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def _take_tensors(sae: SAE, tensors: dict[str, torch.Tensor]) -> None:
+    state = {**tensors, "W_enc": tensors["W_enc"].T}
+    if sae.config.architecture == "batchtopk":
+        state["threshold"] = tensors["threshold"][0]
+    if sae.config.architecture == "jumprelu":
+        state["log_threshold"] = tensors["threshold"].log()
+    own = sae.state_dict()
+    for name in own.keys() & state.keys():
+        own[name].copy_(state[name])
+
+
+def _saelens_config(sae: SAE, metadata: dict) -> dict:
+    architecture = SAELENS_ARCHITECTURE[sae.config.architecture]
+    kind, _, layer = sae.config.hook_point.rpartition(".")
+    hook_name = TRANSFORMER_LENS[kind].format(layer) if kind in TRANSFORMER_LENS else sae.config.hook_point
+    config = {
+        "architecture": architecture,
+        "d_in": sae.d,
+        "d_sae": sae.n,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": SAELENS_VERSION, "hook_name": hook_name, **metadata},
+    }
+    if architecture == "topk":
+        config |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
+    return config
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

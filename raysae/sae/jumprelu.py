@@ -1,0 +1,67 @@
+"""JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435): a latent is active where its pre-activation exceeds a threshold θ of its own.
+
+Loss = mean over rows of ‖x − x̂‖² + sparsity · mean over rows of ‖c‖₀, in normalised units (mean of ‖x‖² is d). The step at θ has straight-through
+derivatives with a rectangle kernel K of width ε = train.bandwidth (equations 11 and 12): ∂c/∂θ = −θ/ε · K((π − θ)/ε), ∂‖c‖₀/∂θ = −1/ε · K((π − θ)/ε);
+pre-activations π get a gradient only where their latent is active. θ is positive, its logarithm is the parameter.
+
+θ starts where min(2d, n/4) latents per row are active, on the first rows. The paper's start, a small constant, suits runs of some hundred thousand
+steps: a logarithm moves by at most about the learning rate per step, and in a thousand steps no penalty could bring it to where L0 is small.
+
+The input of the encoder is x − b_dec as in the other architectures: the paper's W_enc x + b_enc with another name for the bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from raysae.config import SAEConfig, TrainConfig
+from raysae.sae.dense import DenseSAE
+
+INITIAL_ROWS = 128  # that thresholds are first set from
+
+
+class JumpReLU(DenseSAE):
+    """c = π where π > θ, else 0, with π = W_enc (x − b_dec) + b_enc.
+
+    `threshold` (n,) is θ, which codes are made with; `after_step` follows the parameter `log_threshold`.
+    """
+
+    def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
+        super().__init__(config, d, train)
+        self.register_buffer("threshold", torch.full((self.n,), train.bandwidth))
+        self.log_threshold = nn.Parameter(self.threshold.log())
+
+    @torch.no_grad()
+    def initialise(self, rows: Tensor) -> None:
+        super().initialise(rows)
+        pre = self.pre_activations(rows[:INITIAL_ROWS].to(self.b_dec) / self.scale).flatten()
+        active = min(2 * self.d, self.n / 4) / self.n
+        self.threshold.fill_(pre.kthvalue(max(1, int((1 - active) * len(pre)))).values.clamp_min(self.train_config.bandwidth))
+        self.log_threshold.copy_(self.threshold.log())
+
+    def _activate(self, pre: Tensor) -> Tensor:
+        return pre * (pre > self.threshold)
+
+    def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float) -> Tensor:
+        bandwidth = self.train_config.bandwidth
+        near = ((pre - self.threshold).abs_() < bandwidth / 2).to(pre)
+        grad_threshold = -((grad_codes * near).sum(0) * self.threshold + coefficient * near.sum(0)) / bandwidth
+        self.log_threshold.grad.addcmul_(grad_threshold, self.threshold)
+        active = codes > 0
+        grad_codes.mul_(active)
+        return active.sum()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        super().after_step()
+        torch.exp(self.log_threshold, out=self.threshold)
+
+    @torch.no_grad()
+    def folded(self) -> JumpReLU:
+        folded = super().folded()
+        folded.log_threshold.copy_(folded.threshold.log())
+        return folded
+
+    def _in_activation_units(self) -> list[Tensor]:
+        return [*super()._in_activation_units(), self.threshold]

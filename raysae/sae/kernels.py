@@ -1,0 +1,235 @@
+"""Products and selections for sparse codes in bounded memory, in plain torch, the same bits every time.
+
+Nonzeros of a code matrix (b, n) are three parallel lists, grouped by row: `features` (N,) int64, `values` (N,) and `starts` (b,), the place
+where each row begins. Every product with them is an embedding bag (a sum of rows of a dense matrix, weighted), so neither a dense code
+matrix nor a gathered (N, d) tensor exists. Large temporaries are reused buffers: memory fresh from the system costs a page fault per 4 KiB.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+CHUNK_BYTES = 16 << 20  # of pre-activations at a time …
+MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
+
+
+class Workspace:
+    """Buffers of one autoencoder, kept between steps. A copy or a pickle starts empty."""
+
+    def __init__(self):
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A buffer of this shape with the dtype and device of `like`; its content is whatever the last use of `name` left."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
+            buffer = self._buffers[name] = like.new_empty(size)
+        return buffer[:size].view(shape)
+
+    def __reduce__(self):
+        return Workspace, ()
+
+
+def chunk_rows(n: int, element_size: int) -> int:
+    """Rows whose `n` pre-activations are handled at a time."""
+    row = n * element_size
+    return max(1, CHUNK_BYTES // row, min(MINIMUM_ROWS, MAXIMUM_BYTES // row))
+
+
+def pre_activation_chunks(x: Tensor, weight: Tensor, bias: Tensor, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:
+    """x·weightᵀ + bias (b, n) in chunks of rows: (rows, chunk (r, n)), each valid until the next is taken."""
+    rows = min(chunk_rows(len(weight), x.element_size()), len(x))
+    buffer = workspace.take("pre_activations", (rows, len(weight)), x)
+    for start in range(0, len(x), rows):
+        part = slice(start, min(start + rows, len(x)))
+        yield part, torch.addmm(bias, x[part], weight.T, out=buffer[: part.stop - part.start])
+
+
+# ---------------------------------------------------------------- selection
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of `scores` (r, n), largest first: values and indices, (r, k) each; the values are exactly torch.topk's.
+
+    Two stages: the maximum of every strided group of √(n/k) members, then the members of the k groups of largest maximum. An element
+    outside these groups has k elements at least as large in them. Ties go the same way every time.
+    """
+    n = scores.shape[1]
+    members = math.isqrt(n // k)
+    if members < 2:
+        return torch.topk(scores, k, dim=1)
+    groups = n // members  # group j has the elements j, j + groups, j + 2·groups, …; fewer than `members` elements are in none
+    maxima = scores[:, : members * groups].unflatten(1, (members, groups)).amax(1)  # (r, groups)
+    best = torch.topk(maxima, k, dim=1, sorted=False).indices  # (r, k)
+    offsets = torch.arange(0, members * groups, groups, device=scores.device)
+    candidates = (best.unsqueeze(1) + offsets.unsqueeze(1)).flatten(1)  # (r, members·k)
+    rest = torch.arange(members * groups, n, device=scores.device)
+    candidates = torch.cat([candidates, rest.expand(len(scores), -1)], dim=1)
+    top = torch.topk(scores.gather(1, candidates), k, dim=1)
+    return top.values, candidates.gather(1, top.indices)
+
+
+class BatchTop:
+    """The `count` largest positive elements of a (b, n) matrix that comes in chunks of rows."""
+
+    def __init__(self, count: int, n: int, like: Tensor):
+        self.count, self.n = count, n
+        self.values = like.new_empty(0)
+        self.places = torch.empty(0, dtype=torch.int64, device=like.device)  # row · n + column
+
+    def add(self, first_row: int, scores: Tensor) -> None:
+        """Takes the rows from `first_row` on, `scores` (r, n), contiguous."""
+        flat = scores.flatten()
+        found = torch.nonzero(flat >= self._lower_bound(scores)).squeeze(1)
+        values = torch.cat([self.values, flat[found]])
+        places = torch.cat([self.places, found + first_row * self.n])
+        if len(values) > self.count:
+            values, best = torch.topk(values, self.count, sorted=False)
+            places = places[best]
+        self.values, self.places = values, places
+
+    def _lower_bound(self, scores: Tensor) -> Tensor:
+        """A number above 0: elements below it cannot be among the `count` largest and need no look."""
+        smallest_positive = scores.new_tensor(torch.finfo(scores.dtype).tiny)
+        if len(self.values) == self.count:
+            return self.values.min()
+        members = min(16, self.n, scores.numel() // (2 * self.count))
+        if members < 2:
+            return smallest_positive
+        groups = self.n // members
+        maxima = scores[:, : members * groups].unflatten(1, (members, groups)).amax(1).flatten()
+        if len(maxima) < self.count:
+            return smallest_positive
+        # `count` groups have an element at least as large as the count-th largest maximum
+        return torch.topk(maxima, self.count, sorted=False).values.min().maximum(smallest_positive)
+
+    def nonzeros(self, b: int) -> Nonzeros:
+        """What was selected, as nonzeros of a (b, n) matrix."""
+        places, order = self.places.sort()
+        rows = places.div(self.n, rounding_mode="floor")
+        return Nonzeros(places - rows * self.n, self.values[order], rows, starts_of(rows, b))
+
+
+# ---------------------------------------------------------------- products with sparse codes
+
+
+class Nonzeros(NamedTuple):
+    """The nonzeros of a (b, n) code matrix, grouped by row."""
+
+    features: Tensor  # (N,) int64
+    values: Tensor  # (N,)
+    rows: Tensor  # (N,) int64, ascending
+    starts: Tensor  # (b,) int64
+
+    @classmethod
+    def of_rows(cls, indices: Tensor, values: Tensor) -> Nonzeros:
+        """Of `indices` and `values` (b, k)."""
+        b, k = indices.shape
+        starts = torch.arange(0, b * k, k, device=indices.device)
+        rows = torch.arange(b, device=indices.device).repeat_interleave(k)
+        return cls(indices.flatten(), values.flatten(), rows, starts)
+
+
+def starts_of(ascending: Tensor, bins: int) -> Tensor:
+    """Where each of the numbers 0 … bins − 1 starts in the list `ascending`, (bins,)."""
+    counts = torch.bincount(ascending, minlength=bins)
+    return counts.cumsum(0) - counts
+
+
+def decode_rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+    """Σ_j values[:, j] · weight[indices[:, j]] for `indices` and `values` (b, k): (b, d)."""
+    return embedding_bag(indices, weight, mode="sum", per_sample_weights=values)
+
+
+def decode_with_gradient(codes: Nonzeros, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes times `weight` (n, d), as (b, d), and a leaf for the values: torch.autograd.grad(product, leaf, g) gives g·weight[feature]."""
+    leaf = codes.values.detach().requires_grad_()
+    with torch.enable_grad():
+        return embedding_bag(codes.features, weight.detach(), codes.starts, mode="sum", per_sample_weights=leaf), leaf
+
+
+class ByFeature:
+    """The same nonzeros sorted by feature, for products that end in one row per feature."""
+
+    BLOCK_BYTES = 8 << 20
+
+    def __init__(self, codes: Nonzeros, n: int):
+        ordered, self.order = codes.features.sort(stable=True)
+        self.rows = codes.rows[self.order]
+        self.starts = starts_of(ordered, n)
+        self.b = len(codes.starts)
+
+    def outer_(self, out: Tensor, values: Tensor, source: Tensor, add_to: Tensor | None = None) -> None:
+        """Σ over a feature's nonzeros of values · source[row], with `source` (b, d), written to the feature's row of `out` (n, d).
+
+        With `add_to` (n,) feature f is added to row add_to[f] of a larger `out` instead. Works in blocks of features, so that no second
+        matrix of the size of `out` is needed.
+        """
+        values = values[self.order]
+        block = max(1, self.BLOCK_BYTES // (out.shape[1] * out.element_size()))
+        edges = [*self.starts[::block].tolist(), len(values)]
+        for i, (begin, end) in enumerate(itertools.pairwise(edges)):
+            features = slice(i * block, (i + 1) * block)
+            starts = self.starts[features] - begin
+            sums = embedding_bag(self.rows[begin:end], source, starts, mode="sum", per_sample_weights=values[begin:end])
+            if add_to is None:
+                out[features] = sums
+            else:
+                out.index_add_(0, add_to[features], sums)
+
+    def sum_(self, out: Tensor, values: Tensor, add_to: Tensor | None = None) -> None:
+        """Σ of a feature's values, into `out` (n,), or added to it, as in `outer_`."""
+        self.outer_(out.unsqueeze(1), values, values.new_ones(self.b, 1), add_to)
+
+
+# ---------------------------------------------------------------- small parts
+
+
+def sum_of_squares(matrix: Tensor) -> Tensor:
+    flat = matrix.flatten()
+    return flat.dot(flat)
+
+
+def unit_rows(matrix: Tensor) -> Tensor:
+    """The rows of `matrix` (n, d) divided by their norm."""
+    return matrix / row_norms(matrix)
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """(n, 1); a row of zeros counts as having the smallest norm above 0, so that it can be divided by."""
+    return torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def normalise_rows_(matrix: Tensor) -> None:
+    matrix.div_(row_norms(matrix))
+
+
+def remove_parallel_(gradient: Tensor, unit: Tensor) -> None:
+    """Subtracts from each row of `gradient` its part along the same row of `unit`, (n, d) both."""
+    gradient.addcmul_(unit, torch.linalg.vecdot(gradient, unit).unsqueeze(1), value=-1)
+
+
+def geometric_median(rows: Tensor, tolerance: float = 1e-6, iterations: int = 500) -> Tensor:
+    """The point (d,) of least mean distance to `rows` (r, d), by Weiszfeld's iteration in float64, to `tolerance` of the rows' mean distance.
+
+    Rows closer to the present point than a trifle count as that far away, so that starting on a row does no harm."""
+    rows = rows.double()
+    point = rows.mean(0)
+    for _ in range(iterations):
+        distances = torch.linalg.vector_norm(rows - point, dim=1)
+        spread = distances.mean()
+        weights = 1 / distances.clamp_min(1e-9 * spread + torch.finfo(torch.float64).tiny)
+        new = weights @ rows / weights.sum()
+        moved = torch.linalg.vector_norm(new - point)
+        point = new
+        if not moved > tolerance * spread:  # also where rows are not finite
+            break
+    return point

@@ -1,0 +1,21 @@
+"""ReLU with an L1 penalty on the codes; decoder rows have norm 1, so that the penalty cannot be evaded.
+
+Loss = mean over rows of ‖x − x̂‖² + sparsity · mean over rows of ‖c‖₁, in normalised units (mean of ‖x‖² is d).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from raysae.sae.dense import DenseSAE
+
+
+class ReLU(DenseSAE):
+    """c = ReLU(W_enc (x − b_dec) + b_enc)."""
+
+    def _activate(self, pre: Tensor) -> Tensor:
+        return pre.relu()
+
+    def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float) -> Tensor:
+        grad_codes.add_(coefficient).mul_(codes > 0)
+        return codes.sum()

@@ -1,0 +1,121 @@
+"""TopK (Gao et al. 2024, arXiv 2406.04093): the k largest pre-activations of each row, then ReLU; dead latents revived by AuxK.
+
+Loss = mean over rows of ‖x − x̂‖² + aux_coefficient · d · ‖e − ê‖² / ‖e − ē‖², where e = x − x̂ (a constant here) and ê is its reconstruction
+from the k_aux dead latents of largest pre-activation, k_aux = d/2 rounded to a power of two, or from all of them where there are fewer.
+As the mean of ‖x‖² is d, the two terms weigh against each other as in the paper, where both are fractions of a variance.
+
+The gradients are written by hand: one dense product per step (the pre-activations), everything else touches active latents only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raysae.sae import kernels
+from raysae.sae.base import SAE, Codes, StepInfo
+from raysae.sae.kernels import ByFeature, Nonzeros
+
+AUX_NONZEROS = 1 << 19  # of AuxK handled at a time
+
+
+@dataclass(frozen=True)
+class DeadCodes:
+    """Codes of AuxK for a whole batch: places in `dead` and values, (b, k_aux) each."""
+
+    dead: Tensor  # (n_dead,) int64: which latents are dead
+    places: Tensor
+    values: Tensor
+
+
+class TopK(SAE):
+    """x̂ from the k largest pre-activations of each row that are positive."""
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Codes | Tensor:
+        chunks = kernels.pre_activation_chunks(x - self.b_dec, self.W_enc, self.b_enc, self._workspace)
+        tops = [kernels.top_k(scores, self.config.k) for _, scores in chunks]
+        return Codes(torch.cat([values for values, _ in tops]).relu_(), torch.cat([indices for _, indices in tops]))
+
+    @torch.no_grad()
+    def loss_and_grads(self, x: Tensor, step: StepInfo) -> dict[str, Tensor]:
+        self._take_grads()
+        centred = torch.sub(x, self.b_dec, out=self._workspace.take("centred", x.shape, x))
+        dead = torch.nonzero(step.dead).squeeze(1) if step.dead is not None and self.train_config.aux_coefficient else None
+        codes, dead_codes = self._select(centred, dead if dead is not None and len(dead) else None)
+        active = codes.values > 0
+
+        product, leaf = kernels.decode_with_gradient(codes, self.W_dec)
+        error = torch.sub(centred, product.detach(), out=product.detach())
+        grad_x_hat = torch.mul(error, -2 / len(x), out=self._workspace.take("grad_x_hat", x.shape, x))
+        grad_codes = torch.autograd.grad(product, leaf, grad_x_hat)[0].mul_(active)
+
+        by_feature = ByFeature(codes, self.n)
+        by_feature.outer_(self.W_dec.grad, codes.values, grad_x_hat)
+        by_feature.outer_(self.W_enc.grad, grad_codes, centred)
+        by_feature.sum_(self.b_enc.grad, grad_codes)
+
+        squared_error = kernels.sum_of_squares(error) / len(x)
+        terms = {"loss": squared_error, "squared_error": squared_error, "l0": active.sum() / len(x)}
+        if dead_codes is not None:
+            terms["aux"] = self._aux(dead_codes, centred, error)
+            terms["loss"] = squared_error + self.train_config.aux_coefficient * self.d * terms["aux"]
+
+        # x − b_dec enters both the encoder and the error: b_dec's gradient needs no dense gradient of the input
+        torch.sub(grad_x_hat.sum(0), self.b_enc.grad @ self.W_enc, out=self.b_dec.grad)
+        self._fired.zero_()[codes.features[active]] = True
+        return terms
+
+    def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
+        """The batch's codes, and AuxK's where there are dead latents, from x − b_dec (b, d)."""
+        tops, dead_tops = [], []
+        for _, scores in kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace):
+            tops.append(kernels.top_k(scores, self.config.k))
+            if dead is not None:
+                dead_tops.append(self._select_dead(scores, dead))
+        values, indices = (torch.cat(parts) for parts in zip(*tops, strict=True))
+        return Nonzeros.of_rows(indices, values.relu_()), self._dead_codes(dead, dead_tops)
+
+    def _select_dead(self, scores: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
+        """AuxK's values and places in `dead`, (r, k_aux) each, from pre-activations `scores` (r, n)."""
+        dead_scores = torch.index_select(scores, 1, dead, out=self._workspace.take("dead", (len(scores), len(dead)), scores))
+        values, places = kernels.top_k(dead_scores, min(self.k_aux, len(dead)))
+        return values.relu_(), places
+
+    @staticmethod
+    def _dead_codes(dead: Tensor | None, tops: list[tuple[Tensor, Tensor]]) -> DeadCodes | None:
+        if dead is None:
+            return None
+        values, places = (torch.cat(parts) for parts in zip(*tops, strict=True))
+        return DeadCodes(dead, places, values)
+
+    @property
+    def k_aux(self) -> int:
+        """d/2 rounded (in the exponent) to a power of two."""
+        return 2 ** max(0, round(math.log2(self.d / 2)))
+
+    def _aux(self, codes: DeadCodes, centred: Tensor, error: Tensor) -> Tensor:
+        """‖e − ê‖² / ‖e − ē‖² of the batch's `error` (b, d); adds the gradients of its share of the loss."""
+        variance = kernels.sum_of_squares(error - error.mean(0))
+        # rows with no error, or one row alone, have nothing to normalise by: no AuxK then
+        enough = variance > torch.finfo(error.dtype).eps * kernels.sum_of_squares(centred)
+        share = torch.where(enough, 1 / variance, 0)
+        weight = 2 * self.train_config.aux_coefficient * self.d * share
+        missed = torch.zeros_like(variance)
+        rows = max(1, AUX_NONZEROS // codes.places.shape[1])
+        for start in range(0, len(error), rows):
+            part = slice(start, start + rows)
+            local = Nonzeros.of_rows(codes.places[part], codes.values[part])
+            product, leaf = kernels.decode_with_gradient(local._replace(features=codes.dead[local.features]), self.W_dec)
+            difference = product.detach() - error[part]
+            missed += kernels.sum_of_squares(difference)
+            grad_e_hat = difference.mul_(weight)
+            grad_codes = torch.autograd.grad(product, leaf, grad_e_hat)[0].mul_(local.values > 0)
+            by_feature = ByFeature(local, len(codes.dead))
+            by_feature.outer_(self.W_dec.grad, local.values, grad_e_hat, add_to=codes.dead)
+            by_feature.outer_(self.W_enc.grad, grad_codes, centred[part], add_to=codes.dead)
+            by_feature.sum_(self.b_enc.grad, grad_codes, add_to=codes.dead)
+        return missed * share

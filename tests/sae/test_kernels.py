@@ -1,0 +1,105 @@
+"""The kernels against torch's own plain operations."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from raysae.sae import kernels
+from raysae.sae.kernels import BatchTop, ByFeature, Nonzeros
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 400), st.data())
+def test_top_k_is_torch_topk(rows, n, data):
+    k = data.draw(st.integers(1, n))
+    scores = torch.randn(rows, n, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    if data.draw(st.booleans()):
+        scores = (scores * 2).round()  # many ties
+    values, indices = kernels.top_k(scores, k)
+    assert torch.equal(values, scores.topk(k, dim=1).values)
+    assert torch.equal(scores.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+    again = kernels.top_k(scores.clone(), k)
+    assert torch.equal(again[1], indices)
+
+
+@pytest.mark.parametrize(("n", "k"), [(8192, 8), (8191, 32), (5000, 1), (16384, 64)])
+def test_top_k_at_width(n, k):
+    scores = torch.randn(20, n)
+    assert torch.equal(kernels.top_k(scores, k)[0], scores.topk(k, dim=1).values)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 13), st.data())
+def test_batch_top(b, n, chunk, data):
+    count = data.draw(st.integers(1, b * n))
+    scores = torch.randn(b, n, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
+    if data.draw(st.booleans()):
+        scores = (scores * 2).round()
+    top = BatchTop(count, n, scores)
+    for start in range(0, b, chunk):
+        top.add(start, scores[start : start + chunk])
+    found = top.nonzeros(b)
+    expected = scores.flatten().topk(count).values
+    assert torch.equal(found.values.sort(descending=True).values, expected[expected > 0])
+    assert torch.equal(scores[found.rows, found.features], found.values)
+    assert len(set(zip(found.rows.tolist(), found.features.tolist(), strict=True))) == len(found.values)
+    assert torch.equal(found.starts, torch.searchsorted(found.rows, torch.arange(b)))
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1000, 1 << 20])
+def test_products_with_nonzeros(block_bytes, monkeypatch):
+    monkeypatch.setattr(ByFeature, "BLOCK_BYTES", block_bytes)
+    b, n, d, k = 30, 50, 7, 4
+    indices = torch.stack([torch.randperm(n)[:k] for _ in range(b)])
+    values, source, weight = torch.rand(b, k).double(), torch.randn(b, d).double(), torch.randn(n, d).double()
+    dense = torch.zeros(b, n).double().scatter(1, indices, values)
+    torch.testing.assert_close(kernels.decode_rows(indices, values, weight), dense @ weight)
+    codes = Nonzeros.of_rows(indices, values)
+    product, leaf = kernels.decode_with_gradient(codes, weight)
+    torch.testing.assert_close(product.detach(), dense @ weight)
+    (gradient,) = torch.autograd.grad(product, leaf, source)
+    torch.testing.assert_close(gradient.view(b, k), (source @ weight.T).gather(1, indices))
+    by_feature, out, sums = ByFeature(codes, n), torch.full((n, d), 9.0).double(), torch.full((n,), 9.0).double()
+    by_feature.outer_(out, codes.values, source)
+    by_feature.sum_(sums, codes.values)
+    torch.testing.assert_close(out, dense.T @ source)
+    torch.testing.assert_close(sums, dense.sum(0))
+    places = torch.randperm(n + 5)[:n]
+    larger = torch.ones(n + 5, d).double()
+    by_feature.outer_(larger, codes.values, source, add_to=places)
+    torch.testing.assert_close(larger[places], 1 + dense.T @ source)
+
+
+def test_geometric_median_is_the_point_of_least_distance():
+    rows = np.random.default_rng(0).standard_t(2, size=(300, 4)) + 3
+    found = kernels.geometric_median(torch.from_numpy(rows), tolerance=1e-9).numpy()
+    best = minimize(lambda p: np.linalg.norm(rows - p, axis=1).sum(), rows.mean(0), method="BFGS", options={"gtol": 1e-9}).x
+    np.testing.assert_allclose(found, best, atol=1e-5)
+    assert np.linalg.norm(rows.mean(0) - best) > 0.01
+
+
+def test_geometric_median_on_a_row():
+    rows = torch.tensor([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
+    torch.testing.assert_close(kernels.geometric_median(rows), torch.zeros(2).double(), atol=1e-6, rtol=0)
+
+
+def test_workspace_reuses_memory_and_is_left_out_of_copies():
+    workspace, like = kernels.Workspace(), torch.zeros(1)
+    first = workspace.take("a", (4, 5), like)
+    assert workspace.take("a", (2, 3), like).data_ptr() == first.data_ptr()
+    assert workspace.take("a", (2, 3), like.double()).dtype == torch.float64
+    assert not copy.deepcopy(workspace)._buffers
+    assert not pickle.loads(pickle.dumps(workspace))._buffers
+
+
+@pytest.mark.parametrize(("n", "bytes_each"), [(1, 4), (8192, 4), (1 << 20, 4), (1 << 26, 4)])
+def test_chunks_are_bounded(n, bytes_each):
+    rows = kernels.chunk_rows(n, bytes_each)
+    assert rows == 1 or rows * n * bytes_each <= kernels.MAXIMUM_BYTES

@@ -1,0 +1,31 @@
+"""What a training step needs beyond weights and gradients, at a great width, in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+STEP = """
+import resource, sys, torch
+from raysae.config import SAEConfig, TrainConfig
+from raysae.sae.base import SAE, StepInfo
+architecture, width, d, batch = sys.argv[1], 131072, 32, 640  # dense codes would take 320 MiB
+level = {"k": 32} if architecture in ("topk", "batchtopk") else {"sparsity": 1.0}
+sae = SAE.build(SAEConfig(architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, **level), d, TrainConfig())
+for parameter in sae.parameters():
+    parameter.grad = torch.ones_like(parameter)
+x = torch.randn(batch, d)
+(x[:64] @ x[:64].T).sum()  # the libraries' own buffers
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sae.loss_and_grads(x, StepInfo(dead=torch.ones(width, dtype=torch.bool)))
+sae.after_grads()
+sae.after_step()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
+def test_step_memory_is_bounded(architecture):
+    out = subprocess.run([sys.executable, "-c", STEP, architecture], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 256

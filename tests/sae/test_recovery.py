@@ -1,0 +1,50 @@
+"""Each architecture finds the dictionary that made its data."""
+
+import pytest
+import torch
+
+from raysae.sae.mmcs import fraction_above, matched_mmcs, mmcs
+from tests.sae.conftest import make
+from tests.sae.planted import Planted, train
+
+CASES = {
+    "topk": ({}, 0.5),
+    "batchtopk": ({}, 0.5),
+    "relu": ({"sparsity": 1.0}, 0.5),
+    "tied": ({"sparsity": 0.015}, 0.0),
+    "jumprelu": ({"sparsity": 0.3}, 0.5),
+}
+
+
+@pytest.mark.timeout(300)
+def test_recovers_a_planted_dictionary(architecture):
+    level, offset = CASES[architecture]
+    planted = Planted(offset=offset)
+    sae = make(architecture, 32, 64, k=3, bandwidth=0.1, **level)
+    train(sae, planted, steps=2000 if architecture == "tied" else 1200, learning_rate=1e-2 if architecture == "tied" else 3e-3)
+    found = sae.folded().decoder()
+    assert mmcs(planted.features, found) >= 0.95
+    assert matched_mmcs(planted.features, found) >= 0.95
+    assert fraction_above(planted.features, found) == 1
+
+
+@pytest.mark.timeout(300)
+def test_batchtopk_threshold_gives_k_on_average():
+    planted = Planted()
+    sae = make("batchtopk", 32, 64, k=3)
+    train(sae, planted, steps=600, learning_rate=3e-3)
+    codes = sae.folded().encode(planted.rows(4096))
+    assert (codes > 0).sum(1).float().mean().item() == pytest.approx(3, rel=0.03)
+
+
+def test_threshold_is_the_running_mean_of_smallest_selected_values():
+    from raysae.sae.base import StepInfo
+
+    sae = make("batchtopk", 8, 30, k=4)
+    smallest = []
+    for step in range(5):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        sae.loss_and_grads(x, StepInfo())
+        smallest.append(sae.pre_activations(x).detach().flatten().topk(4 * 16).values.min())
+        sae.after_step()
+    torch.testing.assert_close(sae.threshold, torch.stack(smallest).mean())

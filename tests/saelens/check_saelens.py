@@ -1,0 +1,69 @@
+"""Saved autoencoders against SAELens itself, which has an environment of its own.
+
+python check_saelens.py write FOLDER      with raysae: one saved SAE of each architecture, activations, and their reconstructions
+python check_saelens.py compare FOLDER    with sae_lens: loads each, reconstructs, and finds the same to 1e-5; exit code 1 where not
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+TOLERANCE = 1e-5  # of the largest activation
+ARCHITECTURES = ["topk", "batchtopk", "relu", "tied", "jumprelu"]
+D, WIDTH = 48, 192
+
+
+def write(folder: Path) -> None:
+    import torch
+
+    from raysae.config import SAEConfig, TrainConfig
+    from raysae.sae.base import SAE, StepInfo
+    from raysae.sae.files import load_sae, save_sae
+
+    generator = torch.Generator().manual_seed(0)
+    x = 5 * torch.randn(2048, D, generator=generator) + 10 * torch.randn(D, generator=generator)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "x.npy", x.numpy())
+    for architecture in ARCHITECTURES:
+        level = {"k": 8} if architecture in ("topk", "batchtopk") else {"sparsity": 0.05 if architecture == "tied" else 0.5}
+        config = SAEConfig(architecture=architecture, hook_point="resid_post.2", width=WIDTH, learning_rate=1e-3, **level)
+        sae = SAE.build(config, D, TrainConfig(bandwidth=0.3))
+        sae.initialise(x)
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+        for _ in range(30):
+            sae.loss_and_grads(x / sae.scale, StepInfo())
+            sae.after_grads()
+            optimizer.step()
+            sae.after_step()
+        save_sae(sae, folder / architecture, {"model_name": "embedded", "context_size": 256, "prepend_bos": True})
+        np.save(folder / f"{architecture}.npy", load_sae(folder / architecture)(x).numpy())
+
+
+def compare(folder: Path) -> None:
+    import sae_lens
+    import torch
+
+    x = torch.from_numpy(np.load(folder / "x.npy"))
+    worst = {}
+    for architecture in ARCHITECTURES:
+        sae = sae_lens.SAE.load_from_disk(folder / architecture, device="cpu")
+        with torch.no_grad():
+            theirs = sae(x).numpy()
+            active = (sae.encode(x) > 0).sum(1).float().mean().item()
+        ours = np.load(folder / f"{architecture}.npy")
+        worst[architecture] = float(np.abs(theirs - ours).max() / np.abs(ours).max())
+        metadata = sae.cfg.metadata
+        assert (metadata.model_name, metadata.hook_name, metadata.context_size) == ("embedded", "blocks.2.hook_resid_post", 256), metadata
+        print(f"{architecture:10} loads as {type(sae).__name__:12} {active:6.2f} active latents   largest difference {worst[architecture]:.1e}")
+    equal = sum(difference <= TOLERANCE for difference in worst.values())
+    print(f"sae_lens {sae_lens.__version__}: {equal} of {len(worst)} architectures reconstruct equally, to {TOLERANCE}")
+    if equal < len(worst):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    command, folder = sys.argv[1:]
+    {"write": write, "compare": compare}[command](Path(folder))
