@@ -1,0 +1,135 @@
+"""Activations kept on disk or in S3-type storage, for late and repeated readers.
+
+One file per shard and hook point, in safetensors format (tensor `rows`, `(rows_per_shard, width)`), with the SHA-256 of its data among its
+metadata: `LOCATION/KEY/HOOK POINT/SHARD.safetensors`, where KEY is the digest of the spec and of the numerics its bits depend on. What the blocks'
+size is does not matter: they are cut when read.
+
+The cache keeps a prefix of the pass, the shards 0, 1, … that fit in its limit with all hook points, and never evicts: a sequential reader would find
+nothing in a cache that evicts by age.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from raysae.config import ActivationSpec, StreamConfig, UserError, digest
+from raysae.stream.blocks import WIRE_DTYPES, bytes_per_shard
+
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+def open_cache(stream: StreamConfig, spec: ActivationSpec, widths: Mapping[str, int], numerics: Mapping[str, object]) -> BlockCache | None:
+    """The cache of a pass as `stream.cache` wants it: None if off, or if auto and the whole pass exceeds `stream.cache_gib`."""
+    limit = int(stream.cache_gib * 2**30)
+    whole = spec.shards * sum(bytes_per_shard(spec, width) for width in widths.values())
+    if stream.cache == "off" or (stream.cache == "auto" and whole > limit):
+        return None
+    return BlockCache(stream.cache_dir, spec, widths, limit, numerics)
+
+
+class BlockCache:
+    """A prefix of a pass at the hook points of `widths` (hook point → width), at most `limit` bytes in all."""
+
+    def __init__(self, location: str, spec: ActivationSpec, widths: Mapping[str, int], limit: int, numerics: Mapping[str, object] | None = None):
+        try:
+            self.fs, root = fsspec.core.url_to_fs(os.path.expanduser(location))
+        except (ImportError, ValueError) as error:
+            raise UserError(f"stream.cache_dir is '{location}', which cannot be opened ({error}): name a folder or an s3:// URL") from error
+        self.spec = spec
+        self.widths = dict(widths)
+        self.folder = f"{root.rstrip('/')}/{digest([spec.hash, dict(numerics or {})])}"
+        self.shards = limit // sum(bytes_per_shard(spec, width) for width in self.widths.values())  # length of the prefix
+        self.writable = True
+
+    def path(self, hook_point: str, shard: int) -> str:
+        return f"{self.folder}/{hook_point}/{shard:06d}.safetensors"
+
+    def load(self, hook_point: str, shard: int) -> tuple[np.ndarray, bool] | None:
+        """Rows of a shard `(rows_per_shard, width)` in the wire format and whether any is not finite; None where they are not kept.
+
+        A damaged file is removed with a warning, and counts as not kept.
+        """
+        path = self.path(hook_point, shard)
+        try:
+            with self.fs.open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(length, 1 << 20)))
+                rows = np.empty(self._shape(hook_point), WIRE_DTYPES[self.spec.dtype])
+                if file.readinto(memoryview(rows).cast("B")) != rows.nbytes or file.read(1):
+                    raise ValueError("its size is wrong")
+            metadata = header["__metadata__"]
+            if metadata != self._metadata(hook_point, shard, rows, metadata["nonfinite"] == "true"):
+                raise ValueError("its checksum or description is wrong")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            warnings.warn(f"cached activations in {path} cannot be read ({error}): they are produced anew", RuntimeWarning, stacklevel=2)
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"cached activations in {path} are damaged ({error}): removed, to be produced anew", RuntimeWarning, stacklevel=2)
+            with contextlib.suppress(OSError):  # gone already, or not ours to remove
+                self.fs.rm_file(path)
+            return None
+        return rows, metadata["nonfinite"] == "true"
+
+    def store(self, hook_point: str, shard: int, rows: np.ndarray, nonfinite: bool) -> bool:
+        """Keep a shard's rows if it belongs to the prefix. Local files appear whole or not at all; S3-type storage does that by itself.
+
+        A cache that cannot be written (a full disk) warns once and keeps nothing more: the pass goes on without it.
+        """
+        if shard >= self.shards or not self.writable:
+            return False
+        tensor = {"dtype": SAFETENSORS_DTYPES[self.spec.dtype], "shape": list(rows.shape), "data_offsets": [0, rows.nbytes]}
+        header = json.dumps({"__metadata__": self._metadata(hook_point, shard, rows, nonfinite), "rows": tensor}).encode()
+        header += b" " * (-len(header) % 8)
+        path = self.path(hook_point, shard)
+        try:
+            if isinstance(self.fs, LocalFileSystem):
+                _write_local(Path(path), header, rows)
+            else:
+                with self.fs.open(path, "wb") as file:
+                    _write(file, header, rows)
+        except OSError as error:
+            warnings.warn(f"activations cannot be cached in {path} ({error}): nothing more is cached", RuntimeWarning, stacklevel=2)
+            self.writable = False
+        return self.writable
+
+    def _shape(self, hook_point: str) -> tuple[int, int]:
+        return self.spec.rows_per_shard, self.widths[hook_point]
+
+    def _metadata(self, hook_point: str, shard: int, rows: np.ndarray, nonfinite: bool) -> dict[str, str]:
+        return {
+            "spec": self.spec.hash,
+            "hook_point": hook_point,
+            "shard": str(shard),
+            "nonfinite": json.dumps(nonfinite),
+            "sha256": hashlib.sha256(rows).hexdigest(),
+        }
+
+
+def _write(file, header: bytes, rows: np.ndarray) -> None:
+    file.write(len(header).to_bytes(8, "little"))
+    file.write(header)
+    file.write(memoryview(rows).cast("B"))
+
+
+def _write_local(path: Path, header: bytes, rows: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        with work.open("wb") as file:
+            _write(file, header, rows)
+        work.replace(path)  # no fsync: a file torn by a power cut fails its checksum and is made anew
+    finally:
+        work.unlink(missing_ok=True)

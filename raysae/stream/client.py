@@ -1,0 +1,111 @@
+"""A consumer's end of the queue: joins, fetches, acknowledges, and goes on by itself when the queue or a machine that stored blocks has died."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.actor import ActorHandle
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from raysae.config import ActivationSpec
+from raysae.stream.queue import EVALUATION, TRAIN
+from raysae.stream.reader import BatchReader
+from raysae.stream.state import NotJoinedError, StreamError
+
+LOST_ATTEMPTS = 5  # times a block that was lost with its machine is asked for again
+RETRY_SECONDS = 120.0  # for which a queue that does not answer is asked again
+RETRY_PAUSE = 0.5
+
+
+class StreamClient:
+    """Reads one hook point of a stream under the name `consumer`.
+
+    Args:
+        queue: what `queue.start_stream` returned.
+        training: spec of the training stream.
+        width: of the activations at the hook point.
+        block_mib: the stream's.
+    """
+
+    def __init__(self, queue: ActorHandle, consumer: str, hook_point: str, training: ActivationSpec, width: int, block_mib: float):
+        self.queue = queue
+        self.consumer = consumer
+        self.hook_point = hook_point
+        self.training = training
+        self.width = width
+        self.block_mib = block_mib
+        self._done = 0  # shards completely consumed
+        self._until: int | None = None
+        self._joined = False
+
+    def open(self, row: int, batch: int, end: int | None = None, device: torch.device | str = "cpu") -> BatchReader:
+        """Join the training stream at `row`; batches of it up to row `end`. One reader at a time: closing it leaves the stream."""
+        self._done = row // self.training.rows_per_shard
+        self._until = None if end is None else -(-end // self.training.rows_per_shard)
+        self._joined = True
+        self._join()
+        return BatchReader(
+            self.block, self.training, self.width, self.block_mib, batch, row,
+            end=end, acknowledge=self._acknowledge, release=self.leave, device=device,
+        )  # fmt: skip
+
+    def leave(self) -> None:
+        """Tell the queue that this consumer needs nothing more for now: others no longer wait for it."""
+        self._joined = False
+        self.queue.leave.remote(self.consumer)
+
+    def block(self, shard: int, block: int) -> np.ndarray:
+        """A block of the training stream, waiting for it: `(rows, width)`, read-only, in the object store's memory."""
+
+        def fetch() -> ray.ObjectRef:
+            try:
+                return ray.get(self.queue.fetch.remote(self.consumer, shard, block, self._done))[0]
+            except NotJoinedError:
+                if not self._joined:
+                    raise StreamError(f"consumer {self.consumer} has left the stream") from None
+                self._join()  # the queue was restarted
+                raise
+
+        return self._get(TRAIN, shard, fetch)
+
+    def evaluation_block(self, shard: int, block: int) -> np.ndarray:
+        """A block of the held-out stream, as `block`."""
+        return self._get(EVALUATION, shard, lambda: ray.get(self.queue.evaluation_block.remote(self.hook_point, shard, block))[0])
+
+    def _join(self) -> None:
+        row = self._done * self.training.rows_per_shard
+        self._patiently(lambda: ray.get(self.queue.join.remote(self.consumer, self.hook_point, row, self._until)))
+
+    def _acknowledge(self, done: int) -> None:
+        self._done = done
+        self.queue.acknowledge.remote(self.consumer, done)
+
+    def _get(self, stream: str, shard: int, fetch: Callable[[], ray.ObjectRef]) -> np.ndarray:
+        for attempt in range(LOST_ATTEMPTS):
+            ref = self._patiently(fetch)
+            try:
+                return ray.get(ref)
+            except ObjectLostError:
+                if attempt == LOST_ATTEMPTS - 1:
+                    raise
+                lost = ref.hex()
+                self._patiently(lambda: ray.get(self.queue.lost.remote(stream, shard, lost)))  # noqa: B023, called at once
+
+    @staticmethod
+    def _patiently(call: Callable[[], Any]) -> Any:
+        """The call's result, asking again while the queue's process is being restarted. The queue's own errors come without Ray's stack traces."""
+        give_up = time.monotonic() + RETRY_SECONDS
+        while True:
+            try:
+                return call()
+            except (NotJoinedError, RayActorError):
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(RETRY_PAUSE)
+            except RayTaskError as error:
+                raise (error.cause if isinstance(error.cause, StreamError) else error) from None

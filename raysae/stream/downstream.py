@@ -1,0 +1,136 @@
+"""What a language model loses when a hook point's activations give way to an SAE's reconstructions: cross-entropy and KL divergence.
+
+Definitions. A context's first `skip` positions are left intact; at all later ones the activation is replaced. Cross-entropy (CE, nats per token)
+and KL are taken over the predictions made *at* a replaced position, that is of tokens skip + 1 … t − 1.
+
+- `ce_recovered` = (CE_mean − CE_sae) / (CE_mean − CE_clean), where for CE_mean every replaced activation is the mean over training rows;
+- `ce_recovered_zero` likewise with zeros in place of the mean;
+- both are undefined (None) where the denominator is below 0.01 nats: there is nothing to recover;
+- `kl` = KL(clean ‖ patched), mean per token.
+
+Contexts go through in small batches: one clean pass up to the hook point, then one partial pass from there up per variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raysae.lm.model import LanguageModel, next_token_loss
+
+LEAST_DENOMINATOR = 0.01  # nats
+ROWS_AT_ONCE = 4096  # rows given to an SAE at a time: wide ones hold (rows, latents)
+
+
+@dataclass(frozen=True)
+class DownstreamSums:
+    """Sums over predicted tokens, in float64. Those of several shards add up with `+`; `finish` divides."""
+
+    tokens: int  # predicted tokens
+    clean: float  # summed cross-entropy, nats
+    mean: float
+    zero: float
+    sae: dict[str, float]  # by SAE
+    kl: dict[str, float]
+
+    def __add__(self, other: DownstreamSums) -> DownstreamSums:
+        if self.sae.keys() != other.sae.keys():
+            raise ValueError(f"sums over different SAEs do not add up: {sorted(self.sae)} and {sorted(other.sae)}")
+        return DownstreamSums(
+            self.tokens + other.tokens,
+            self.clean + other.clean,
+            self.mean + other.mean,
+            self.zero + other.zero,
+            {name: value + other.sae[name] for name, value in self.sae.items()},
+            {name: value + other.kl[name] for name, value in self.kl.items()},
+        )
+
+    def finish(self) -> dict[str, dict[str, float | None]]:
+        """By SAE: ce_recovered and ce_recovered_zero (None where undefined); kl, ce_clean, ce_sae, ce_mean and ce_zero in nats per token."""
+        clean, mean, zero = self.clean / self.tokens, self.mean / self.tokens, self.zero / self.tokens
+        metrics = {}
+        for name in self.sae:
+            sae = self.sae[name] / self.tokens
+            metrics[name] = {
+                "ce_recovered": _recovered(mean, sae, clean),
+                "ce_recovered_zero": _recovered(zero, sae, clean),
+                "kl": self.kl[name] / self.tokens,
+                "ce_clean": clean,
+                "ce_sae": sae,
+                "ce_mean": mean,
+                "ce_zero": zero,
+            }
+        return metrics
+
+
+def _recovered(ablated: float, sae: float, clean: float) -> float | None:
+    return (ablated - sae) / (ablated - clean) if ablated - clean >= LEAST_DENOMINATOR else None
+
+
+@torch.no_grad()
+def downstream_metrics(
+    lm: LanguageModel, tokens: Tensor, hook_point: str, saes: Mapping[str, Callable[[Tensor], Tensor]], mean: Tensor, skip: int
+) -> DownstreamSums:
+    """Sums of the metrics above over the contexts of one shard.
+
+    Args:
+        lm: the language model.
+        tokens: (c, t) token ids.
+        hook_point: where the SAEs were trained.
+        saes: by name, functions from raw activations (rows, w) in float32 on the hook point's device to reconstructions of the same shape.
+        mean: (w,), mean activation over training rows.
+        skip: first positions of each context that are left intact, less than t − 1.
+    """
+    length = tokens.shape[1]
+    if not 0 <= skip < length - 1:
+        raise ValueError(
+            f"skip is {skip}: from 0 to {length - 2} is right for contexts of {length} tokens, so that a replaced position predicts a token"
+        )
+    totals = None
+    size = max(1, min(lm.contexts_at_once(length), ROWS_AT_ONCE // length))
+    for i in range(0, len(tokens), size):
+        sums = _batch_sums(lm, tokens[i : i + size], hook_point, saes, mean, skip)
+        totals = sums if totals is None else totals + sums
+    if totals is None:
+        raise ValueError("there are no contexts to evaluate")
+    return totals
+
+
+def _batch_sums(
+    lm: LanguageModel, tokens: Tensor, hook_point: str, saes: Mapping[str, Callable[[Tensor], Tensor]], mean: Tensor, skip: int
+) -> DownstreamSums:
+    prefix = lm.prefix(tokens, hook_point)
+    original = prefix.activation  # (c, t, w)
+    rows = original[:, skip:].float().flatten(0, 1)  # (c · (t − skip), w)
+
+    def patched(replacement: Tensor) -> Tensor:
+        """Logits (c, t, V) with `replacement` (rows, w) or (w,) at every position from `skip` on."""
+        activation = original.clone()
+        activation[:, skip:] = replacement.expand_as(rows).view_as(original[:, skip:]).to(original)
+        return lm.resume(prefix, activation)
+
+    def cross_entropy(logits: Tensor) -> float:
+        return next_token_loss(logits, tokens)[:, skip:].sum(dtype=torch.float64).item()
+
+    clean_logits = lm.resume(prefix, original)
+    clean = cross_entropy(clean_logits)
+    clean_log_probability = clean_logits[:, skip:-1].float().log_softmax(-1)  # (c, t − 1 − skip, V)
+    del clean_logits
+    probability = clean_log_probability.exp()
+    sae, kl = {}, {}
+    for name, reconstruct in saes.items():
+        logits = patched(reconstruct(rows))
+        sae[name] = cross_entropy(logits)
+        difference = clean_log_probability - logits[:, skip:-1].float().log_softmax(-1)
+        kl[name] = difference.mul_(probability).sum(-1).sum(dtype=torch.float64).item()
+    return DownstreamSums(
+        tokens=tokens.shape[0] * (tokens.shape[1] - 1 - skip),
+        clean=clean,
+        mean=cross_entropy(patched(torch.as_tensor(mean))),
+        zero=cross_entropy(patched(torch.zeros_like(rows[0]))),
+        sae=sae,
+        kl=kl,
+    )

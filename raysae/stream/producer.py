@@ -1,0 +1,120 @@
+"""The actor that owns a language model: it produces shards and evaluates SAEs in the model. Created and called by `queue.StreamQueue`.
+
+Importing this module imports neither torch nor transformers: the queue, which does, stays light.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import ray
+
+from raysae.config import ActivationSpec, ModelConfig, StreamConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from raysae.sae.base import SAE
+    from raysae.stream.shard import ShardMaker
+    from raysae.text.contexts import Contexts
+
+# OpenMP threads that spin at barriers slow every process of a shared machine down, 15-fold where there are more of them than cores.
+ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+SAES_AT_ONCE = 8  # in memory together beside the language model
+NICENESS = 10  # on CPU, trainers come first: shards made ahead of need only wait in memory
+
+
+@dataclass(frozen=True)
+class Production:
+    """What a producer needs to know, the same for all producers of a sweep.
+
+    `specs` and `contexts` are by stream name. The contexts lie in the object store, once per machine; here are references to them, pickled by
+    themselves, which keeps them for as long as the driver lives and so for a restarted queue too. `threads` are CPU threads; unset: torch's default.
+    """
+
+    model: ModelConfig
+    stream: StreamConfig
+    specs: Mapping[str, ActivationSpec]
+    contexts: Mapping[str, bytes]
+    widths: Mapping[str, int]  # of the hook points, in the order of the blocks
+    threads: int | None = None
+
+
+class Producer:
+    """A language model on the device that Ray has assigned to this process."""
+
+    def __init__(self, production: Production):
+        import torch
+
+        from raysae.lm.model import LanguageModel
+
+        gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
+        if not gpu:
+            os.nice(NICENESS)
+        if production.threads is not None:
+            torch.set_num_threads(production.threads)
+        self.production = production
+        self.lm = LanguageModel.load(production.model, "cuda" if gpu else "cpu")
+        self.contexts: dict[str, Contexts] = {name: ray.get(ray.cloudpickle.loads(ref)) for name, ref in production.contexts.items()}
+        self.makers = {name: self._maker(name) for name in production.specs}
+
+    def _maker(self, stream: str) -> ShardMaker:
+        from raysae.stream.cache import open_cache
+        from raysae.stream.shard import ShardMaker, numerics
+
+        plan, spec = self.production, self.production.specs[stream]
+        cache = open_cache(plan.stream, spec, plan.widths, numerics(self.lm.device))
+        return ShardMaker(self.lm, self.contexts[stream], spec, list(plan.widths), plan.stream.block_mib, cache)
+
+    def ping(self) -> int:
+        """The process id, once the model is loaded."""
+        return os.getpid()
+
+    def produce(self, stream: str, shard: int) -> list:
+        """[meta, *blocks of the first hook point, *blocks of the second, …]: a pure function of its arguments, so that any producer can repeat it."""
+        meta, blocks = self.makers[stream].make(shard)
+        return [meta, *(block for hook in self.production.widths for block in blocks[hook])]
+
+    def evaluate(self, stream: str, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int) -> dict[str, dict]:
+        """Cross-entropy and KL with the SAEs' reconstructions in place of the activations, by SAE; see `downstream.DownstreamSums.finish`.
+
+        Args:
+            stream: of held-out contexts; they are taken in the stream's order.
+            saes: folder or URL of each SAE, by name.
+            mean: (width,), mean activation over training rows.
+            predicted_tokens: at least this many predictions are judged, or all that the stream has.
+        """
+        import torch
+
+        from raysae.sae.files import load_sae
+        from raysae.stream.downstream import downstream_metrics
+
+        spec = self.production.specs[stream]
+        predictions = spec.context_length - 1 - spec.skip_positions  # per context
+        wanted = min(-(-predicted_tokens // predictions), spec.shards * spec.shard_contexts)
+        shards = range(-(-wanted // spec.shard_contexts))
+        indices = np.concatenate([spec.contexts_of(shard) for shard in shards])[:wanted]
+        tokens = torch.from_numpy(self.contexts[stream][indices]).to(self.lm.device)
+        mean = torch.from_numpy(np.array(mean)).to(self.lm.device)
+        results: dict[str, dict] = {}
+        with torch.no_grad():
+            for group in _in_groups(saes, SAES_AT_ONCE):
+                loaded = {name: _where_rows_are(load_sae(folder)) for name, folder in group.items()}
+                results |= downstream_metrics(self.lm, tokens, hook_point, loaded, mean, spec.skip_positions).finish()
+        return results
+
+
+def _in_groups(saes: Mapping[str, str], size: int) -> Iterator[dict[str, str]]:
+    """`saes` in parts of at most `size`: those of a part are in memory together and share a clean pass."""
+    names = list(saes)
+    for start in range(0, len(names), size):
+        yield {name: saes[name] for name in names[start : start + size]}
+
+
+def _where_rows_are(sae: SAE) -> Callable[[Tensor], Tensor]:
+    """The SAE as a function that computes on the device of its rows: a model spread over GPUs has each layer's activations on another."""
+    return lambda rows: sae.to(rows.device)(rows)

@@ -1,0 +1,401 @@
+"""The activation stream as a service: one async actor that calls producers, owns what they return, and hands references to consumers.
+
+It awaits only the small meta of a shard; blocks stay in the object store, and outlive the producer that made them, because the caller of an actor's
+method owns its results. What to produce, hold and hand out is decided by `state.StreamState`. The process imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+from ray.util.metrics import Counter, Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raysae.config import ActivationSpec, ModelConfig, ResourcesConfig, StreamConfig, UserError
+from raysae.stream.pool import Job, ProducerPool, one_line
+from raysae.stream.producer import ENVIRONMENT, Producer, Production
+from raysae.stream.state import ATTEMPTS, StreamError, StreamState
+
+if TYPE_CHECKING:
+    from raysae.text.contexts import Contexts
+
+log = logging.getLogger(__name__)
+
+TRAIN, EVALUATION = "train", "evaluation"  # names of the two streams
+HANG_SECONDS = 900.0
+TEND_SECONDS = 1.0
+
+COUNTERS = {
+    "contexts_forwarded": "Contexts the language model has read for training",
+    "evaluation_contexts_forwarded": "Contexts the language model has read for held-out activations",
+    "shards_produced": "Shards of the training stream produced, by the language model or from the cache",
+    "shards_from_cache": "Shards of the training stream that were read from the cache",
+    "shards_nonfinite": "Shards with NaN or infinite activations",
+    "blocks_served": "Blocks handed to consumers",
+    "consumer_wait_seconds": "Seconds that consumers waited for blocks, summed over consumers",
+    "producer_wait_seconds": "Seconds that producers waited for work, summed over producers",
+}
+GAUGES = {
+    "bytes_in_flight": "Bytes of activations held or in production for consumers",
+    "producers": "Language models running",
+    "consumers_waiting": "Consumers waiting for a block",
+}
+
+
+def shards_in_flight(stream: StreamConfig, spec: ActivationSpec, widths: Mapping[str, int]) -> int:
+    """How many shards, over all hook points (hook point → width), `stream.mib_in_flight` has room for, ≥ 1.
+
+    With room for one, production and consumption alternate; from two on they overlap.
+
+    Raises:
+        UserError: not even one.
+    """
+    mib = _shard_bytes(spec, widths) / 2**20
+    cap = int(stream.mib_in_flight // mib)
+    if cap < 1:
+        raise UserError(
+            f"stream.mib_in_flight is {stream.mib_in_flight:g} but one shard of {spec.shard_contexts} contexts at {len(widths)} "
+            f"hook point{'s' * (len(widths) > 1)} takes {mib:.1f} MiB: set it to {math.ceil(mib)} at least, {math.ceil(2 * mib)} to let production "
+            "and training overlap."
+        )
+    return cap
+
+
+def start_stream(
+    *,
+    model: ModelConfig,
+    stream: StreamConfig,
+    resources: ResourcesConfig,
+    training: ActivationSpec,
+    evaluation: ActivationSpec,
+    contexts: Mapping[str, Contexts],
+    widths: Mapping[str, int],
+    shards: int | None = None,
+    threads: int | None = None,
+    hang_seconds: float = HANG_SECONDS,
+    producer_class: type = Producer,
+    name: str | None = None,
+) -> ActorHandle:
+    """Start the queue, and with it the producers; returns at once with the queue's handle.
+
+    The queue lives on the caller's machine and dies with the caller; the producers die with the queue. A queue that crashes is restarted by Ray with
+    nothing in it; `client.StreamClient` then joins again by itself.
+
+    Args:
+        training, evaluation: the specs of the two streams.
+        contexts: their tokens, under "train" and "evaluation"; they go to the object store.
+        widths: hook point → width of its activations, for all hook points that anyone will ask for.
+        shards: how many of the training stream are needed in all; unset: all it has.
+        threads: CPU threads of a producer; unset: torch's default.
+        hang_seconds: a producer that is silent for longer during a job is replaced.
+        producer_class: for tests.
+        name: by which `ray.get_actor` finds the queue.
+
+    Raises:
+        UserError: see `shards_in_flight`.
+    """
+    from raysae.stream.blocks import blocks_per_shard  # imports torch, which the queue's process does without
+
+    production = Production(
+        model=model,
+        stream=stream,
+        specs={TRAIN: training, EVALUATION: evaluation},
+        contexts={name: ray.cloudpickle.dumps(ray.put(contexts[name])) for name in (TRAIN, EVALUATION)},
+        widths=dict(widths),
+        threads=threads,
+    )
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    queue = ray.remote(StreamQueue).options(name=name, num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(
+        production,
+        cap=shards_in_flight(stream, training, widths),
+        shards=training.shards if shards is None else min(shards, training.shards),
+        blocks={hook: blocks_per_shard(training, width, stream.block_mib) for hook, width in widths.items()},
+        evaluation_blocks={hook: blocks_per_shard(evaluation, width, stream.block_mib) for hook, width in widths.items()},
+        actor_options={"num_cpus": resources.producer_cpus, "num_gpus": resources.producer_gpus, "runtime_env": ENVIRONMENT},
+        hang_seconds=hang_seconds,
+        producer_class=producer_class,
+    )  # fmt: skip
+    queue.start.remote()
+    return queue
+
+
+class StreamQueue:
+    """See the module and `start_stream`. `blocks` gives the blocks per shard of each hook point, in the order in which producers return them."""
+
+    def __init__(
+        self,
+        production: Production,
+        *,
+        cap: int,
+        shards: int,
+        blocks: Mapping[str, int],
+        evaluation_blocks: Mapping[str, int],
+        actor_options: Mapping[str, float],
+        hang_seconds: float,
+        producer_class: type,
+    ):
+        config = production.stream
+        self.production = production
+        self.state = StreamState(shards, cap, config.lag)
+        self.shard_bytes = _shard_bytes(production.specs[TRAIN], production.widths)
+        self._offsets = {TRAIN: _offsets(blocks), EVALUATION: _offsets(evaluation_blocks)}
+        self._returns = {TRAIN: 1 + sum(blocks.values()), EVALUATION: 1 + sum(evaluation_blocks.values())}
+        self._hook_point: dict[str, str] = {}  # of each consumer
+        self._refs: dict[int, list[ray.ObjectRef]] = {}  # the blocks of the training shards held
+        self._evaluation: dict[int, asyncio.Future] = {}  # the blocks of the held-out shards, kept to the end
+        self._errands: list[Job] = []  # all jobs but training shards; they come first, since someone waits for each of them
+        self._waiting: dict[str, int] = {}  # fetches per consumer that wait now
+        self._changed = asyncio.Event()
+        self._tending: asyncio.Task | None = None
+        self._totals = dict.fromkeys(COUNTERS, 0.0)
+        self._counters = {name: Counter(f"raysae_{name}", description=text) for name, text in COUNTERS.items()}
+        self._gauges = {name: Gauge(f"raysae_{name}", description=text) for name, text in GAUGES.items()}
+        self._peak_bytes = 0
+        actor_class = ray.remote(producer_class).options(max_restarts=0, **actor_options)
+        self.pool = ProducerPool(
+            create=lambda: actor_class.remote(production),
+            take=self._take,
+            least=config.producers_min,
+            most=config.producers_max,
+            hang_seconds=hang_seconds,
+            waited=lambda seconds: self._count("producer_wait_seconds", seconds),
+            changed=self._notify,
+        )
+
+    async def start(self) -> None:
+        """Start the producers. Every other call does so too, so that a restarted queue goes on."""
+        if self._tending is None:
+            self._tending = asyncio.get_running_loop().create_task(self._tend())
+
+    async def stop(self) -> None:
+        """Let the producers go; whoever asks for a block from now on gets an error."""
+        self.pool.close()
+        self._notify()
+
+    # ---------------------------------------------------------------- consumers
+
+    async def expect(self, consumers: Iterable[str]) -> None:
+        """Keep the first shards for these consumers until they have joined, `stream.hold_seconds` at most."""
+        await self.start()
+        self.state.expect(consumers, time.monotonic() + self.production.stream.hold_seconds)
+
+    async def join(self, consumer: str, hook_point: str, row: int, until_shard: int | None = None) -> None:
+        """`consumer` reads the training stream at `hook_point` from global row `row` to the end of shard `until_shard` − 1 (unset: of the stream).
+
+        A consumer that joins again has restarted: it goes on from the new row.
+        """
+        await self.start()
+        if hook_point not in self.production.widths:
+            raise StreamError(f"hook point {hook_point} is not streamed: {', '.join(self.production.widths)} are")
+        self.state.join(consumer, row // self.production.specs[TRAIN].rows_per_shard, until_shard)
+        self._hook_point[consumer] = hook_point
+        self._settle()
+
+    async def leave(self, consumer: str) -> None:
+        self.state.leave(consumer)
+        self._settle()
+
+    async def acknowledge(self, consumer: str, done_shards: int) -> None:
+        """`consumer` has completely consumed the shards below `done_shards`."""
+        self.state.advance(consumer, done_shards)
+        self._settle()
+
+    async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> list[ray.ObjectRef]:
+        """A block of the training stream at the consumer's hook point, when it is there; `done_shards` as in `acknowledge`.
+
+        The reference comes inside a list, or Ray would send the block itself.
+
+        Raises:
+            NotJoinedError: `consumer` is unknown.
+            StreamError: the shard is none of the consumer's, or it could not be produced, or there are no producers any more.
+        """
+        await self.acknowledge(consumer, done_shards)
+        began = time.monotonic()
+        self._waiting[consumer] = self._waiting.get(consumer, 0) + 1
+        try:
+            while not self.state.ready(consumer, shard):
+                await self._change()
+        finally:
+            self._waiting[consumer] -= 1
+            self._count("consumer_wait_seconds", time.monotonic() - began)
+        self._count("blocks_served", 1)
+        return [self._refs[shard][self._offsets[TRAIN][self._hook_point[consumer]] + block]]
+
+    async def evaluation_block(self, hook_point: str, shard: int, block: int) -> list[ray.ObjectRef]:
+        """A block of the held-out stream. Each shard is produced once, when it is first asked for, and kept."""
+        await self.start()
+        future = self._evaluation.get(shard)
+        if future is None or (future.done() and future.exception()):
+            future = self._evaluation[shard] = self._errand("produce", (EVALUATION, shard), self._returns[EVALUATION])
+        _, refs = await self._result(future)
+        self._count("blocks_served", 1)
+        return [refs[self._offsets[EVALUATION][hook_point] + block]]
+
+    async def lost(self, stream: str, shard: int, ref: str) -> None:
+        """A consumer could not read this block (hexadecimal id of its reference): its machine is gone, and the shard is produced again."""
+        if stream == TRAIN:
+            refs = self._refs.get(shard, [])
+        else:
+            future = self._evaluation.get(shard)
+            refs = future.result()[1] if future and future.done() and not future.exception() else []
+        if any(held.hex() == ref for held in refs):  # otherwise another consumer has said so before
+            log.warning("shard %d of the %s stream is lost: it is produced again", shard, stream)
+            if stream == TRAIN:
+                self.state.lose(shard)
+            else:
+                del self._evaluation[shard]
+            self._settle()
+
+    async def evaluate(self, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int) -> dict[str, dict]:
+        """Metrics in the language model of saved SAEs (name → folder), computed by a producer; see `Producer.evaluate`."""
+        await self.start()
+        result, _ = await self._result(self._errand("evaluate", (EVALUATION, hook_point, dict(saes), mean, predicted_tokens), 1))
+        return result
+
+    async def stats(self) -> dict[str, object]:
+        """Totals (see COUNTERS), bytes in flight now, at most and allowed, producers, and each consumer's position in shards and whether it waits."""
+        whole = {name: value if name.endswith("seconds") else int(value) for name, value in self._totals.items()}
+        consumers = {
+            name: {"position": consumer.position, "until": consumer.until, "waiting": self._waiting.get(name, 0) > 0}
+            for name, consumer in self.state.consumers.items()
+            if consumer.real
+        }
+        return whole | {
+            "bytes_in_flight": self._bytes,
+            "peak_bytes_in_flight": self._peak_bytes,
+            "bound_bytes": self.state.cap * self.shard_bytes,
+            "producers": len(self.pool.pids),
+            "producer_pids": self.pool.pids,
+            "producers_replaced": self.pool.replaced,
+            "consumers": consumers,
+        }
+
+    # ---------------------------------------------------------------- producers
+
+    async def _take(self) -> Job:
+        """The next job for a producer. Nothing is awaited between the decision and the return: a cancelled producer takes no job with it."""
+        while True:
+            if self._errands:
+                return self._errands.pop(0)
+            if (shard := self.state.lease()) is not None:
+                self._settle()
+                self._peak_bytes = max(self._peak_bytes, self._bytes)
+                return Job(
+                    "produce", (TRAIN, shard), self._returns[TRAIN],
+                    done=lambda meta, refs: self._produced(shard, meta, refs),
+                    failed=lambda error, died: self._failed(shard, error),
+                )  # fmt: skip
+            await self._changed.wait()
+
+    def _produced(self, shard: int, meta: Mapping[str, object], refs: list[ray.ObjectRef]) -> None:
+        self._count("shards_produced", 1)
+        self._count("shards_from_cache", int(meta["from_cache"]))
+        self._count("contexts_forwarded", meta["contexts_forwarded"])
+        self._note_nonfinite(TRAIN, meta)
+        if self.state.produced(shard):
+            self._refs[shard] = refs
+        self._settle()
+
+    def _failed(self, shard: int, error: Exception) -> None:
+        log.warning("shard %d: %s", shard, one_line(error))
+        self.state.fail(shard, one_line(error))
+        self._settle()
+
+    def _errand(self, method: str, args: tuple, returns: int) -> asyncio.Future:
+        """Queue a call of a producer; the future gives (first result, references to the others). A producer's death is no failure of the job."""
+        future = asyncio.get_running_loop().create_future()
+        attempts = itertools.count(1)
+
+        def done(result: object, refs: list[ray.ObjectRef]) -> None:
+            if method == "produce":
+                self._count("evaluation_contexts_forwarded", result["contexts_forwarded"])
+                self._note_nonfinite(EVALUATION, result)
+            future.set_result((result, refs))
+            self._notify()
+
+        def failed(error: Exception, died: bool) -> None:
+            if died and next(attempts) < ATTEMPTS:
+                self._errands.append(job)
+            else:
+                future.set_exception(error)
+            self._notify()
+
+        job = Job(method, args, returns, done, failed)
+        self._errands.append(job)
+        self._notify()
+        return future
+
+    async def _result(self, future: asyncio.Future) -> tuple:
+        while not future.done():
+            await self._change()
+        return future.result()
+
+    def _note_nonfinite(self, stream: str, meta: Mapping[str, object]) -> None:
+        """Non-finite activations go out as they are: each SAE's trainer decides what they mean to it."""
+        if meta["nonfinite"]:
+            log.warning("shard %s of the %s stream holds NaN or infinite activations: %s", meta["index"], stream, meta["nonfinite"])
+            self._count("shards_nonfinite", 1)
+
+    # ---------------------------------------------------------------- bookkeeping
+
+    async def _tend(self) -> None:
+        while True:
+            try:
+                self._tend_once()
+            except Exception:  # whatever it is, the stream must go on being tended
+                log.exception("the stream could not be tended")
+            await asyncio.sleep(TEND_SECONDS)
+
+    def _tend_once(self) -> None:
+        if self.state.expire(time.monotonic()):
+            self._settle()
+        waiting = any(self._waiting.values()) and len(self.state.leased) + len(self.state.held) < self.state.cap
+        idle = any(producer.idle_since is not None for producer in self.pool.producers)
+        self.pool.tend(pressed=(waiting or bool(self._errands)) and not idle)
+        self._gauges["bytes_in_flight"].set(self._bytes)
+        self._gauges["producers"].set(len(self.pool.pids))
+        self._gauges["consumers_waiting"].set(sum(n > 0 for n in self._waiting.values()))
+
+    @property
+    def _bytes(self) -> int:
+        return (len(self.state.held) + len(self.state.leased)) * self.shard_bytes
+
+    def _settle(self) -> None:
+        """After a change of state: drop the references it no longer holds, wake whoever waits."""
+        for shard in self._refs.keys() - self.state.held:
+            del self._refs[shard]
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _change(self) -> None:
+        """Wait for the next change of anything; StreamError where none will come."""
+        if self.pool.failure:
+            raise StreamError(f"the activation stream has no producers: {self.pool.failure}")
+        await self._changed.wait()
+
+    def _count(self, name: str, value: float) -> None:
+        if value:
+            self._totals[name] += value
+            self._counters[name].inc(value)
+
+
+def _shard_bytes(spec: ActivationSpec, widths: Mapping[str, int]) -> int:
+    """Bytes of a shard over all hook points."""
+    return spec.rows_per_shard * sum(widths.values()) * (2 if spec.dtype == "bfloat16" else 4)
+
+
+def _offsets(blocks: Mapping[str, int]) -> dict[str, int]:
+    """Where each hook point's blocks begin among a shard's."""
+    return dict(zip(blocks, itertools.accumulate(blocks.values(), initial=0), strict=False))

@@ -1,0 +1,71 @@
+"""The real producer behind the queue: a language model's activations, as made in this process, and metrics in the model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from raysae.config import ActivationSpec, ModelConfig, ResourcesConfig, SAEConfig, StreamConfig, TrainConfig
+from raysae.lm.model import LanguageModel
+from raysae.sae.base import SAE
+from raysae.sae.files import save_sae
+from raysae.stream.client import StreamClient
+from raysae.stream.downstream import downstream_metrics
+from raysae.stream.queue import start_stream
+from raysae.stream.shard import ShardMaker
+from raysae.text.contexts import Contexts
+
+HOOKS = {"resid_post.2": 64, "mlp_out.3": 64}
+BLOCK_MIB = 0.25
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    ray.init(include_dashboard=False, num_cpus=2, object_store_memory=128 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_path):
+    model = ModelConfig(name=str(stories_model))
+    tokens = np.random.default_rng(0).integers(3, 512, (512, 16)).astype(np.uint16)
+    contexts = Contexts("digest", tokens)
+    spec = ActivationSpec(
+        model="m", text="digest", contexts=512, context_length=16, skip_positions=4, dtype="float32", seed=3, epochs=1, shard_contexts=256,
+        batch_contexts=64,
+    )  # fmt: skip
+    queue = start_stream(
+        model=model,
+        stream=StreamConfig(block_mib=BLOCK_MIB, cache_dir=str(tmp_path / "cache")),
+        resources=ResourcesConfig(),
+        training=spec,
+        evaluation=spec,
+        contexts={"train": contexts, "evaluation": contexts},
+        widths=HOOKS,
+        threads=1,
+    )
+    torch.set_num_threads(1)
+    lm = LanguageModel.load(model)
+    maker = ShardMaker(lm, contexts, spec, list(HOOKS), BLOCK_MIB)
+    for hook in HOOKS:
+        reader = StreamClient(queue, hook, hook, spec, HOOKS[hook], BLOCK_MIB).open(0, spec.rows_per_shard)
+        for shard in range(spec.shards):
+            expected = np.concatenate(maker.make(shard)[1][hook])
+            assert np.array_equal(reader.next().numpy(), expected)
+        reader.close()
+    stats = ray.get(queue.stats.remote())
+    assert stats["shards_from_cache"] + stats["contexts_forwarded"] / 256 == stats["shards_produced"]
+    assert stats["contexts_forwarded"] == 512, "the second reader came late, and was served from the cache"
+
+    sae = SAE.build(SAEConfig(hook_point="resid_post.2", width=128, k=8, learning_rate=1e-3), 64, TrainConfig())
+    sae.initialise(torch.from_numpy(np.concatenate(maker.make(0)[1]["resid_post.2"])))
+    save_sae(sae, tmp_path / "sae", {})
+    mean = np.full(64, 0.1, np.float32)
+    found = ray.get(queue.evaluate.remote("resid_post.2", {"a": str(tmp_path / "sae")}, mean, 300 * 11 - 3))
+    chosen = torch.from_numpy(np.concatenate([contexts[spec.contexts_of(i)] for i in range(2)])[:300])
+    expected = downstream_metrics(lm, chosen, "resid_post.2", {"a": sae.folded()}, torch.from_numpy(mean), 4).finish()
+    for metric in ("kl", "ce_clean", "ce_sae", "ce_mean", "ce_zero"):  # of random tokens nothing is to be recovered
+        assert found["a"][metric] == pytest.approx(expected["a"][metric], rel=1e-5)
+    ray.kill(queue)

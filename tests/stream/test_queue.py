@@ -1,0 +1,269 @@
+"""The queue on a real local Ray, with producers that need no language model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from raysae.config import ActivationSpec, ModelConfig, ResourcesConfig, StreamConfig, UserError
+from raysae.stream.blocks import cut
+from raysae.stream.client import StreamClient
+from raysae.stream.producer import Production
+from raysae.stream.queue import shards_in_flight, start_stream
+from raysae.stream.state import StreamError
+
+WIDTHS = {"resid_post.0": 8, "mlp_out.1": 4}
+CONTEXTS = 256
+SPEC = ActivationSpec(
+    model="m", text="t", contexts=CONTEXTS * 8, context_length=6, skip_positions=2, dtype="float32", seed=0, epochs=1, shard_contexts=CONTEXTS,
+    batch_contexts=CONTEXTS,
+)  # fmt: skip
+ROWS = SPEC.rows_per_shard  # 1,024
+SHARD_MIB = ROWS * sum(WIDTHS.values()) * 4 / 2**20
+BLOCK_MIB = 0.01  # several blocks a shard
+TIMEOUT = 60
+
+
+def rows_of(stream: str, hook_point: str, shard: int) -> np.ndarray:
+    """What the fake producers say the activations are: a pure function, as it must be."""
+    seed = [len(stream), list(WIDTHS).index(hook_point), shard]
+    return np.random.default_rng(seed).standard_normal((ROWS, WIDTHS[hook_point]), np.float32)
+
+
+class FakeProducer:
+    """Fails as its `model.name` says: 'slow' takes its time, 'poison:i' raises on shard i, 'hang' never comes back from its first shard."""
+
+    def __init__(self, production: Production):
+        self.production = production
+        self.mode = production.model.name
+        if self.mode == "broken":
+            raise OSError("no such weights")
+
+    def ping(self) -> int:
+        return os.getpid()
+
+    def produce(self, stream: str, shard: int) -> list:
+        if self.mode == "slow":
+            time.sleep(0.3)
+        if self.mode == f"poison:{shard}":
+            raise ValueError("bad shard")
+        if self.mode.startswith("hang:") and not os.path.exists(self.mode[5:]):
+            open(self.mode[5:], "w").close()
+            time.sleep(3600)
+        meta = {"index": shard, "contexts_forwarded": CONTEXTS, "from_cache": False, "nonfinite": ["mlp_out.1"] if shard == 3 else []}
+        return [meta, *(block for hook in WIDTHS for block in cut(rows_of(stream, hook, shard), "float32", BLOCK_MIB))]
+
+    def evaluate(self, stream, hook_point, saes, mean, predicted_tokens) -> dict:
+        return {name: {"folder": folder, "sum": float(mean.sum()), "tokens": predicted_tokens, "hook": hook_point} for name, folder in saes.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    ray.init(include_dashboard=False, num_cpus=2, object_store_memory=128 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def stream():
+    """Starts queues, and takes them down after the test."""
+    queues = []
+
+    def start(model="plain", shards_of_room=3, hang_seconds=60, **config):
+        queue = start_stream(
+            model=ModelConfig(name=model),
+            stream=StreamConfig(block_mib=BLOCK_MIB, mib_in_flight=shards_of_room * SHARD_MIB, **config),
+            resources=ResourcesConfig(producer_cpus=0.5),
+            training=SPEC,
+            evaluation=SPEC,
+            contexts={"train": None, "evaluation": None},
+            widths=WIDTHS,
+            hang_seconds=hang_seconds,
+            producer_class=FakeProducer,
+        )
+        queues.append(queue)
+        return queue
+
+    yield start
+    for queue in queues:
+        ray.kill(queue)
+
+
+class Trainer(threading.Thread):
+    """A consumer that reads rows [row, end), as fast as `pause` seconds per batch let it."""
+
+    def __init__(self, queue, name, hook_point="resid_post.0", row=0, end=SPEC.rows, batch=300, pause=0.0):
+        super().__init__(daemon=True)
+        self.client = StreamClient(queue, name, hook_point, SPEC, WIDTHS[hook_point], BLOCK_MIB)
+        self.hook_point, self.row, self.end, self.batch, self.pause = hook_point, row, end, batch, pause
+        self.batches: list[torch.Tensor] = []
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self):
+        try:
+            reader = self.client.open(self.row, self.batch, self.end)
+            for _ in range((self.end - self.row) // self.batch):
+                self.batches.append(reader.next().clone())
+                time.sleep(self.pause)
+            reader.close()
+        except Exception as error:
+            self.error = error
+
+    def check(self):
+        """Waits for the end; then all rows must have come, in order."""
+        self.join(TIMEOUT)
+        assert not self.is_alive(), "the consumer still waits"
+        if self.error:
+            raise self.error
+        everything = np.concatenate([rows_of("train", self.hook_point, i) for i in range(SPEC.shards)])
+        read = torch.cat(self.batches).numpy()
+        assert len(read) == (self.end - self.row) // self.batch * self.batch
+        assert np.array_equal(read, everything[self.row : self.row + len(read)])
+
+
+def stats(queue) -> dict:
+    return ray.get(queue.stats.remote(), timeout=TIMEOUT)
+
+
+def test_consumers_of_different_speeds_share_one_pass_within_the_bound(stream):
+    queue = stream(shards_of_room=2)
+    ray.get(queue.expect.remote(["fast", "slow", "other"]))
+    trainers = [Trainer(queue, "fast"), Trainer(queue, "slow", pause=0.1), Trainer(queue, "other", "mlp_out.1", batch=512)]
+    most = 0
+    while any(t.is_alive() for t in trainers):
+        most = max(most, stats(queue)["bytes_in_flight"])
+        time.sleep(0.02)
+    for trainer in trainers:
+        trainer.check()
+    total = stats(queue)
+    bound = 2 * SHARD_MIB * 2**20
+    assert 0 < most <= total["peak_bytes_in_flight"] <= bound == total["bound_bytes"]
+    assert total["contexts_forwarded"] == SPEC.shards * CONTEXTS
+    assert total["shards_produced"] == SPEC.shards
+    assert total["shards_nonfinite"] == 1
+    assert total["consumer_wait_seconds"] > 0
+    while stats(queue)["consumers"]:
+        time.sleep(0.02)
+    assert stats(queue)["bytes_in_flight"] == 0
+
+
+def test_only_the_shards_that_are_needed_are_produced(stream):
+    queue = stream()
+    Trainer(queue, "a", row=ROWS + 10, end=3 * ROWS + 1, batch=7).check()
+    assert stats(queue)["contexts_forwarded"] == 3 * CONTEXTS
+
+
+def test_a_single_place_is_enough(stream):
+    queue = stream(shards_of_room=1)
+    Trainer(queue, "a").check()
+    assert stats(queue)["peak_bytes_in_flight"] == SHARD_MIB * 2**20
+
+
+def test_killed_producers_lose_nothing(stream):
+    queue = stream(model="slow", producers_min=2, producers_max=2)
+    trainer = Trainer(queue, "a")
+    for number in range(3):
+        while len(trainer.batches) < 5 * (number + 1):
+            time.sleep(0.02)
+        os.kill(stats(queue)["producer_pids"][0], signal.SIGKILL)
+    trainer.check()
+    total = stats(queue)
+    assert total["shards_produced"] == SPEC.shards
+    assert total["producers_replaced"] == 3
+
+
+def test_a_hung_producer_is_replaced(stream, tmp_path):
+    queue = stream(model=f"hang:{tmp_path / 'hung'}", hang_seconds=2)
+    Trainer(queue, "a").check()
+    assert stats(queue)["producers_replaced"] == 1
+
+
+def test_a_shard_that_cannot_be_produced_is_named(stream):
+    trainer = Trainer(stream(model="poison:2"), "victim")
+    with pytest.raises(StreamError, match=r"shard 2 .*consumer victim.*ValueError: bad shard"):
+        trainer.check()
+    assert len(trainer.batches) == 2 * ROWS // 300
+
+
+def test_a_model_that_does_not_load_is_told_to_consumers(stream):
+    trainer = Trainer(stream(model="broken"), "a")
+    with pytest.raises(StreamError, match=r"^the activation stream has no producers: .*could not be started in 3 attempts: OSError: no such weights"):
+        trainer.check()
+
+
+def test_the_queue_itself_dies_and_consumers_go_on(stream):
+    queue = stream()
+    trainer = Trainer(queue, "a", pause=0.05)
+    while len(trainer.batches) < 8:
+        time.sleep(0.02)
+    ray.kill(queue, no_restart=False)
+    trainer.check()
+
+
+def test_nobody_waits_for_a_consumer_that_has_closed_its_reader(stream):
+    queue = stream(shards_of_room=1)
+    quitter = StreamClient(queue, "quitter", "mlp_out.1", SPEC, WIDTHS["mlp_out.1"], BLOCK_MIB)
+    reader = quitter.open(0, 16)
+    reader.next()
+    trainer = Trainer(queue, "a")
+    while stats(queue)["consumers"].get("a", {}).get("position") != 1:
+        time.sleep(0.02)
+    assert trainer.is_alive()
+    reader.close()
+    trainer.check()
+
+
+def test_a_consumer_restarts_from_its_row(stream):
+    queue = stream()
+    Trainer(queue, "a", end=2 * ROWS, batch=64).check()
+    Trainer(queue, "a", row=640, batch=64).check()
+
+
+def test_the_held_out_stream_is_produced_once_and_kept(stream):
+    queue = stream()
+    clients = [StreamClient(queue, str(i), "mlp_out.1", SPEC, WIDTHS["mlp_out.1"], BLOCK_MIB) for i in range(2)]
+    expected = cut(rows_of("evaluation", "mlp_out.1", 1), "float32", BLOCK_MIB)
+    for _ in range(2):
+        for client in clients:
+            assert all(np.array_equal(client.evaluation_block(1, b), block) for b, block in enumerate(expected))
+    total = stats(queue)
+    assert total["evaluation_contexts_forwarded"] == CONTEXTS
+    assert total["contexts_forwarded"] == 0
+
+
+def test_evaluate_reaches_a_producer(stream):
+    queue = stream()
+    found = ray.get(queue.evaluate.remote("mlp_out.1", {"x": "/saes/x"}, np.ones(4), 100), timeout=TIMEOUT)
+    assert found == {"x": {"folder": "/saes/x", "sum": 4.0, "tokens": 100, "hook": "mlp_out.1"}}
+
+
+def test_the_pool_grows_when_consumers_wait(stream):
+    queue = stream(model="slow", producers_max=2)
+    trainer = Trainer(queue, "a")
+    while not trainer.batches:
+        time.sleep(0.02)
+    ray.get(queue.__ray_call__.remote(lambda self: self.pool._pressure.extend([True] * 10)))  # as if consumers had waited for ten seconds
+    trainer.check()
+    assert ray.get(queue.__ray_call__.remote(lambda self: len(self.pool.producers))) == 2
+
+
+def test_the_queue_is_light():
+    """What its process imports: a language model's libraries would cost it a quarter of a GiB."""
+    heavy = "import sys, raysae.stream.queue; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_bound_below_one_shard_is_refused():
+    config = StreamConfig(mib_in_flight=SHARD_MIB / 2)
+    with pytest.raises(UserError, match=r"stream\.mib_in_flight is 0\.02"):
+        shards_in_flight(config, SPEC, WIDTHS)

@@ -1,0 +1,164 @@
+"""Shards against their definition by brute force, on a fake model; purity on the real one."""
+
+import numpy as np
+import pytest
+import torch
+
+from raysae.config import ModelConfig
+from raysae.stream.blocks import as_tensor
+from raysae.stream.shard import ShardMaker, numerics
+from raysae.text.contexts import Contexts
+from tests.stream.fakes import WIDTHS, FakeLanguageModel, activation, fake_contexts, fake_spec
+
+HOOKS = list(WIDTHS)
+BLOCK_MIB = 0.01
+CONTEXTS = fake_contexts()
+
+
+def maker(hooks=HOOKS, lm=None, **changes) -> ShardMaker:
+    return ShardMaker(lm or FakeLanguageModel(), CONTEXTS, fake_spec(CONTEXTS, **changes), hooks, BLOCK_MIB)
+
+
+def rows_of(made: ShardMaker, shard: int) -> dict[str, np.ndarray]:
+    return {hook: np.concatenate(blocks) for hook, blocks in made.make(shard)[1].items()}
+
+
+@pytest.mark.parametrize("shard", [0, 2, 3, 5])
+@pytest.mark.parametrize("batch_contexts", [1, 48, 256, 1000])
+def test_a_shard_is_what_the_design_says(shard, batch_contexts):
+    spec = fake_spec(CONTEXTS, batch_contexts=batch_contexts)
+    lm = FakeLanguageModel()
+    found = rows_of(maker(lm=lm, batch_contexts=batch_contexts), shard)
+    order = spec.permutation_of(shard)
+    for hook in HOOKS:
+        laid = []  # contexts laid end to end, one row at a time
+        for index in spec.contexts_of(shard):
+            states = activation(torch.from_numpy(CONTEXTS[[index]]), hook)[0]
+            laid += [states[position].numpy() for position in range(spec.skip_positions, spec.context_length)]
+        assert found[hook].shape == (spec.rows_per_shard, WIDTHS[hook])
+        for row in range(spec.rows_per_shard):
+            assert np.array_equal(found[hook][row], laid[order[row]])
+    assert lm.forwarded == 256
+    sizes = [size for size, _ in lm.asked]
+    assert sizes[:-1] == [batch_contexts] * (len(sizes) - 1), "one pass of batch_contexts at a time, for all hook points at once"
+    assert {hooks for _, hooks in lm.asked} == {tuple(HOOKS)}
+
+
+def test_meta():
+    meta, blocks = maker().make(4)
+    seconds = meta.pop("seconds")
+    assert seconds > 0
+    assert meta == {"index": 4, "contexts_forwarded": 256, "from_cache": False, "nonfinite": [], "numerics": numerics("cpu")}
+    assert list(blocks) == HOOKS
+    assert len(blocks["mlp_act.1"]) > len(blocks["resid_post.0"]) > 1
+
+
+def test_neither_companions_nor_history_change_a_bit():
+    together = maker()
+    first = rows_of(together, 1)
+    together.make(0)
+    again = rows_of(together, 1)
+    for hook in HOOKS:
+        alone = rows_of(maker([hook]), 1)
+        assert list(alone) == [hook]
+        assert alone[hook].tobytes() == first[hook].tobytes() == again[hook].tobytes()
+    assert rows_of(maker(seed=6), 1)["resid_post.0"].tobytes() != first["resid_post.0"].tobytes()
+
+
+def test_an_epoch_reads_every_context_once_and_the_next_in_another_order():
+    made = maker()
+    spec = made.spec
+    assert spec.shards == 6
+    seen = [made.annotations(shard, token_loss=False)["context"] for shard in range(spec.shards)]
+    kept = spec.context_length - spec.skip_positions
+    for epoch in (seen[:3], seen[3:]):
+        contexts, counts = np.unique(np.concatenate(epoch), return_counts=True)
+        assert len(contexts) == 3 * 256
+        assert set(counts) == {kept}
+    assert not np.array_equal(seen[0], seen[3])
+
+
+def test_annotations_belong_to_the_rows():
+    lm = FakeLanguageModel()
+    made = maker(lm=lm)
+    notes = made.annotations(3)
+    order = made.spec.permutation_of(3)
+    rows = rows_of(maker(), 3)["resid_post.0"]
+    expected = notes["token"][order] + notes["position"][order] / 100
+    np.testing.assert_allclose(rows[:, 0], expected, rtol=1e-6)
+    assert np.array_equal(notes["token"], CONTEXTS.tokens[notes["context"], notes["position"]])
+    np.testing.assert_allclose(notes["token_loss"], notes["token"] / 7, rtol=1e-6)
+    assert {len(note) for note in notes.values()} == {made.spec.rows_per_shard}
+    assert {hooks for _, hooks in lm.asked} == {()}
+    lm.asked.clear()
+    assert "token_loss" not in made.annotations(3, token_loss=False)
+    assert not lm.asked
+
+
+def test_bfloat16_rows_are_the_models_bits():
+    spec = fake_spec(CONTEXTS, dtype="bfloat16")
+    made = maker(lm=FakeLanguageModel(torch.bfloat16), dtype="bfloat16")
+    for hook, rows in rows_of(made, 2).items():
+        assert rows.dtype == np.int16
+        tokens = torch.from_numpy(CONTEXTS[spec.contexts_of(2)])
+        laid = activation(tokens, hook).to(torch.bfloat16)[:, spec.skip_positions :].flatten(0, 1)
+        assert torch.equal(as_tensor(rows, "bfloat16"), laid[torch.from_numpy(spec.permutation_of(2))])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_that_are_not_finite_are_reported_by_hook_point(value, dtype):
+    lm = FakeLanguageModel(poison={"mlp_act.1": value})
+    meta, _ = maker(lm=lm, dtype=dtype).make(0)
+    assert meta["nonfinite"] == ["mlp_act.1"]
+    assert maker(["resid_post.0"], lm=lm).make(0)[0]["nonfinite"] == []
+
+
+def test_shards_outside_the_pass():
+    for shard in (-1, 6):
+        with pytest.raises(IndexError, match="of a pass of 6"):
+            maker().make(shard)
+        with pytest.raises(IndexError):
+            maker().annotations(shard)
+
+
+def test_contexts_of_another_text_are_refused():
+    other = Contexts("another", CONTEXTS.tokens)
+    with pytest.raises(ValueError, match="are not those of the spec"):
+        ShardMaker(FakeLanguageModel(), other, fake_spec(CONTEXTS), HOOKS, BLOCK_MIB)
+
+
+def test_numerics_follow_the_threads():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        changed = numerics("cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert changed != numerics("cpu")
+
+
+def test_a_real_model(stories_model):
+    from raysae.lm.model import LanguageModel
+
+    lm = LanguageModel.load(ModelConfig(name=str(stories_model)))
+    tokens = np.random.default_rng(1).integers(3, 512, (300, 24), dtype=np.uint16)
+    tokens[:, 0] = 1
+    contexts = Contexts("real", tokens)
+    hooks = ["resid_post.2", "mlp_act.0", "attn_z.1"]
+    spec = fake_spec(contexts, model=lm.facts.digest, contexts=300, context_length=24, skip_positions=8, batch_contexts=32)
+
+    def rows(hook_points: list[str]) -> dict[str, np.ndarray]:
+        return rows_of(ShardMaker(lm, contexts, spec, hook_points, 1), 0)
+
+    found = rows(hooks)
+    for hook in hooks:
+        assert rows([hook])[hook].tobytes() == found[hook].tobytes()
+    notes = ShardMaker(lm, contexts, spec, hooks, 1).annotations(0)
+    with torch.no_grad():
+        output = lm.model(torch.from_numpy(contexts[spec.contexts_of(0)]), output_hidden_states=True)
+    laid = output.hidden_states[3][:, 8:].flatten(0, 1).numpy()
+    np.testing.assert_allclose(found["resid_post.2"], laid[spec.permutation_of(0)], atol=1e-4, rtol=1e-4)
+    predicted = output.logits.log_softmax(-1)[:, 7:-1].flatten(0, 1)
+    loss = -predicted[torch.arange(len(predicted)), torch.from_numpy(notes["token"])]
+    np.testing.assert_allclose(notes["token_loss"], loss.numpy(), atol=1e-4)

@@ -1,0 +1,294 @@
+"""StreamState against a simple model: who has read what, and what a pass of the stream costs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from raysae.stream.state import ATTEMPTS, NotJoinedError, StreamError, StreamState
+
+SHARDS = 12
+NAMES = ["a", "b", "c", "d"]
+
+
+class StreamMachine(RuleBasedStateMachine):
+    """The model: the list of shards each consumer has read. The stream must hand out start, start + 1, … and nothing else, within its bounds."""
+
+    @initialize(cap=st.integers(1, 5), lag=st.sampled_from(["stall", "detach"]))
+    def start(self, cap, lag):
+        self.state = StreamState(SHARDS, cap, lag)
+        self.now = 0.0
+        self.read: dict[str, list[int]] = {}
+        self.range: dict[str, range] = {}
+        self.failures: dict[int, int] = {}
+
+    @rule(names=st.sets(st.sampled_from(NAMES)), seconds=st.floats(0, 3))
+    def expect(self, names, seconds):
+        self.state.expect(sorted(names - self.range.keys()), self.now + seconds)
+
+    @rule(seconds=st.floats(0.1, 2))
+    def wait(self, seconds):
+        self.now += seconds
+        self.state.expire(self.now)
+
+    @rule(name=st.sampled_from(NAMES), position=st.integers(0, SHARDS), length=st.integers(0, SHARDS))
+    def join(self, name, position, length):
+        until = min(SHARDS, position + length)
+        self.state.join(name, position, until)
+        self.range[name], self.read[name] = range(position, until), []
+
+    @precondition(lambda self: self.range)
+    @rule(data=st.data())
+    def restart_from_checkpoint(self, data):
+        name = data.draw(st.sampled_from(sorted(self.range)))
+        back = data.draw(st.integers(0, len(self.read[name])))
+        position = self.range[name].start + back
+        self.state.join(name, position, self.range[name].stop)
+        self.read[name] = self.read[name][:back]
+
+    @precondition(lambda self: self.range)
+    @rule(data=st.data())
+    def leave(self, data):
+        name = data.draw(st.sampled_from(sorted(self.range)))
+        self.state.leave(name)
+        del self.range[name], self.read[name]
+        with pytest.raises(NotJoinedError):
+            self.state.ready(name, 0)
+
+    @rule()
+    def lease(self):
+        before = set(self.state.leased | self.state.held)
+        shard = self.state.lease()
+        if shard is not None:
+            assert shard not in before, "a shard held or in production was leased again"
+            wanting = [m for m in self.state.passes() if any(c.real and c.needs(shard) for c in m)]
+            assert any(m[0].position <= shard < m[0].position + self.state.window for m in wanting), "leased outside every window"
+
+    @precondition(lambda self: self.state.leased)
+    @rule(data=st.data())
+    def produce(self, data):
+        shard = data.draw(st.sampled_from(sorted(self.state.leased)))
+        assert self.state.produced(shard) == (shard in self.state.held)
+        self.failures.pop(shard, None)
+
+    @precondition(lambda self: any(self.failures.get(s, 0) < ATTEMPTS - 1 for s in self.state.leased))
+    @rule(data=st.data())
+    def producer_dies(self, data):
+        shard = data.draw(st.sampled_from(sorted(s for s in self.state.leased if self.failures.get(s, 0) < ATTEMPTS - 1)))
+        self.state.fail(shard, "died")
+        self.failures[shard] = self.failures.get(shard, 0) + 1
+
+    @precondition(lambda self: self.state.held)
+    @rule(data=st.data())
+    def machine_dies(self, data):
+        self.state.lose(data.draw(st.sampled_from(sorted(self.state.held))))
+
+    @precondition(lambda self: self.range)
+    @rule(data=st.data())
+    def consume(self, data):
+        self.try_read(data.draw(st.sampled_from(sorted(self.range))))
+
+    def next_of(self, name):
+        return self.range[name].start + len(self.read[name])
+
+    def try_read(self, name) -> bool:
+        shard = self.next_of(name)
+        if shard >= self.range[name].stop:
+            with pytest.raises(StreamError):
+                self.state.ready(name, shard)
+            return False
+        if not self.state.ready(name, shard):
+            return False
+        self.read[name].append(shard)
+        self.state.advance(name, shard + 1)
+        self.state.advance(name, shard)  # a late message changes nothing
+        assert self.state.consumers[name].position == shard + 1
+        return True
+
+    @invariant()
+    def never_more_than_the_cap(self):
+        assert len(self.state.leased | self.state.held) == len(self.state.leased) + len(self.state.held) <= self.state.cap
+
+    @invariant()
+    def nothing_held_for_nobody(self):
+        for shard in self.state.held:
+            assert any(c.needs(shard) for c in self.state.consumers.values())
+
+    @invariant()
+    def nothing_lost(self):
+        for name in self.range:
+            assert self.state.consumers[name].position == self.next_of(name)
+
+    def teardown(self):
+        """With one producer and every consumer alive, all is read to the end, each shard in its order."""
+        if not hasattr(self, "state"):
+            return
+        self.state.expire(float("inf"))
+        for _ in range(20 * SHARDS * len(NAMES)):
+            if self.state.lease() is not None or self.state.leased:
+                self.state.produced(min(self.state.leased))
+            for name in sorted(self.range):
+                self.try_read(name)
+            self.never_more_than_the_cap()
+        assert all(read == list(self.range[name]) for name, read in self.read.items())
+
+
+TestStream = StreamMachine.TestCase
+TestStream.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+@given(cap=st.integers(1, 6), consumers=st.integers(1, 4), producers=st.integers(1, 3), seed=st.randoms(use_true_random=False))
+@settings(max_examples=150, deadline=None)
+def test_a_pass_costs_each_shard_once(cap, consumers, producers, seed):
+    """Consumers that start together share every shard, whatever their speeds and the order of production."""
+    state = StreamState(SHARDS, cap)
+    position = {f"c{i}": 0 for i in range(consumers)}
+    state.expect(position, until=1.0)
+    late = list(position)
+    seed.shuffle(late)
+    leased = []
+    while any(p < SHARDS for p in position.values()):
+        if late and seed.random() < 0.3:
+            state.join(late.pop(), 0)
+        if len(state.leased) < producers and (shard := state.lease()) is not None:
+            leased.append(shard)
+        if state.leased and seed.random() < 0.7:
+            state.produced(seed.choice(sorted(state.leased)))
+        name = seed.choice(sorted(position))
+        if name not in late and position[name] < SHARDS and state.ready(name, position[name]):
+            position[name] += 1
+            state.advance(name, position[name])
+    assert leased == list(range(SHARDS))
+    assert not state.held
+    assert state.lease() is None
+
+
+def produce_all(state: StreamState) -> list[int]:
+    """Produce what the state asks for until it asks for no more."""
+    shards = []
+    while (shard := state.lease()) is not None:
+        shards.append(shard)
+        assert len(shards) <= 100, "it gives up what it has just asked for"
+        state.produced(shard)
+    return shards
+
+
+def test_stall_waits_for_the_slowest():
+    state = StreamState(100, cap=4)
+    state.join("slow", 0)
+    state.join("fast", 0)
+    assert produce_all(state) == [0, 1, 2, 3]
+    state.advance("fast", 4)
+    assert produce_all(state) == []
+    assert not state.ready("fast", 4)
+    state.advance("slow", 1)
+    assert produce_all(state) == [4]
+    assert state.ready("fast", 4)
+
+
+def test_detach_goes_on_alone():
+    state = StreamState(100, cap=4, lag="detach")
+    state.join("slow", 0)
+    state.join("fast", 0)
+    assert produce_all(state) == [0, 1]
+    for shard in range(2, 20):
+        state.advance("fast", shard)
+        assert shard in produce_all(state) + sorted(state.held)
+        assert state.ready("fast", shard)
+    assert state.ready("slow", 0)
+    assert state.ready("slow", 1)
+
+
+def test_late_joiner_merges_when_it_has_caught_up():
+    state = StreamState(100, cap=4)
+    state.join("early", 20)
+    assert produce_all(state) == [20, 21, 22, 23]
+    state.join("late", 0)
+    assert produce_all(state) == [0]
+    assert state.held == {0, 20, 21, 22}, "the cap holds for both passes together: the furthest shard gave way"
+    for shard in range(1, 16):
+        state.advance("late", shard)
+        state.produced(state.lease())
+    assert len(state.passes()) == 2
+    state.advance("late", 17)
+    assert len(state.passes()) == 1
+    produced = []
+    for shard in range(18, 24):
+        produced += produce_all(state)
+        state.advance("late", shard)
+    assert 21 not in produced, "a shard still held for the early consumer serves the late one"
+
+
+def test_placeholders_keep_the_first_shards_until_their_time():
+    state = StreamState(100, cap=2)
+    state.expect(["a", "b"], until=10)
+    assert state.lease() is None, "nothing is produced for those who may never come"
+    state.join("a", 0)
+    assert produce_all(state) == [0, 1]
+    state.advance("a", 2)
+    assert state.held == {0, 1}
+    assert state.lease() is None
+    assert not state.expire(9.9)
+    assert state.expire(10)
+    assert not state.held
+    assert produce_all(state) == [2, 3]
+
+
+def test_only_needed_shards_are_produced():
+    state = StreamState(100, cap=8)
+    state.join("a", 0, until=3)
+    assert produce_all(state) == [0, 1, 2]
+    with pytest.raises(StreamError, match="shard 3"):
+        state.ready("a", 3)
+
+
+def test_a_shard_that_cannot_be_produced_is_named_to_its_consumers():
+    state = StreamState(100, cap=2)
+    state.join("a", 0)
+    for _ in range(ATTEMPTS):
+        assert state.lease() == 0
+        state.fail(0, "out of memory")
+    with pytest.raises(StreamError, match=r"shard 0 .* consumer a .*out of memory"):
+        state.ready("a", 0)
+    assert state.lease() == 1
+
+
+def test_going_back_keeps_what_is_within_the_window():
+    state = StreamState(100, cap=2)
+    state.join("a", 5)
+    assert produce_all(state) == [5, 6]
+    state.join("a", 4)
+    assert produce_all(state) == [4]
+    assert state.held == {4, 5}
+
+
+@given(
+    positions=st.lists(st.integers(0, 30), min_size=2, max_size=5, unique=True),
+    room=st.integers(0, 3),
+    lag=st.sampled_from(["stall", "detach"]),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_slowest_goes_on_while_the_others_are_dead(positions, room, lag, order):
+    """The others have filled all places before it comes; it must get as far as the next of them."""
+    slowest, *others = sorted(positions)
+    state = StreamState(100, len(positions) + room, lag)
+    order.shuffle(others)
+    for position in others:
+        state.join(f"at {position}", position)
+        produce_all(state)
+    state.join("slowest", slowest)
+    for shard in range(slowest, min(others)):
+        produce_all(state)
+        assert state.ready("slowest", shard)
+        state.advance("slowest", shard + 1)
+
+
+def test_passes_that_all_lost_their_shards_do_not_block_each_other():
+    state = StreamState(100, cap=4, lag="detach")
+    for i, position in enumerate((0, 10, 20, 30)):
+        state.join(f"c{i}", position)
+    state.held = {1, 11, 21, 31}  # as after the loss of a machine
+    assert state.lease() is not None
