@@ -1,0 +1,210 @@
+"""The trainer: a Ray actor, thin around `loop.Loop`. The loop works in a thread of its own; the methods ask it things or leave it requests.
+
+Importing this module does not import torch: Ray imports it in every process that is handed a trainer, such as the trials of a sweep.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+
+from raysae.config import ActivationSpec, SAEConfig, SweepConfig
+from raysae.stream.producer import ENVIRONMENT
+
+log = logging.getLogger(__name__)
+
+RESTARTS = 100  # of a trainer's process; what kills it more often than that will kill it again
+POLL_SECONDS = 30.0  # `reports` answers after this long even where there is nothing new
+STOP_SECONDS = 45.0  # `stop` waits this long for the loop
+SPARE_CALLS = 16  # threads for methods, beside the two per SAE that may wait for its reports
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a trainer needs to know; the fields are the arguments of `start_trainer`.
+
+    The queue goes by its name because an actor that may be restarted should depend on nothing in the object store, where Ray counts handles.
+    """
+
+    queue: str
+    consumer: str
+    folder: str
+    hook_point: str
+    width: int
+    saes: tuple[SAEConfig, ...]
+    training: ActivationSpec
+    evaluation: ActivationSpec
+    config: SweepConfig
+    threads: int
+    allow: frozenset[str] = frozenset()
+
+
+def start_trainer(
+    *,
+    queue: str,
+    consumer: str,
+    folder: str | Path,
+    hook_point: str,
+    width: int,
+    saes: Sequence[SAEConfig],
+    training: ActivationSpec,
+    evaluation: ActivationSpec,
+    config: SweepConfig,
+    threads: int,
+    allow: frozenset[str] = frozenset(),
+) -> ActorHandle:
+    """Start a trainer of `saes`; returns at once. What `folder` holds of them is gone on with: ended SAEs are shown, others continue.
+
+    Args:
+        queue: the name given to `stream.queue.start_stream`.
+        consumer: the trainer's name on the stream, its own among all trainers.
+        folder: of the study, local (then reachable from every machine a trainer may be on) or any URL fsspec knows.
+        hook_point, width: where the activations come from, and how many dimensions they have.
+        training, evaluation: the specs of the two streams.
+        threads: CPU threads. Bits depend on them: a study is resumed with the same number.
+        allow: facts by name (see `checkpoint.fingerprint`) in which the run may differ from the one that wrote the checkpoints.
+    """
+    local = str(Path(folder).absolute()) if "://" not in str(folder) else str(folder)
+    plan = Training(queue, consumer, local, hook_point, width, tuple(saes), training, evaluation, config, threads, frozenset(allow))
+    return ray.remote(Trainer).options(
+        num_cpus=config.resources.trainer_cpus,
+        num_gpus=config.resources.trainer_gpus,
+        runtime_env=ENVIRONMENT,
+        max_restarts=RESTARTS,
+        max_task_retries=-1,  # every method may be repeated
+        max_concurrency=2 * len(plan.saes) + SPARE_CALLS,
+    ).remote(plan)  # fmt: skip
+
+
+class Trainer:
+    """Trains a bank of SAEs on the device Ray has given this process. After a crash Ray restarts it, and it goes on from its checkpoints.
+
+    An error that is no single SAE's (the stream ended, a checkpoint of another run) stops the loop: unfinished SAEs have then failed, and `reports`
+    raises it for them.
+    """
+
+    def __init__(self, plan: Training):
+        import torch
+
+        from raysae.stream.client import StreamClient
+        from raysae.train.loop import Loop
+        from raysae.train.source import StreamSource
+
+        cuda = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
+        if cuda:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+            torch.use_deterministic_algorithms(True, warn_only=True)  # an operation that has no deterministic form says so once
+        device = torch.device("cuda" if cuda else "cpu")
+        self.plan = plan
+        self._changed = threading.Condition()
+        queue = ray.get_actor(plan.queue)
+        client = StreamClient(queue, plan.consumer, plan.hook_point, plan.training, plan.width, plan.config.stream.block_mib)
+        self.source = StreamSource(plan, client, device)
+        self.loop = Loop(
+            plan.folder,
+            plan.width,
+            plan.training,
+            plan.config.train,
+            plan.config.evaluation,
+            self.source,
+            device=device,
+            metadata=self._metadata(),
+            allow=plan.allow,
+            on_change=self._notify,
+        )
+        for sae in plan.saes:
+            self.loop.add(sae)
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="training", daemon=True)
+        self._thread.start()
+
+    # ---------------------------------------------------------------- methods
+
+    def process(self) -> int:
+        """The process id."""
+        return os.getpid()
+
+    def status(self) -> list[dict]:
+        """See `Loop.status`."""
+        rows = self.loop.status()
+        if self.error is not None:
+            from raysae.train.loop import ENDED
+
+            message = str(getattr(self.error, "cause", self.error))  # Ray's errors carry a whole traceback in their text
+            rows = [row if row["state"] in ENDED else row | {"state": "failed", "message": message} for row in rows]
+        return rows
+
+    def reports(self, name: str, since: int = 0) -> tuple[list[dict], bool]:
+        """The reports of `name` from number `since` on, and whether it has ended. Waits for a new one, half a minute at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.error or any(self.loop.reports(name, since)), POLL_SECONDS)
+        reports, ended = self.loop.reports(name, since)
+        if not reports and not ended:
+            self._check()
+        return reports, ended
+
+    def join(self, sae: SAEConfig) -> None:
+        """Take in another SAE of the same hook point: it is trained from row 0 in a pass of its own, after the present one."""
+        self._check()
+        self.loop.add(sae)
+
+    def leave(self, name: str, reason: str = "stopped early by the scheduler") -> None:
+        """End an SAE early, with a final evaluation; nothing happens to one that has ended."""
+        self.loop.leave(name, reason)
+
+    def mean(self, name: str) -> np.ndarray:
+        """Mean of the raw rows that the ended SAE `name` was trained on, `(d,)` float32."""
+        return np.array(self.loop.mean(name), dtype=np.float32)
+
+    def checkpoint_now(self) -> None:
+        """Have checkpoints of all SAEs written after the present step."""
+        self.loop.checkpoint()
+
+    def stop(self) -> bool:
+        """Write checkpoints, end the training and leave the stream; whether that was done within `STOP_SECONDS`."""
+        self.loop.stop()
+        self._thread.join(STOP_SECONDS)
+        return not self._thread.is_alive()
+
+    # ---------------------------------------------------------------- the thread
+
+    def _work(self) -> None:
+        import torch
+
+        torch.set_num_threads(self.plan.threads)  # here, because OpenMP keeps the number per thread
+        try:
+            self.loop.run(until_idle=False)
+        except BaseException as error:
+            log.exception("training stops")
+            self.error = error
+        finally:
+            self._notify()
+
+    def _notify(self) -> None:
+        """From the training thread: let the calls that wait look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _metadata(self) -> dict:
+        """What SAELens wants to know of a file's origin."""
+        config, spec = self.plan.config, self.plan.training
+        return {
+            "model_name": config.model.name,
+            "dataset_path": config.text.source,
+            "context_size": spec.context_length,
+            "prepend_bos": True,
+            "skipped_positions": spec.skip_positions,
+            "activation_spec": spec.hash,
+        }

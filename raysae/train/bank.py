@@ -1,0 +1,188 @@
+"""Several SAEs trained on one copy of each batch, each as if it were alone.
+
+A member owns everything its training depends on (SAE, Adam, schedule, counters) and reads the shared batch without writing to it, so that it
+comes out bit for bit the same in any company. No random numbers are drawn after an SAE's initial weights, which its own seed fixes: the state of a
+member holds no generator. A member stands at `next_row`, the row of the stream its next batch begins with, always a whole number of batches.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from raysae.config import SAEConfig, TrainConfig
+from raysae.sae.base import SAE, StepInfo
+from raysae.train.schedule import dead_after, learning_rate_factor, sparsity_factor
+
+State = tuple[dict[str, torch.Tensor], dict]  # tensors and JSON scalars
+
+
+class Member:
+    """One SAE in training. `sae` works on normalised activations x / scale; `failed` says in a sentence why it stopped, None while it is sound."""
+
+    def __init__(self, name: str, config: SAEConfig, d: int, train: TrainConfig, device: torch.device | str = "cpu") -> None:
+        self.name = name
+        self.config = config
+        self.train = train
+        self.sae = SAE.build(config, d, train).to(device)
+        self.parameters = dict(self.sae.named_parameters())
+        self.adam = torch.optim.Adam(self.parameters.values(), lr=config.learning_rate, betas=(train.beta1, train.beta2), fused=True)
+        self.quiet = torch.zeros(config.width, dtype=torch.int64, device=device)  # (n,) tokens since each latent last fired
+        self.dead_after = dead_after(train.tokens)
+        self.row_sum = torch.zeros(d, dtype=torch.float64, device=device)  # (d,) of the raw rows trained on
+        self.steps_done = 0
+        self.initialised = False
+        self.scale = 1.0  # of the SAE, on the host: reading it from a GPU at every step would wait for the device
+        self.failed: str | None = None
+        self.sums: dict[str, float] = {}  # loss terms and gradient norm, summed over the steps since the last report
+        self.summed = 0
+        self.seconds, self.timed = 0.0, 0  # spent in steps by this process, and how many: a measurement, not part of the state
+
+    @property
+    def next_row(self) -> int:
+        return self.steps_done * self.train.batch
+
+    @property
+    def finished(self) -> bool:
+        return self.steps_done >= self.train.steps
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of the raw rows trained on, `(d,)` float64 on the CPU; zeros before the first step."""
+        return (self.row_sum / max(1, self.next_row)).cpu()
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return self.config.learning_rate * learning_rate_factor(self.steps_done, self.train.steps, self.train.warmup, self.train.decay)
+
+    def initialise(self, rows: torch.Tensor) -> None:
+        """Set scale, decoder bias and weights from the first raw rows of the stream, `(r, d)`."""
+        self.sae.initialise(rows.to(self.quiet.device))
+        self.scale = float(self.sae.scale)
+        self.initialised = True
+
+    def step(self, x: torch.Tensor, row_sum: torch.Tensor) -> None:
+        """One update on normalised rows `(b, d)`, the raw rows' sum being `row_sum` `(d,)`.
+
+        Where loss or gradient is not finite nothing is changed and `failed` is set.
+        """
+        began = time.perf_counter()
+        info = StepInfo(
+            sparsity_factor=sparsity_factor(self.steps_done, self.train.steps, self.train.sparsity_warmup),
+            dead=self.quiet >= self.dead_after,
+            tokens=self.next_row,
+        )
+        terms = self.sae.loss_and_grads(x, info)
+        self.sae.after_grads()
+        names = [*terms, "gradient_norm"]
+        # One transfer for all numbers of a step: on a GPU each would wait for the device.
+        values = dict(zip(names, torch.stack([value.detach().double() for value in (*terms.values(), self._gradient_norm())]).tolist(), strict=True))
+        if bad := [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]:
+            self.fail(bad[0].replace("_", " "), values[bad[0]])
+            return
+        self._clip(values["gradient_norm"])
+        self.adam.param_groups[0]["lr"] = self.learning_rate
+        self.adam.step()
+        self.sae.after_step()
+        self.row_sum += row_sum
+        self.quiet += len(x)
+        self.quiet[self.sae.fired()] = 0
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in values.items()}
+        self.summed += 1
+        self.steps_done += 1
+        self.seconds += time.perf_counter() - began
+        self.timed += 1
+
+    def fail(self, what: str, value: float, row: int | None = None) -> None:
+        """Stop for good: `what` is `value`, nan or infinite, in the batch of the next step, at `row` where that is known."""
+        where = f"row {row}" if row is not None else f"rows {self.next_row} to {self.next_row + self.train.batch - 1}"
+        self.failed = f"{self.name}: {what} is {value} at step {self.steps_done} ({where})"
+
+    def take_means(self) -> dict[str, float]:
+        """Means of the loss terms and the gradient norm since this was last asked, and start anew."""
+        means = {name: value / self.summed for name, value in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        return means
+
+    def _gradient_norm(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in self.parameters.values()]))
+
+    def _clip(self, norm: float) -> None:
+        """Scale this SAE's gradients down to the global norm clip_norm · √d; most steps need no pass over them."""
+        limit = self.train.clip_norm * math.sqrt(self.sae.d)
+        if norm > limit:
+            torch._foreach_mul_([p.grad for p in self.parameters.values()], limit / norm)
+
+    def state(self) -> State:
+        """Everything the rest of the training depends on: live tensors (not copies) by name, and scalars that JSON keeps exactly."""
+        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"adam.{key}.{name}": value for key, value in self.adam.state[parameter].items()}
+        tensors |= {"quiet": self.quiet, "row_sum": self.row_sum}
+        keys = ("steps_done", "initialised", "failed", "sums", "summed")
+        return tensors, {key: getattr(self, key) for key in keys}
+
+    def load(self, state: State) -> None:
+        """Go back to a `state`, bit for bit; KeyError or RuntimeError where it is another SAE's."""
+        tensors, scalars = state
+        self.sae.load_state_dict({name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")})
+        for name, parameter in self.parameters.items():
+            kept = {key: tensors[f"adam.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors}
+            # Set as it is: Adam's own load_state_dict would cast. The step count lives on the parameter's device, as a fused Adam wants it.
+            self.adam.state[parameter] = {key: value.to(parameter.device) for key, value in kept.items()}
+        self.quiet.copy_(tensors["quiet"])
+        self.scale = float(self.sae.scale)
+        self.row_sum.copy_(tensors["row_sum"])
+        for key, value in scalars.items():
+            setattr(self, key, value)
+
+
+class Bank:
+    """Members by name that take their steps on one batch copy. `d` is the width of the activations, all on one device."""
+
+    def __init__(self, d: int, train: TrainConfig, device: torch.device | str = "cpu") -> None:
+        self.d = d
+        self.train = train
+        self.device = torch.device(device)
+        self.members: dict[str, Member] = {}
+        self._normalised: dict[float, torch.Tensor] = {}  # scale → (b, d), reused by every batch
+
+    def add(self, name: str, config: SAEConfig, state: State | None = None) -> Member:
+        """A new member at row 0 that `initialise` awaits, or one that continues from `state`."""
+        member = Member(name, config, self.d, self.train, self.device)
+        if state is not None:
+            member.load(state)
+        self.members[name] = member
+        return member
+
+    def at(self, row: int) -> list[Member]:
+        """Members whose next batch begins at `row`: neither failed nor finished."""
+        return [member for member in self.members.values() if member.next_row == row and not member.failed and not member.finished]
+
+    def step(self, x: torch.Tensor, row: int) -> list[Member]:
+        """One step of every member that stands at `row`, on raw rows `(b, d)`; returns these members, each trained or failed."""
+        members = self.at(row)
+        x = x.to(self.device, non_blocking=True)
+        finite = torch.isfinite(x)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0, 0])
+            value = x[bad][~finite[bad]][0].item()
+            for member in members:
+                member.fail("activation", value, row + bad)
+            return members
+        row_sum = x.sum(0, dtype=torch.float64)
+        scales = {member.name: member.scale for member in members}
+        shared = {scale: self._divided(x, scale) for scale in scales.values()}
+        for member in members:
+            member.step(shared[scales[member.name]], row_sum)
+        return members
+
+    def _divided(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        if scale == 1.0:
+            return x
+        if scale not in self._normalised:
+            self._normalised[scale] = torch.empty_like(x)
+        return torch.div(x, scale, out=self._normalised[scale])

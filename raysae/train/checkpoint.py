@@ -1,0 +1,138 @@
+"""Checkpoints of one SAE's training: complete, checksummed, atomic, and refused where they would not continue the same run.
+
+A checkpoint is a plain safetensors file: tensors, and a JSON header (counters, reports, fingerprint) in its metadata; nothing in it is executed at
+load. Its name is `<number>.<SHA-256 of the content>.safetensors`, so that a file proves itself and no second file can disagree with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from dataclasses import dataclass
+
+import fsspec
+import safetensors.torch
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from raysae.config import ActivationSpec, SAEConfig, TrainConfig, UserError
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+HEADER = "raysae"  # key of the JSON header in the safetensors metadata
+KEPT = 2
+# What a run may change between two of its processes: none of it touches the bits of an SAE (the threads really used are a fact of their own).
+WITHOUT_EFFECT = {"threads", "reports", "checkpoint_seconds"}
+
+Scalar = int | float | str | bool | None
+
+
+@dataclass
+class Checkpoint:
+    """What is stored: `tensors` by name, any JSON `header`, and the fingerprint of what the bits depend on."""
+
+    tensors: dict[str, torch.Tensor]
+    header: dict
+    fingerprint: dict[str, Scalar]
+
+
+def fingerprint(spec: ActivationSpec, sae: SAEConfig, train: TrainConfig, device: torch.device | str) -> dict[str, Scalar]:
+    """Everything the bits of a trained SAE depend on, flat and readable, for the process and the thread that call it."""
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    facts: dict[str, Scalar] = {
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "tf32": cuda and torch.backends.cuda.matmul.allow_tf32,
+        "spec": spec.hash,
+    }
+    facts |= {f"sae.{key}": value for key, value in sae.model_dump().items()}
+    return facts | {f"train.{key}": value for key, value in train.model_dump().items() if key not in WITHOUT_EFFECT}
+
+
+def check_fingerprint(what: str, stored: dict[str, Scalar], present: dict[str, Scalar], allow: set[str]) -> None:
+    """Refuse (UserError) to continue `what` where the run differs from the one that wrote it. Facts named in `allow` may differ, with a warning."""
+    differing = [key for key in sorted(stored.keys() | present.keys()) if stored.get(key) != present.get(key)]
+
+    def told(keys: list[str]) -> str:
+        return ", ".join(f"{key} (was {stored.get(key)}, is {present.get(key)})" for key in keys)
+
+    if refused := [key for key in differing if key not in allow]:
+        raise UserError(f"{what} was written by a run that differs in {told(refused)}: run it as before, or allow the difference by its name")
+    if differing:
+        log.warning("%s continues with other %s: the SAE will not be bit for bit that of an undisturbed run", what, told(differing))
+
+
+class CheckpointStore:
+    """A folder, local or any URL fsspec knows (s3://…), of one SAE's checkpoints; the two newest are kept."""
+
+    def __init__(self, folder: str) -> None:
+        self.files, self.folder = fsspec.core.url_to_fs(str(folder))
+
+    def save(self, checkpoint: Checkpoint) -> str:
+        """Write the checkpoint and drop all but the two newest; returns its path. A crash at any point leaves the earlier ones whole."""
+        header = json.dumps({"header": checkpoint.header, "fingerprint": checkpoint.fingerprint})
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+        content = safetensors.torch.save(tensors, {HEADER: header})
+        earlier = self.paths()
+        number = 1 + (int(earlier[0].rpartition("/")[2].partition(".")[0]) if earlier else 0)
+        path = f"{self.folder}/{number:09d}.{hashlib.sha256(content).hexdigest()}{SUFFIX}"
+        write_atomically(self.files, path, content)
+        for old in earlier[KEPT - 1 :]:
+            self.files.rm_file(old)
+        return path
+
+    def load(self, present: dict[str, Scalar], allow: set[str] = frozenset()) -> Checkpoint | None:
+        """The newest intact checkpoint, None where there is none; damaged ones are named in a warning. UserError: see `check_fingerprint`."""
+        for path in self.paths():
+            content = self.files.cat_file(path)
+            if hashlib.sha256(content).hexdigest() != path.removesuffix(SUFFIX).rpartition(".")[2]:
+                log.warning("checkpoint %s is damaged (its SHA-256 is not the one in its name): the one before it is used, if any", path)
+                continue
+            length = int.from_bytes(content[:8], "little")
+            stored = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][HEADER])
+            check_fingerprint(f"checkpoint {path}", stored["fingerprint"], present, allow)
+            return Checkpoint(safetensors.torch.load(content), stored["header"], stored["fingerprint"])
+        return None
+
+    def paths(self) -> list[str]:
+        """Paths of the checkpoints, newest (highest number) first."""
+        self.files.invalidate_cache()
+        if not self.files.exists(self.folder):
+            return []
+        return sorted((path for path in self.files.ls(self.folder, detail=False) if path.endswith(SUFFIX)), reverse=True)
+
+    def clear(self) -> None:
+        """Remove every checkpoint: the SAE is finished."""
+        if self.files.exists(self.folder):
+            self.files.rm(self.folder, recursive=True)
+
+
+def write_atomically(files: fsspec.AbstractFileSystem, path: str, content: bytes) -> None:
+    """Write so that after a crash the file is absent or whole: temporary file, fsync, rename, fsync of the folder. Object stores put atomically."""
+    folder = path.rpartition("/")[0]
+    files.makedirs(folder, exist_ok=True)
+    if not isinstance(files, LocalFileSystem):
+        files.pipe_file(path, content)
+        return
+    temporary = f"{folder}/.{uuid.uuid4().hex}.partial"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,115 @@
+"""How well an SAE reconstructs held-out activations, in one streaming pass with float64 sums.
+
+Everything is in raw units: `sae` is folded (see `SAE.folded`), rows come as they are on the stream. Definitions, over all N rows:
+
+- `fvu` = Σ‖x−x̂‖² / Σ‖x−x̄‖², x̄ the mean of these rows;
+- `l0` = mean number of active latents per row;
+- `dead_fraction` = share of the latents active on none of the rows;
+- `cosine` = mean of the cosine of x and x̂; `norm_ratio` = mean of ‖x̂‖/‖x‖;
+- `density` = histogram of the latents' log10 firing frequency, see `DENSITY_EDGES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from raysae.sae.base import SAE, Codes
+
+# Bins of log10(share of rows on which a latent is active), half a decade each. The first bin also takes everything rarer; dead latents are in none.
+DENSITY_EDGES = np.linspace(-6, 0, 13)
+# Bound on the elements of a temporary, (rows, max(n, d)). On a CPU larger ones are mapped and page-faulted anew for every chunk.
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+FEWEST_ROWS = 32
+TINY = 1e-30  # keeps a row of zeros from dividing by zero: its cosine and its ratio count as 0
+
+
+@dataclass
+class Reconstruction:
+    """The metrics of one SAE on one set of rows. `frequency` is the number of rows on which each latent was active, `(n,)`."""
+
+    rows: int
+    fvu: float
+    l0: float
+    dead_fraction: float
+    cosine: float
+    norm_ratio: float
+    density: list[int]
+    frequency: np.ndarray
+
+    def scalars(self) -> dict[str, float]:
+        """The numbers that go into a report."""
+        return {key: value for key, value in asdict(self).items() if key not in ("rows", "density", "frequency")}
+
+
+class Variance:
+    """Σ‖x−x̄‖² of a stream of rows in float64, each chunk about its own mean, merged by Chan's rule: sane where the mean is far from 0."""
+
+    def __init__(self, d: int) -> None:
+        self.rows = 0
+        self.mean = torch.zeros(d, dtype=torch.float64)
+        self.sum = 0.0
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take in a chunk `(r, d)`."""
+        x = x.double()
+        mean = x.mean(0)
+        difference = mean.cpu() - self.mean
+        total = self.rows + len(x)
+        self.sum += float((x - mean).square().sum()) + float(difference.square().sum()) * self.rows * len(x) / total
+        self.mean += difference * (len(x) / total)
+        self.rows = total
+
+
+@torch.no_grad()
+def reconstruction_metrics(sae: SAE, chunks: Iterable[torch.Tensor]) -> Reconstruction:
+    """Metrics of the folded `sae` over raw rows, given as chunks `(r, d)` of any length and float dtype; ValueError where there is no row.
+
+    Memory is bounded by cutting chunks so that no temporary has more than `CHUNK_ELEMENTS` elements; sparse codes are never made dense.
+    """
+    device = sae.W_enc.device
+    variance = Variance(sae.d)
+    active = torch.zeros(sae.n, dtype=torch.int64, device=device)
+    error = cosine = ratio = 0.0
+    step = max(FEWEST_ROWS, CHUNK_ELEMENTS[device.type] // max(sae.n, sae.d))
+    for chunk in chunks:
+        for x in chunk.split(step):
+            x = x.to(device, torch.float32)
+            codes = sae.encode(x)
+            reconstruction = sae.decode(codes)
+            active += latents_active(codes, sae.n)
+            variance.add(x)
+            x_norm, norm = x.norm(dim=1).double(), reconstruction.norm(dim=1).double()
+            error += float((x - reconstruction).square().sum(1).double().sum())
+            cosine += float(((x * reconstruction).sum(1).double() / (x_norm * norm).clamp_min(TINY)).sum())
+            ratio += float((norm / x_norm.clamp_min(TINY)).sum())
+    rows = variance.rows
+    if rows == 0:
+        raise ValueError("no rows to evaluate on")
+    frequency = active.cpu().numpy()
+    return Reconstruction(
+        rows=rows,
+        fvu=error / variance.sum if variance.sum > 0 else float("nan"),
+        l0=float(frequency.sum() / rows),
+        dead_fraction=float((frequency == 0).mean()),
+        cosine=cosine / rows,
+        norm_ratio=ratio / rows,
+        density=density_histogram(frequency, rows),
+        frequency=frequency,
+    )
+
+
+def latents_active(codes: Codes | torch.Tensor, n: int) -> torch.Tensor:
+    """On how many rows each latent is active (its value is positive), `(n,)` int64; codes are (values, indices) or dense `(r, n)`."""
+    if isinstance(codes, Codes):
+        return torch.bincount(codes.indices[codes.values > 0], minlength=n)
+    return (codes > 0).sum(0)
+
+
+def density_histogram(frequency: np.ndarray, rows: int) -> list[int]:
+    """Number of latents per bin of `DENSITY_EDGES`; `frequency` counts rows on which each latent was active, `(n,)`."""
+    share = np.log10(frequency[frequency > 0] / rows)
+    return np.histogram(np.clip(share, DENSITY_EDGES[0], DENSITY_EDGES[-1]), DENSITY_EDGES)[0].tolist()

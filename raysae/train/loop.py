@@ -1,0 +1,387 @@
+"""The training loop of one process: a bank of SAEs, one reader, evaluations, checkpoints. Knows nothing of Ray.
+
+The bank has one reader. SAEs whose next row is the reader's train on its batch. An SAE that stands further ahead (the process was killed between two
+checkpoints) waits until the reader gets there. One that stands behind, since it was added late, waits until the present pass ends; only then the
+reader goes back, to the smallest unfinished row: served in between, it would make the stream produce or keep every shard twice, and cost the others
+their company. The same rule brings a restarted process back: it begins at the smallest row of its checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from raysae.config import ActivationSpec, EvaluationConfig, SAEConfig, TrainConfig
+from raysae.train.bank import Bank, Member
+from raysae.train.checkpoint import Checkpoint, CheckpointStore, fingerprint
+from raysae.train.evaluation import reconstruction_metrics
+from raysae.train.outcome import Outcome, Outcomes
+from raysae.train.schedule import report_steps
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_SHARE = 0.02  # of the time at most goes into checkpoints
+BLOCKED_SECONDS = 0.5  # an SAE is said to wait once its reader has been waiting this long
+ENDED = ("done", "stopped", "failed")
+
+
+class Reader(Protocol):
+    """Batches of raw rows in order; see `raysae.stream.reader.BatchReader`."""
+
+    waited_seconds: float
+
+    def next(self) -> torch.Tensor:
+        """The next `(batch, d)`, waiting for it."""
+
+    def close(self) -> None:
+        """Let go of everything, so that nobody need wait for this reader; a `next` that waits in another thread raises."""
+
+
+class Source(Protocol):
+    """Where a loop's rows come from."""
+
+    def open(self, row: int) -> Reader:
+        """A reader of the training stream that stands at `row`."""
+
+    def first_rows(self) -> torch.Tensor:
+        """The first raw rows of the training stream, `(r, d)`, always the same: SAEs are initialised from them. Called right after `open(0)`."""
+
+    def evaluation(self, rows: int) -> Iterator[torch.Tensor]:
+        """The first `rows` held-out raw rows in chunks `(r, d)`."""
+
+
+@dataclass
+class Progress:
+    """One SAE as others see it. `reports` is complete from the first on, also after a restart; `member` is there while the SAE is in training."""
+
+    config: SAEConfig
+    member: Member | None = None
+    state: str = "waiting"  # waiting, working, evaluating, done, stopped, failed
+    tokens: int = 0
+    message: str | None = None  # why it ends or ended before its time
+    reports: list[dict] = field(default_factory=list)
+    mean: list[float] | None = None  # of the rows trained on, (d,), once ended
+    saved_row: int | None = None  # next row in the newest checkpoint
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+
+class Cadence:
+    """When checkpoints are due: every `seconds`, less often where they would take more than `CHECKPOINT_SHARE` of the time."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self.seconds, self.clock = seconds, clock
+        self.cost = 0.0
+        self.last = clock()
+
+    def due(self) -> bool:
+        return self.clock() - self.last >= max(self.seconds, self.cost / CHECKPOINT_SHARE)
+
+    def written(self, began: float) -> None:
+        self.last = self.clock()
+        self.cost = self.last - began
+
+
+class Loop:
+    """Trains SAEs of one hook point to their end and saves them.
+
+    Args:
+        folder: of the study, local or a URL: `checkpoints/<name>` and `saes/<name>` are in it.
+        d, spec: width of the activations and the stream they come from.
+        source: see `Source`.
+        metadata: what an SAE's file says of its origin.
+        allow: facts of the fingerprint that may differ from a checkpoint's, see `check_fingerprint`.
+        on_change: called from the loop's thread whenever a report or a state is new.
+
+    `run` works in one thread. `add`, `leave`, `checkpoint`, `stop`, `status` and `reports` may be called from any other: they leave a request that
+    the loop takes up between two steps, or read what it shows.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        d: int,
+        spec: ActivationSpec,
+        train: TrainConfig,
+        evaluation: EvaluationConfig,
+        source: Source,
+        device: torch.device | str = "cpu",
+        metadata: dict | None = None,
+        allow: set[str] = frozenset(),
+        on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = str(folder).rstrip("/")
+        self.spec, self.train, self.evaluation = spec, train, evaluation
+        self.source, self.metadata, self.allow, self.on_change, self.clock = source, metadata or {}, set(allow), on_change, clock
+        self.bank = Bank(d, train, device)
+        self.outcomes = Outcomes(f"{self.folder}/saes")
+        self.progress: dict[str, Progress] = {}
+        self.cadence = Cadence(train.checkpoint_seconds, clock)
+        self.report_steps = set(report_steps(train))
+        self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._reader: Reader | None = None
+        self._blocked_since: float | None = None
+        self._pace = (0, 0.0, 0.0)  # rows, seconds and seconds waited of the present pass, evaluations and checkpoints left out
+
+    # ---------------------------------------------------------------- requests, from any thread
+
+    def add(self, config: SAEConfig) -> None:
+        """Take in an SAE: ended ones are only shown, unfinished ones go on from their newest checkpoint, others begin at row 0."""
+        self.progress.setdefault(config.name, Progress(config))
+        self._requests.put(lambda: self._add(config.name))
+
+    def leave(self, name: str, reason: str) -> None:
+        """End an SAE early: it is evaluated on all held-out rows and saved with the tokens it has seen. Nothing happens to one that has ended."""
+        self._requests.put(lambda: self._leave(name, reason))
+
+    def checkpoint(self) -> None:
+        """Write checkpoints of all SAEs after the present step."""
+        self._requests.put(self._checkpoint)
+
+    def stop(self) -> None:
+        """End `run` after the present step, with checkpoints of all SAEs, and any later one at once."""
+        self._stopping = True
+        if (reader := self._reader) is not None:
+            reader.close()
+        self._requests.put(lambda: None)
+
+    def status(self) -> list[dict]:
+        """name, state, tokens, tokens_per_second, fvu, l0, waited_share and message of every SAE, in the order of their coming."""
+        blocked = self._blocked_since is not None and self.clock() - self._blocked_since > BLOCKED_SECONDS
+        rate, waited = self._rates()
+        rows = []
+        for name, progress in list(self.progress.items()):
+            working = progress.state == "working"
+            last = progress.reports[-1] if progress.reports else {}
+            rows.append(
+                {
+                    "name": name,
+                    "state": "waiting" if working and blocked else progress.state,
+                    "tokens": progress.tokens,
+                    "tokens_per_second": rate if working else last.get("tokens_per_second", 0.0),
+                    "fvu": last.get("fvu"),
+                    "l0": last.get("l0"),
+                    "waited_share": waited if working else last.get("waited_share", 0.0),
+                    "message": progress.message,
+                }
+            )
+        return rows
+
+    def reports(self, name: str, since: int = 0) -> tuple[list[dict], bool]:
+        """The reports of `name` from number `since` on, and whether it has ended: then there will be no more."""
+        progress = self.progress.get(name)
+        if progress is None:
+            return [], False
+        ended = progress.ended  # read first: the last report comes before the end
+        return progress.reports[since:], ended
+
+    def mean(self, name: str) -> list[float]:
+        """Mean `(d,)` of the raw rows that the ended SAE `name` was trained on. KeyError: unknown; ValueError: not ended."""
+        mean = self.progress[name].mean
+        if mean is None:
+            raise ValueError(f"{name} has not ended")
+        return mean
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self, until_idle: bool = True) -> None:
+        """Train until every SAE has ended, or until `stop`. With `until_idle=False` wait for SAEs yet to be added instead of returning."""
+        while not self._stopping:
+            self._take_requests()
+            rows = [progress.member.next_row for progress in self._in_training()]
+            if rows and not self._stopping:
+                self._pass(min(rows))
+            elif until_idle:
+                return
+            else:
+                self._requests.get()()
+        self._checkpoint()
+
+    def _pass(self, row: int) -> None:
+        """Read on from `row` for as long as an SAE stands there."""
+        reader = self._reader = self.source.open(row)
+        try:
+            self._initialise(row)
+            self._pace = (0, 0.0, 0.0)
+            began = self.clock()
+            while not self._stopping and (cohort := self.bank.at(row)):
+                self._show(cohort)
+                x = self._next(reader)
+                if x is None:
+                    break
+                self.bank.step(x, row)
+                row += self.train.batch
+                rows, seconds, _ = self._pace
+                self._pace = (rows + self.train.batch, seconds + self.clock() - began, reader.waited_seconds)
+                self._after_step(cohort)
+                if self.cadence.due():
+                    self._checkpoint()
+                self._take_requests()
+                began = self.clock()
+        finally:
+            self._reader = None
+            reader.close()
+
+    def _next(self, reader: Reader) -> torch.Tensor | None:
+        """The next batch; None where `stop` closed the reader meanwhile."""
+        self._blocked_since = self.clock()
+        try:
+            return reader.next()
+        except Exception:
+            if self._stopping:
+                return None
+            self._checkpoint()  # the stream is broken, the SAEs are not
+            raise
+        finally:
+            self._blocked_since = None
+
+    def _initialise(self, row: int) -> None:
+        new = [member for member in self.bank.at(row) if not member.initialised]
+        if new:
+            rows = self.source.first_rows()
+            for member in new:
+                member.initialise(rows)
+
+    def _show(self, cohort: list[Member]) -> None:
+        for progress in self._in_training():
+            progress.state = "working" if progress.member in cohort else "waiting"
+
+    def _in_training(self) -> list[Progress]:
+        return [progress for progress in list(self.progress.values()) if progress.member is not None]
+
+    def _after_step(self, cohort: list[Member]) -> None:
+        for member in cohort:
+            progress = self.progress[member.name]
+            progress.tokens = member.next_row
+            if member.failed:
+                log.warning("%s; it is stopped, the others go on", member.failed)
+                self._end(progress, "failed", member.failed)
+            elif member.finished:
+                self._finish(progress, "done")
+            elif progress.message:
+                self._finish(progress, "stopped", progress.message)
+            elif member.steps_done in self.report_steps:
+                self._report(progress, final=False)
+
+    def _report(self, progress: Progress, final: bool) -> None:
+        """Evaluate on held-out rows, on all of them if `final`: then the report also has the density histogram."""
+        member = progress.member
+        progress.state = "evaluating"
+        self.on_change()
+        rows = self.evaluation.rows if final else min(self.evaluation.interim_rows, self.evaluation.rows)
+        metrics = reconstruction_metrics(member.sae.folded(), self.source.evaluation(rows))
+        rate, waited = self._rates()
+        report = {
+            "name": member.name,
+            "step": member.steps_done,
+            "tokens": member.next_row,
+            "final": final,
+            "time": time.time(),
+            "learning_rate": member.learning_rate,
+            **member.take_means(),
+            **metrics.scalars(),
+            "evaluation_rows": metrics.rows,
+            "dead_in_training": float((member.quiet >= member.dead_after).double().mean()),
+            "tokens_per_second": rate,
+            "waited_share": waited,
+            "step_seconds": member.seconds / max(1, member.timed),
+        }
+        if final:
+            report["density"] = metrics.density
+        progress.reports.append(report)
+        progress.state = "working"
+        self.on_change()
+
+    def _finish(self, progress: Progress, state: str, message: str | None = None) -> None:
+        """Final evaluation, files, end."""
+        self._report(progress, final=True)
+        self._end(progress, state, message)
+
+    def _end(self, progress: Progress, state: str, message: str | None = None) -> None:
+        """Record the outcome, with the SAE's files where it was evaluated, and let go of member and checkpoints."""
+        member = progress.member
+        sae, metadata = None, None
+        if progress.reports and state != "failed":
+            sae = member.sae
+            facts = {key: progress.reports[-1][key] for key in ("tokens", "fvu", "l0", "dead_fraction")}
+            metadata = self.metadata | facts | {"fingerprint": self._fingerprint(progress.config)}
+        mean = member.mean.tolist()
+        self.outcomes.save(member.name, Outcome(state, member.next_row, mean, message, progress.reports), sae, metadata)
+        self._store(member.name).clear()
+        del self.bank.members[member.name]
+        progress.member, progress.mean, progress.message, progress.state = None, mean, message, state
+        self.on_change()
+
+    def _rates(self) -> tuple[float, float]:
+        """Tokens per second and the share of the time spent waiting for the stream, of the present pass."""
+        rows, seconds, waited = self._pace
+        return (rows / seconds, min(1.0, waited / seconds)) if seconds > 0 else (0.0, 0.0)
+
+    # ---------------------------------------------------------------- state on disk
+
+    def _store(self, name: str) -> CheckpointStore:
+        return CheckpointStore(f"{self.folder}/checkpoints/{name}")
+
+    def _fingerprint(self, config: SAEConfig) -> dict:
+        return fingerprint(self.spec, config, self.train, self.bank.device)
+
+    def _checkpoint(self) -> None:
+        began = self.clock()
+        for progress in self._in_training():
+            if progress.member.initialised and progress.member.next_row != progress.saved_row:
+                self._save(progress)
+        self.cadence.written(began)
+
+    def _save(self, progress: Progress) -> None:
+        tensors, scalars = progress.member.state()
+        header = {"member": scalars, "reports": progress.reports, "leaving": progress.message}
+        self._store(progress.member.name).save(Checkpoint(tensors, header, self._fingerprint(progress.config)))
+        progress.saved_row = progress.member.next_row
+
+    # ---------------------------------------------------------------- requests, in the loop's thread
+
+    def _take_requests(self) -> None:
+        while not self._requests.empty():
+            self._requests.get()()
+
+    def _add(self, name: str) -> None:
+        progress = self.progress[name]
+        if progress.member is not None or progress.ended:
+            return
+        if outcome := self.outcomes.load(name):
+            progress.tokens, progress.mean, progress.message, progress.reports = outcome.tokens, outcome.mean, outcome.message, outcome.reports
+            progress.state = outcome.state
+        elif checkpoint := self._store(name).load(self._fingerprint(progress.config), self.allow):
+            progress.member = self.bank.add(name, progress.config, (checkpoint.tensors, checkpoint.header["member"]))
+            progress.tokens = progress.saved_row = progress.member.next_row
+            progress.reports = checkpoint.header["reports"]
+            if checkpoint.header["leaving"]:
+                self._leave(name, checkpoint.header["leaving"])
+            elif progress.member.finished:
+                self._finish(progress, "done")
+        else:
+            progress.member = self.bank.add(name, progress.config)
+        self.on_change()
+
+    def _leave(self, name: str, reason: str) -> None:
+        progress = self.progress.get(name)
+        if progress is None or progress.member is None:
+            return
+        progress.message = reason
+        if not progress.member.initialised:  # it has seen no row: there is nothing to evaluate or to save
+            self._end(progress, "stopped", reason)
+            return
+        self._save(progress)  # with the reason, so that a process killed from here on ends the SAE after its restart
+        if progress.reports and progress.reports[-1]["tokens"] == progress.tokens:
+            return  # `_after_step` ends it: a number of tokens has one report, and the final one is yet to come
+        self._finish(progress, "stopped", reason)

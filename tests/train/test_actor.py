@@ -1,0 +1,202 @@
+"""The trainer as a Ray actor, on a queue that serves arrays: reports, restart after a kill, leaving, errors."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from raysae.config import StreamConfig, SweepConfig
+from raysae.sae.files import load_sae
+from raysae.stream.blocks import as_tensor, cut, rows_per_block
+from raysae.train.actor import Training, start_trainer
+from raysae.train.loop import Loop
+from raysae.train.source import StreamSource
+from tests.train.synthetic import EVALUATION, SPEC, TRAIN, D, config, rows
+
+A, B = config(seed=0), config("batchtopk", width=40, seed=1)
+BLOCK_MIB = 0.0625  # 512 rows
+CONFIG = SweepConfig(stream=StreamConfig(block_mib=BLOCK_MIB), train=TRAIN, evaluation=EVALUATION)
+
+
+class ArrayQueue:
+    """As `stream.queue.StreamQueue` to a consumer. Blocks from row `pause` on are withheld until `resume`, but for the first look at shard 0 that
+    SAEs are initialised from."""
+
+    def __init__(self, pause: int | None = None):
+        shards = [rows(SPEC.rows_per_shard, seed=seed).numpy() for seed in range(2)]
+        self.blocks = [[ray.put(block) for block in cut(shard, SPEC.dtype, BLOCK_MIB)] for shard in shards]
+        self.held_out = [ray.put(block) for block in cut(rows(SPEC.rows_per_shard, seed=9).numpy(), SPEC.dtype, BLOCK_MIB)]
+        self.pause = pause
+        self.seen = set()
+
+    async def join(self, consumer, hook_point, row, until_shard=None):
+        pass
+
+    async def leave(self, consumer):
+        pass
+
+    async def acknowledge(self, consumer, done):
+        pass
+
+    async def fetch(self, consumer, shard, block, done):
+        import asyncio
+
+        first_look = shard == 0 and block not in self.seen
+        self.seen.add(block)
+        while (
+            not first_look and self.pause is not None and shard * SPEC.rows_per_shard + block * rows_per_block(D, SPEC.dtype, BLOCK_MIB) >= self.pause
+        ):
+            await asyncio.sleep(0.02)
+        return [self.blocks[shard][block]]
+
+    async def evaluation_block(self, hook_point, shard, block):
+        return [self.held_out[block]]
+
+    async def resume(self):
+        self.pause = None
+
+    async def name(self):
+        return ray.get_runtime_context().get_actor_name()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def array_queue(**arguments):
+    return ray.remote(ArrayQueue).options(name=f"queue-{time.time_ns()}").remote(**arguments)
+
+
+def trainer_on(folder, queue, saes=(A, B), **changes):
+    arguments = {
+        "queue": ray.get(queue.name.remote()), "consumer": "bank", "folder": folder, "hook_point": "resid_post.0", "width": D, "saes": saes,
+        "training": SPEC, "evaluation": SPEC, "config": CONFIG, "threads": 1,
+    }  # fmt: skip
+    return start_trainer(**arguments | changes)
+
+
+def wait_for(predicate, seconds=60):
+    end = time.monotonic() + seconds
+    while not (value := predicate()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+    return value
+
+
+def until_ended(trainer, name: str) -> list[dict]:
+    reports, ended = [], False
+    while not ended:
+        new, ended = ray.get(trainer.reports.remote(name, len(reports)), timeout=60)
+        reports += new
+    return reports
+
+
+class LocalClient:
+    """`StreamClient` on the arrays themselves."""
+
+    def __init__(self):
+        self.shards = [cut(rows(SPEC.rows_per_shard, seed=seed).numpy(), SPEC.dtype, BLOCK_MIB) for seed in range(2)]
+        self.held_out = cut(rows(SPEC.rows_per_shard, seed=9).numpy(), SPEC.dtype, BLOCK_MIB)
+
+    def block(self, shard, block):
+        return self.shards[shard][block]
+
+    def evaluation_block(self, shard, block):
+        return self.held_out[block]
+
+    def open(self, row, batch, end=None, device="cpu"):
+        from raysae.stream.reader import BatchReader
+
+        return BatchReader(self.block, SPEC, D, BLOCK_MIB, batch, row, end=end, device=device)
+
+    def leave(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of the same SAEs trained in this process, without Ray."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    plan = Training("no queue", "bank", str(folder), "resid_post.0", D, (A, B), SPEC, SPEC, CONFIG, 1)
+    source = StreamSource(plan, LocalClient(), torch.device("cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    loop = Loop(str(folder), D, SPEC, TRAIN, EVALUATION, source)
+    loop.add(A)
+    loop.add(B)
+    loop.run()
+    torch.set_num_threads(threads)
+    return folder
+
+
+def test_killed_in_the_middle_comes_back_and_gives_the_same_bits(tmp_path, undisturbed):
+    queue = array_queue(pause=1024)
+    trainer = trainer_on(tmp_path, queue)
+    first, ended = ray.get(trainer.reports.remote(A.name), timeout=60)
+    assert first[0]["tokens"] == 320
+    assert not ended
+    wait_for(lambda: all(s["tokens"] == 1024 and s["state"] == "waiting" for s in ray.get(trainer.status.remote())))
+    ray.get(trainer.checkpoint_now.remote())
+    pid = ray.get(trainer.process.remote())
+    os.kill(pid, signal.SIGKILL)
+    ray.get(queue.resume.remote())
+    reports = until_ended(trainer, A.name)
+    assert [report["step"] for report in reports] == [5, 10, 15, 20]
+    until_ended(trainer, B.name)
+    assert ray.get(trainer.process.remote()) != pid
+    for name in (A.name, B.name):
+        bits, bits_ = (load_sae(folder / "saes" / name).state_dict() for folder in (tmp_path, undisturbed))
+        assert all(torch.equal(bits[key], bits_[key]) for key in bits)
+    mean = ray.get(trainer.mean.remote(A.name))
+    expected = as_tensor(rows(SPEC.rows_per_shard, seed=0).numpy(), "float32")[: TRAIN.tokens].mean(0)
+    np.testing.assert_allclose(mean, expected, rtol=1e-5)
+    assert {s["state"] for s in ray.get(trainer.status.remote())} == {"done"}
+    ray.kill(trainer)
+
+
+def test_stop_while_the_stream_is_slow_leaves_checkpoints_to_go_on_from(tmp_path, undisturbed):
+    queue = array_queue(pause=1024)
+    trainer = trainer_on(tmp_path, queue)
+    wait_for(lambda: all(s["tokens"] == 1024 for s in ray.get(trainer.status.remote())))
+    assert ray.get(trainer.stop.remote(), timeout=30)
+    assert len(list((tmp_path / "checkpoints").rglob("*.safetensors"))) == 2
+    ray.kill(trainer)
+    ray.get(queue.resume.remote())
+    again = trainer_on(tmp_path, queue)
+    until_ended(again, A.name)
+    until_ended(again, B.name)
+    bits, bits_ = (load_sae(folder / "saes" / A.name).state_dict() for folder in (tmp_path, undisturbed))
+    assert all(torch.equal(bits[key], bits_[key]) for key in bits)
+    ray.kill(again)
+
+
+def test_leaving_and_joining(tmp_path):
+    queue = array_queue(pause=1024)
+    trainer = trainer_on(tmp_path, queue, saes=(A,))
+    wait_for(lambda: ray.get(trainer.status.remote())[0]["tokens"] == 1024)
+    ray.get([trainer.join.remote(B), trainer.leave.remote(A.name, "not wanted any more"), queue.resume.remote()])
+    assert until_ended(trainer, A.name)[-1]["final"]
+    assert until_ended(trainer, B.name)[-1]["tokens"] == TRAIN.tokens
+    status = {s["name"]: s for s in ray.get(trainer.status.remote())}
+    assert status[A.name]["state"] == "stopped"
+    assert status[A.name]["message"] == "not wanted any more"
+    assert status[B.name]["state"] == "done"
+    ray.kill(trainer)
+
+
+def test_an_error_of_the_whole_trainer_reaches_its_callers(tmp_path):
+    queue = array_queue()
+    trainer = trainer_on(tmp_path, queue, training=SPEC.model_copy(update={"contexts": 256 * 1000}), config=CONFIG.model_copy(
+        update={"train": TRAIN.model_copy(update={"tokens": SPEC.rows_per_shard * 3})}))  # fmt: skip
+    with pytest.raises(IndexError):
+        until_ended(trainer, A.name)
+    assert [s["state"] for s in ray.get(trainer.status.remote())] == ["failed", "failed"]
+    assert ray.get(trainer.status.remote())[0]["message"] == "list index out of range"
+    ray.kill(trainer)

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+
+from raysae.sae.base import SAE
+from raysae.train import evaluation
+from raysae.train.evaluation import DENSITY_EDGES, Variance, density_histogram, reconstruction_metrics
+from tests.train.synthetic import ARCHITECTURES, TRAIN, D, config, rows
+
+
+def trained_looking(architecture: str) -> SAE:
+    """An SAE with weights away from their start, folded."""
+    sae = SAE.build(config(architecture), D, TRAIN)
+    sae.initialise(rows(512))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return sae.folded()
+
+
+def dense(codes, n: int) -> torch.Tensor:
+    if isinstance(codes, torch.Tensor):
+        return codes
+    return torch.zeros(len(codes.values), n, dtype=codes.values.dtype).scatter_add_(1, codes.indices, codes.values)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equal_to_brute_force(architecture, monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", {"cpu": 64 * 50})
+    sae = trained_looking(architecture)
+    x = rows(777, seed=5)
+    metrics = reconstruction_metrics(sae, iter(x.split(200)))
+    with torch.no_grad():
+        codes = dense(sae.encode(x), sae.n).double()
+    x_hat = codes @ sae.W_dec.double() + sae.b_dec.double() if architecture != "tied" else sae.decode(codes.float()).double()
+    x = x.double()
+    assert metrics.rows == 777
+    assert metrics.fvu == pytest.approx(float(((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()), rel=1e-5)
+    assert metrics.l0 == pytest.approx(float((codes > 0).sum(1).double().mean()), rel=1e-12)
+    assert metrics.dead_fraction == float((~(codes > 0).any(0)).double().mean())
+    assert metrics.cosine == pytest.approx(float(torch.cosine_similarity(x, x_hat, dim=1).mean()), rel=1e-5)
+    assert metrics.norm_ratio == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-5)
+    np.testing.assert_array_equal(metrics.frequency, (codes > 0).sum(0).numpy())
+    assert metrics.l0 > 0
+
+
+def test_batchtopk_is_evaluated_with_its_threshold():
+    """The codes of a row must not depend on the other rows of its chunk."""
+    sae = trained_looking("batchtopk")
+    x = rows(100, seed=5)
+    whole, single = reconstruction_metrics(sae, [x]), reconstruction_metrics(sae, x.split(1))
+    np.testing.assert_array_equal(whole.frequency, single.frequency)
+
+
+def test_variance_is_sane_far_from_zero():
+    x = torch.randn(4000, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1e-3 + 1e6
+    variance = Variance(5)
+    for chunk in x.split(37):
+        variance.add(chunk)
+    assert variance.sum == pytest.approx(float(((x - x.mean(0)) ** 2).sum()), rel=1e-6)
+
+
+def test_density_histogram_counts_latents_per_half_decade():
+    frequency = np.array([0, 0, 1, 10, 11, 31, 1000, 500])
+    bins = density_histogram(frequency, 1000)
+    assert len(bins) == len(DENSITY_EDGES) - 1 == 12
+    assert sum(bins) == 6  # dead ones are in none
+    assert bins[6] == 1
+    assert bins[8] == 3
+    assert bins[11] == 2
+
+
+def test_rows_of_zeros_and_bfloat16_are_taken():
+    metrics = reconstruction_metrics(trained_looking("topk"), [torch.zeros(3, D, dtype=torch.bfloat16), rows(20).bfloat16()])
+    assert metrics.rows == 23
+    assert all(np.isfinite(value) for value in metrics.scalars().values())
+
+
+def test_no_rows_is_an_error():
+    with pytest.raises(ValueError, match="no rows"):
+        reconstruction_metrics(trained_looking("topk"), [])
