@@ -1,0 +1,56 @@
+"""The MLflow client, made so that it neither blocks for minutes, nor chats in the terminal, nor reports home."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SQLITE = "sqlite:///"
+
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # by default 7 retries block for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client for `uri`. Slow: MLflow's import takes seconds, and so does the first use of a new SQLite file, which is migrated table by table."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+
+    for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if uri.startswith(SQLITE):
+        Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(uri)
+
+
+def absolute(uri: str) -> str:
+    """`sqlite:///mlflow.db` with its full path, so that the data goes to one file from whatever folder it is sent."""
+    return SQLITE + str(Path(uri.removeprefix(SQLITE)).expanduser().absolute()) if uri.startswith(SQLITE) else uri
+
+
+def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """The experiment called `name`, created where missing. Beside a SQLite file, artifacts go to the folder `mlartifacts` next to it."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        location = (
+            (Path(absolute(uri).removeprefix(SQLITE)).parent / "mlartifacts" / quote(name, safe="")).as_uri() if uri.startswith(SQLITE) else None
+        )
+        # Without its kind the UI opens the experiment as one of language-model traces.
+        return client.create_experiment(name, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"})
+    if experiment.lifecycle_stage != "active":
+        raise RuntimeError(f"the experiment {name!r} was deleted in MLflow: restore it there, or name another one with --tracking.experiment")
+    return experiment.experiment_id

@@ -1,0 +1,97 @@
+"""Finds in MLflow the SAEs that sweeps have saved, for the jobs that analyse them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from raysae.config import TrackingConfig, UserError
+from raysae.tracking.client import SQLITE, absolute, connect
+from raysae.tracking.tags import KIND_SAE, KIND_STUDY, KIND_TAG, PARENT_TAG, SAE_TAG, STUDY_TAG, condition
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+URL_TAG = "raysae.folder"
+SAE_ARTIFACT = "sae"  # the artifact folder of a child run that holds its SAE
+
+
+@dataclass(frozen=True)
+class TrackedSAE:
+    """An SAE of a sweep: what MLflow knows of it."""
+
+    name: str
+    study: str
+    run_id: str
+    params: dict[str, str]
+    metrics: dict[str, float]  # the last value of each
+    _url: str | None = field(repr=False)  # where the sweep wrote it, if not to MLflow
+    _artifacts: str = field(repr=False)  # URI of the run's artifacts
+    _client: MlflowClient = field(repr=False, compare=False)
+
+    @cached_property
+    def folder(self) -> str | Path:
+        """Where the SAE's files are: their URL where the sweep wrote to one, MLflow's own folder where that is local, else a copy fetched now."""
+        if self._url:
+            return self._url
+        if self._artifacts.startswith("file:"):
+            local = Path(url2pathname(urlparse(self._artifacts).path)) / SAE_ARTIFACT
+            if local.is_dir():
+                return local
+        return Path(self._client.download_artifacts(self.run_id, SAE_ARTIFACT))
+
+
+def find_saes(tracking: TrackingConfig, which: str | None = None) -> list[TrackedSAE]:
+    """The saved SAEs of a sweep, by name: of the latest that has saved any (None), of a run id (a sweep's or one SAE's) or of a study's name.
+
+    Raises UserError when there is none.
+    """
+    uri = absolute(tracking.uri)
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        raise UserError(f"tracking.uri is {tracking.uri}: there is no such database; train SAEs first, or name the one of your sweeps")
+    client = connect(uri)
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is None:
+        raise UserError(f"tracking.experiment is {tracking.experiment}: {tracking.uri} has no experiment of this name")
+
+    def search(**tags: str) -> list[Run]:
+        names = {"kind": KIND_TAG, "study": STUDY_TAG, "parent": PARENT_TAG}
+        wanted = condition({names[key]: value for key, value in tags.items()})
+        return client.search_runs([experiment.experiment_id], wanted, order_by=["attributes.start_time DESC"])
+
+    if which is None:
+        candidates = (search(kind=KIND_SAE, parent=study.info.run_id) for study in search(kind=KIND_STUDY))
+    else:
+        candidates = iter([search(kind=KIND_SAE, study=which) or _by_run_id(client, which, search)])
+    for runs in candidates:
+        found = [_tracked(client, run) for run in runs if URL_TAG in run.data.tags or client.list_artifacts(run.info.run_id, SAE_ARTIFACT)]
+        if found:
+            return sorted(found, key=lambda sae: sae.name)
+    raise UserError(
+        f"no saved SAE in the experiment {tracking.experiment} of {tracking.uri}: train some first"
+        if which is None
+        else f"{which} is neither a run id nor a study with saved SAEs in the experiment {tracking.experiment} of {tracking.uri}"
+    )
+
+
+def _by_run_id(client: MlflowClient, run_id: str, search) -> list[Run]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return []
+        raise
+    return [run] if run.data.tags.get(KIND_TAG) == KIND_SAE else search(kind=KIND_SAE, parent=run_id)
+
+
+def _tracked(client: MlflowClient, run: Run) -> TrackedSAE:
+    tags, info = run.data.tags, run.info
+    params, metrics = dict(run.data.params), dict(run.data.metrics)
+    return TrackedSAE(tags[SAE_TAG], tags[STUDY_TAG], info.run_id, params, metrics, tags.get(URL_TAG), info.artifact_uri, client)

@@ -1,0 +1,175 @@
+"""What is to be tracked, kept on disk until it is sent: a SQLite file that knows nothing of MLflow.
+
+Metrics are keyed (run, key, step); the first write wins and keeps its time stamp, so steps replayed after a restart change nothing. Rows stay
+after they are sent: the file is the study's whole log, and can be sent anew to another server.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+UNSENT, SENT, REFUSED = 0, 1, 2  # refused: the server will never take it
+RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
+STUDY = ""  # the run name of the study itself; SAEs' runs are named after their SAEs
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS runs (
+    run TEXT PRIMARY KEY, run_id TEXT, started INTEGER NOT NULL, ended INTEGER, status TEXT NOT NULL, state INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS metrics (
+    run TEXT, key TEXT, step INTEGER, value REAL NOT NULL, time INTEGER NOT NULL, state INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run, key, step));
+CREATE TABLE IF NOT EXISTS params (run TEXT, key TEXT, value TEXT NOT NULL, state INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run, key));
+CREATE TABLE IF NOT EXISTS tags (run TEXT, key TEXT, value TEXT NOT NULL, state INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run, key));
+CREATE TABLE IF NOT EXISTS artifacts (
+    run TEXT, path TEXT, artifact_path TEXT, state INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (run, path, artifact_path));
+CREATE INDEX IF NOT EXISTS unsent_metrics ON metrics (run, time) WHERE state = 0;
+"""
+CONTENT = ("metrics", "params", "tags", "artifacts")
+
+
+class Run(NamedTuple):
+    run: str
+    run_id: str | None  # MLflow's, once the run exists there
+    started: int  # milliseconds since 1970, as every time in this file
+    ended: int | None
+    status: str
+    state: int
+
+
+class Metric(NamedTuple):
+    key: str
+    step: int
+    value: float
+    time: int
+
+
+class Outbox:
+    """The outbox at `path`, created with its folder where missing. May be used by several threads, each with a connection of its own."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._db.executescript(SCHEMA)
+
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if not hasattr(self._local, "db"):
+            db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)  # only close() crosses threads
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=NORMAL")  # survives the death of the process; a power cut may cost the last moments
+            self._local.db = db
+            self._connections.append(db)
+        return self._local.db
+
+    def close(self) -> None:
+        for db in self._connections:
+            db.close()
+
+    def _many(self, statement: str, rows: Iterable[tuple]) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany(statement, rows)
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    # ------------------------------------------------------------ writing
+
+    def meta(self, key: str) -> str | None:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def set_meta(self, key: str, value: str) -> None:
+        self._db.execute("INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value", (key, value))
+
+    def start(self, run: str, time: int) -> None:
+        """Opens the run, or opens it again unless it has finished."""
+        self._db.execute(
+            "INSERT INTO runs (run, started, status) VALUES (?, ?, ?) "
+            "ON CONFLICT (run) DO UPDATE SET status = excluded.status, ended = NULL, state = 0 WHERE status NOT IN ('RUNNING', 'FINISHED')",
+            (run, time, RUNNING),
+        )
+
+    def end(self, run: str, status: str, time: int) -> None:
+        """Closes the run; the study's end closes with it, as KILLED (FAILED where the study failed), the runs of SAEs that are still open."""
+        self._db.execute("UPDATE runs SET status = ?, ended = ?, state = 0 WHERE run = ?", (status, time, run))
+        if run == STUDY:
+            others = FAILED if status == FAILED else KILLED
+            self._db.execute("UPDATE runs SET status = ?, ended = ?, state = 0 WHERE run != ? AND status = ?", (others, time, STUDY, RUNNING))
+
+    def add_metrics(self, run: str, values: Mapping[str, float], step: int, time: int) -> None:
+        self._many(
+            "INSERT INTO metrics (run, key, step, value, time) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            [(run, key, step, float(value), time) for key, value in values.items()],
+        )
+
+    def add_params(self, run: str, params: Mapping[str, str]) -> None:
+        """The first value of a parameter stays: MLflow refuses to change one."""
+        self._many("INSERT INTO params (run, key, value) VALUES (?, ?, ?) ON CONFLICT DO NOTHING", [(run, *item) for item in params.items()])
+
+    def add_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        self._many(
+            "INSERT INTO tags (run, key, value) VALUES (?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET value = excluded.value, state = 0 WHERE value != excluded.value",
+            [(run, *item) for item in tags.items()],
+        )
+
+    def add_artifact(self, run: str, path: str, artifact_path: str) -> None:
+        """A file or folder; adding it again sends it again, as it then is."""
+        self._db.execute("INSERT INTO artifacts VALUES (?, ?, ?, 0) ON CONFLICT DO UPDATE SET state = 0", (run, path, artifact_path))
+
+    def last_time(self) -> int:
+        """When the study last gave a sign of life: its last metric, or the last start of a run."""
+        return self._db.execute("SELECT max(time) FROM (SELECT max(time) AS time FROM metrics UNION SELECT max(started) FROM runs)").fetchone()[0]
+
+    # ------------------------------------------------------------ sending
+
+    def runs(self) -> list[Run]:
+        """Every run, the study first."""
+        return [Run(*row) for row in self._db.execute("SELECT run, run_id, started, ended, status, state FROM runs ORDER BY run != '', rowid")]
+
+    def unsent(self) -> int:
+        """How many numbers, parameters, tags, artifacts, starts and ends of runs wait to be sent."""
+        return sum(self._db.execute(f"SELECT count(*) FROM {table} WHERE state = 0").fetchone()[0] for table in ("runs", *CONTENT))
+
+    def unsent_runs(self) -> set[str]:
+        query = " UNION ".join(f"SELECT run FROM {table} WHERE state = 0" for table in ("runs", *CONTENT))
+        return {row[0] for row in self._db.execute(query)}
+
+    def unsent_metrics(self, run: str, limit: int) -> list[Metric]:
+        query = "SELECT key, step, value, time FROM metrics WHERE run = ? AND state = 0 ORDER BY time, step, key LIMIT ?"
+        return [Metric(*row) for row in self._db.execute(query, (run, limit))]
+
+    def unsent_pairs(self, table: str, run: str, limit: int) -> list[tuple[str, str]]:
+        """(key, value) of the run's params or tags, (path, artifact path) of its artifacts, in the order in which they were added."""
+        columns = "path, artifact_path" if table == "artifacts" else "key, value"
+        return self._db.execute(f"SELECT {columns} FROM {table} WHERE run = ? AND state = 0 ORDER BY rowid LIMIT ?", (run, limit)).fetchall()
+
+    def mark_metrics(self, run: str, metrics: Iterable[Metric], state: int) -> None:
+        rows = [(state, run, metric.key, metric.step) for metric in metrics]
+        self._many("UPDATE metrics SET state = ? WHERE run = ? AND key = ? AND step = ?", rows)
+
+    def mark_pairs(self, table: str, run: str, pairs: Iterable[tuple[str, str]], state: int) -> None:
+        """A tag that was given another value while the old one was being sent stays unsent."""
+        first, second = ("path", "artifact_path") if table == "artifacts" else ("key", "value")
+        self._many(f"UPDATE {table} SET state = ? WHERE run = ? AND {first} = ? AND {second} = ?", [(state, run, *pair) for pair in pairs])
+
+    def mark_run(self, run: Run, state: int) -> None:
+        """A run that was opened or closed while its former status was being sent stays unsent."""
+        self._db.execute("UPDATE runs SET state = ? WHERE run = ? AND status = ? AND ended IS ?", (state, run.run, run.status, run.ended))
+
+    def set_run_id(self, run: str, run_id: str) -> None:
+        self._db.execute("UPDATE runs SET run_id = ? WHERE run = ?", (run_id, run))
+
+    def forget(self, run: str) -> None:
+        """All of the run is unsent again, its MLflow run unknown: the server has lost it, or another server is to have it."""
+        self._db.execute("UPDATE runs SET run_id = NULL, state = 0 WHERE run = ?", (run,))
+        for table in CONTENT:
+            self._db.execute(f"UPDATE {table} SET state = 0 WHERE run = ?", (run,))

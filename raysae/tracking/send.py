@@ -1,0 +1,54 @@
+"""Sends an outbox that could not be sent while its sweep ran: `python -m raysae.tracking.send OUTBOX [--uri URI] [--experiment NAME]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from raysae.cli import main
+from raysae.config import UserError
+from raysae.tracking.client import absolute
+from raysae.tracking.delivery import Delivery
+from raysae.tracking.outbox import KILLED, RUNNING, STUDY, Outbox
+from raysae.tracking.runs import direct
+from raysae.tracking.sender import try_lock
+
+
+def send(path: str | Path, uri: str | None = None, experiment: str | None = None) -> int:
+    """Sends what the outbox at `path` still holds; to another `uri` or `experiment`, all of it. Returns how many entries were sent.
+
+    Runs that a dead driver has left open are closed as KILLED, at the time of its last sign of life (`--resume` opens them again).
+    Raises UserError where there is no outbox or its sweep is alive; whatever MLflow raises when the server does not answer.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not there: name the outbox file of a study")
+    outbox = Outbox(path)
+    if outbox.meta("study") is None:
+        raise UserError(f"{path} holds no study: name the outbox file of a study")
+    lock = try_lock(outbox)
+    if lock is None:
+        raise UserError(f"{path} belongs to a sweep that is running and sends it itself: wait until it ends")
+    with lock:
+        direct(outbox, absolute(uri or outbox.meta("uri")), experiment or outbox.meta("experiment"))
+        if any(run.status == RUNNING for run in outbox.runs()):
+            outbox.end(STUDY, KILLED, outbox.last_time())
+        waiting = outbox.unsent()
+        Delivery(outbox).deliver()
+    outbox.close()
+    return waiting
+
+
+def job(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m raysae.tracking.send", description="Sends the numbers and artifacts that a study has kept on disk."
+    )
+    parser.add_argument("outbox", help="the outbox file in the study's folder")
+    parser.add_argument("--uri", help="MLflow tracking URI; unset: the study's own")
+    parser.add_argument("--experiment", help="MLflow experiment; unset: the study's own")
+    arguments = parser.parse_args(argv)
+    print(f"{send(arguments.outbox, arguments.uri, arguments.experiment)} entries sent")
+    return 0
+
+
+if __name__ == "__main__":
+    main(job)
