@@ -1,0 +1,95 @@
+"""What a sweep costs beyond its parts: steady-state training time against one LM pass + the sum of the SAEs' isolated steps.
+
+    python benchmarks/one_pass.py                     the default sweep of the embedded model
+    python benchmarks/one_pass.py --widths 256,512    any other: the arguments are those of jobs/scaling_sweep.py
+
+Run it on a quiet machine. Each part is measured alone in a process that has all cores to itself: the language model's pass over the shards that the
+sweep reads, and every SAE's step (median). Then the sweep runs as a user runs it, without the activation cache. Its steady-state time is that of the
+slowest bank from its first step to its last, waiting included, evaluations and checkpoints left out; start-up and evaluation are reported apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the sweep's processes; read when torch is imported
+
+from raysae.cli import parse
+from raysae.config import SweepConfig
+
+STEPS, WARM = 12, 3
+SHARDS = 3
+
+
+def measure_parts(argv: list[str]) -> dict[str, float]:
+    """Seconds of one LM pass and of all SAEs' isolated steps, each with all cores."""
+    import torch
+
+    from raysae.lm.model import LanguageModel
+    from raysae.stream.blocks import as_tensor
+    from raysae.stream.shard import ShardMaker
+    from raysae.sweep.preflight import plan
+    from raysae.train.bank import Bank
+
+    torch.set_num_threads(os.cpu_count())
+    settled = plan(parse(SweepConfig, argv, "")[0])
+    config = settled.config
+    lm = LanguageModel.load(config.model)
+    maker = ShardMaker(lm, settled.contexts["train"], settled.training, settled.hook_points, config.stream.block_mib)
+    times, rows = [], {}
+    for shard in range(SHARDS):
+        began = time.perf_counter()
+        _, blocks = maker.make(shard)
+        times.append(time.perf_counter() - began)
+        rows = {hook: torch.cat([as_tensor(block, settled.training.dtype).float() for block in blocks[hook]]) for hook in settled.hook_points}
+    steps = 0.0
+    for sae in settled.saes:
+        x, batch = rows[sae.hook_point], config.train.batch
+        bank = Bank(x.shape[1], config.train)
+        bank.add(sae.name, sae).initialise(x[:16_384])
+        took = []
+        for step in range(STEPS):
+            part = x[(step * batch) % (len(x) - batch) :][:batch]
+            began = time.perf_counter()
+            bank.step(part, step * batch)
+            took.append(time.perf_counter() - began)
+        steps += sorted(took[WARM:])[len(took[WARM:]) // 2] * config.train.steps
+    return {"lm_pass": sorted(times)[len(times) // 2] * settled.shards, "isolated_steps": steps}
+
+
+def run_sweep(argv: list[str]) -> dict[str, float]:
+    """Seconds of the real sweep: steady state, evaluation and all."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.time()
+        own = ["--output", folder, "--study", "bench", "--tracking.uri", f"sqlite:///{folder}/mlflow.db", "--stream.cache", "off"]
+        subprocess.run([sys.executable, "jobs/scaling_sweep.py", *argv, *own], check=True)
+        wall = time.time() - began
+        last = [json.loads(path.read_text())["reports"][-1] for path in Path(folder).glob("bench/saes/*/outcome.json")]
+    steady = max(report["tokens"] / report["tokens_per_second"] for report in last)
+    return {"wall": wall, "steady_state": steady, "waited_share": max(report["waited_share"] for report in last), "saes": len(last)}
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv[:1] == ["--parts"]:  # in a process of its own, whose memory and threads end with it
+        print(json.dumps(measure_parts(argv[1:])))
+        return
+    parse(SweepConfig, argv, __doc__)
+    parts = json.loads(
+        subprocess.run([sys.executable, __file__, "--parts", *argv], check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
+    sweep = run_sweep(argv)
+    ideal = parts["lm_pass"] + parts["isolated_steps"]
+    result = {**parts, "ideal": ideal, **sweep, "ratio": sweep["steady_state"] / ideal}
+    for name, value in result.items():
+        print(f"{name:16s} {value:10.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Where a study lies: its folder (local, or a URL such as s3://… that every machine reaches), and the driver's own files beside it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import yaml
+
+from raysae.config import SweepConfig, UserError
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Place:
+    """`folder` has the config, checkpoints and SAEs. `local` has outbox and summary, on the driver's disk: the same folder unless that is a URL."""
+
+    name: str
+    folder: str
+    local: Path
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.folder
+
+    def sae(self, name: str) -> str:
+        return f"{self.folder}/saes/{name}"
+
+
+def absolute(config: SweepConfig) -> SweepConfig:
+    """`config` with absolute paths for what the sweep writes."""
+    output, uri = config.output.rstrip("/"), config.tracking.uri
+    if "://" not in output:
+        output = str(_base() / Path(output).expanduser())
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        _base().mkdir(parents=True, exist_ok=True)
+        uri = f"sqlite:///{_base() / uri.removeprefix('sqlite:///')}"
+    return config.model_copy(update={"output": output, "tracking": config.tracking.model_copy(update={"uri": uri})})
+
+
+def new_place(config: SweepConfig, resume: str | None) -> Place:
+    """The study's place, made, with its config in it. UserError: a study of this name is there already, or the storage cannot be written."""
+    name = resume or config.study or time.strftime("%Y%m%d-%H%M%S")
+    folder = f"{config.output}/{name}"
+    place = Place(name, folder, _base() / "runs" / name if "://" in folder else Path(folder))
+    try:
+        files, path = fsspec.core.url_to_fs(folder)
+        if not resume and files.exists(path):
+            raise UserError(f"study is '{name}' but {folder} exists: choose another name, or go on with it by --resume {name}")
+        files.makedirs(path, exist_ok=True)
+        place.local.mkdir(parents=True, exist_ok=True)
+        files.pipe_file(f"{path}/{CONFIG}", yaml.safe_dump(config.model_copy(update={"study": name}).model_dump(), sort_keys=False).encode())
+    except (OSError, ImportError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"output is {config.output}, which cannot be written ({error}): name a folder or a URL such as s3://bucket/runs") from error
+    return place
+
+
+def saved_config(output: str, study: str) -> SweepConfig:
+    """The config a study was started with. UserError: there is no such study in `output`."""
+    output = output if "://" in output else str(_base() / Path(output).expanduser())
+    files, path = fsspec.core.url_to_fs(output)
+    if not files.exists(f"{path}/{study}/{CONFIG}"):
+        known = sorted(found.split("/")[-2] for found in files.glob(f"{path}/*/{CONFIG}"))
+        raise UserError(f"--resume {study}: there is no such study in {output}" + (f", there are {', '.join(known)}" if known else ""))
+    return SweepConfig.model_validate(yaml.safe_load(files.cat_file(f"{path}/{study}/{CONFIG}")))
+
+
+def _base() -> Path:
+    """What relative paths are relative to: the working directory, except in a Ray job, which runs in a copy of it that is thrown away: ~/raysae."""
+    return Path.home() / "raysae" if "_ray_pkg_" in str(Path.cwd()) else Path.cwd()

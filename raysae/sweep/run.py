@@ -1,0 +1,318 @@
+"""The main job's driver: one stream, a few trainers, one light Ray Tune trial per SAE, everything in MLflow.
+
+Top to bottom: settle the plan, connect, start the stream and the trainers, let Ray Tune follow them, evaluate in the language model, summarise.
+The driver holds no state that a restart needs: checkpoints, ended SAEs and the outbox lie in the study's folder.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import ray
+from ray import tune
+from ray.actor import ActorHandle
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from rich.console import Console
+
+from raysae.config import SweepConfig, UserError
+from raysae.stream.queue import start_stream
+from raysae.sweep.handle import Relay, follow, track
+from raysae.sweep.place import Place, absolute, new_place, saved_config
+from raysae.sweep.preflight import Bank, Plan, check_cluster, pack, plan
+from raysae.sweep.summary import summary_table, write_summary
+from raysae.sweep.table import LiveTable
+from raysae.tracking.find import URL_TAG
+from raysae.tracking.runs import Study
+from raysae.train.actor import start_trainer
+
+MIB = 2**20
+STATUS_SECONDS = 1.0
+INTERRUPTED = 130
+
+
+def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[str] = frozenset()) -> int:
+    """Train and evaluate every SAE of the sweep; returns the exit code: 0, or 1 when an SAE failed, or 130 when interrupted.
+
+    `resume` names a study to go on with, `allow` the facts in which this run may differ from the one that wrote its checkpoints.
+    """
+    began = time.monotonic()
+    if resume:
+        config = saved_config(config.output, resume)
+    settled = plan(absolute(config))
+    connect(settled)
+    banks = pack(settled.saes, check_cluster(settled), settled.widths)
+    settled = _fixed(settled, len(banks))
+    place = new_place(settled.config, resume)
+    study = Study(place.local / "outbox.db", settled.config.tracking, place.name, settled.config.model_dump())
+    for sae in settled.saes:
+        study.child(sae.name, sae.model_dump(exclude_none=True) | {"model": settled.config.model.name})
+    print(f"Study {place.name}: {len(settled.saes)} SAEs in {len(banks)} bank{'s' * (len(banks) > 1)}, {place.folder}", flush=True)
+    with _interruptible():
+        try:
+            results, stream = _train_and_evaluate(settled, banks, study, place, allow)
+            return _finish(settled, results, stream, study, place, time.monotonic() - began)
+        except BaseException as error:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            study.end(None, "KILLED" if interrupted else "FAILED")
+            study.flush(20)
+            study.close()
+            go_on = f"python jobs/scaling_sweep.py --output {settled.config.output} --resume {place.name}"
+            print(f"\n{'Interrupted' if interrupted else 'The sweep broke off'}; checkpoints are kept. To go on: {go_on}", file=sys.stderr)
+            if interrupted:
+                return INTERRUPTED
+            raise
+
+
+def connect(settled: Plan) -> None:
+    """To the cluster of `resources.address` or RAY_ADDRESS (set inside `ray job submit`), else start Ray on this machine."""
+    address = settled.config.resources.address or os.environ.get("RAY_ADDRESS")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # interruptions are handled here, so that trainers checkpoint
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(f"resources.address is {address}, where no Ray cluster answers ({str(error).splitlines()[0]})") from error
+        return
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # everything binds to the loopback address
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    item = 2 if settled.config.model.dtype == "bfloat16" else 4
+    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * sum(settled.widths.values())
+    tokens = sum(contexts.tokens.nbytes for contexts in settled.contexts.values())
+    store = int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + tokens) + 256 * MIB
+    ray.init("local", include_dashboard=False, object_store_memory=store, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
+
+
+def _train_and_evaluate(settled: Plan, banks: list[Bank], study: Study, place: Place, allow: frozenset[str]) -> tuple[pd.DataFrame, dict]:
+    """The results of all SAEs, and the stream's statistics."""
+    config = settled.config
+    name = f"raysae-{place.name}-{time.time_ns()}"
+    queue = start_stream(
+        model=config.model, stream=config.stream, resources=config.resources, training=settled.training, evaluation=settled.evaluation,
+        contexts=settled.contexts, widths=settled.widths, shards=settled.shards, threads=_cores()[0], name=name,
+    )  # fmt: skip
+    queue.expect.remote([bank.name for bank in banks])
+    trainers = {
+        bank.name: start_trainer(
+            queue=name, consumer=bank.name, folder=place.folder, hook_point=bank.hook_point, width=settled.widths[bank.hook_point], saes=bank.saes,
+            training=settled.training, evaluation=settled.evaluation, config=config, threads=config.train.threads, allow=allow,
+        )
+        for bank in banks
+    }  # fmt: skip
+    trainer_of = {sae.name: trainers[bank.name] for bank in banks for sae in bank.saes}
+    try:
+        with _live_table(settled, queue, list(trainers.values())):
+            tuner(settled, trainer_of, study, place).fit()
+        results = _results(settled, trainer_of, study)
+        _evaluate(settled, queue, trainer_of, results, study, place)
+        return results, ray.get(queue.stats.remote())
+    except KeyboardInterrupt:
+        with suppress(Exception):  # whatever state the actors are in, the newest checkpoints count
+            ray.get([trainer.stop.remote() for trainer in trainers.values()], timeout=60)
+        raise
+
+
+def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], study: Study, place: Place) -> tune.Tuner:
+    """One trial per SAE.
+
+    A resumed study gets a new Tuner rather than a restored one: trainers keep every report, the handles replay them from the beginning, and so
+    the one truth about a study's progress is its checkpoints.
+    """
+    config = settled.config
+    trainable = tune.with_resources(tune.with_parameters(follow, trainers=trainer_of), {"cpu": config.resources.trial_cpus})
+    rows = config.train.steps * config.train.batch
+    if config.scheduler == "asha":
+        scheduler = ASHAScheduler(time_attr="tokens", max_t=rows, grace_period=rows // config.train.reports, reduction_factor=config.asha_reduction)
+    else:
+        scheduler = FIFOScheduler()
+    return tune.Tuner(
+        trainable,
+        param_space={"sae": tune.grid_search([sae.name for sae in settled.saes])},
+        tune_config=tune.TuneConfig(metric="fvu", mode="min", scheduler=scheduler, trial_dirname_creator=lambda trial: trial.config["sae"]),
+        run_config=tune.RunConfig(
+            name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}", storage_path=place.folder, verbose=0, callbacks=[Relay(study, trainer_of)],
+            failure_config=tune.FailureConfig(max_failures=3),
+        ),
+    )  # fmt: skip
+
+
+def _results(settled: Plan, trainer_of: Mapping[str, ActorHandle], study: Study) -> pd.DataFrame:
+    """One row per SAE: its knobs, the numbers of its last report, and how it ended. Waits until all have: a trial ends before its SAE is saved, and
+    the final report of one that the scheduler ended comes after its trial."""
+    rows = []
+    for sae in settled.saes:
+        numbers, ended = _outcome(trainer_of[sae.name], sae.name, study)
+        rows.append({**numbers, "name": sae.name, **sae.model_dump(), **ended})
+    return pd.DataFrame(rows)
+
+
+def _outcome(trainer: ActorHandle, name: str, study: Study) -> tuple[dict, dict]:
+    """The numbers of the SAE's last report, and its tokens, status and reason once it has ended."""
+    last: dict = {}
+    seen, over = 0, False
+    try:
+        while not over:
+            reports, over = ray.get(trainer.reports.remote(name, seen))
+            seen += len(reports)
+            for last in reports:
+                track(study, name, last)
+    except ray.exceptions.RayTaskError:
+        pass  # the whole trainer has failed: its status says why
+    except ray.exceptions.RayError as error:
+        return {}, {"tokens": 0, "status": "failed", "reason": f"its trainer died: {str(error).splitlines()[0]}"}
+    ended = next(row for row in ray.get(trainer.status.remote()) if row["name"] == name)
+    numbers = {key: value for key, value in last.items() if isinstance(value, (int, float))}
+    return numbers, {"tokens": ended["tokens"], "status": ended["state"], "reason": ended["message"]}
+
+
+def _evaluate(
+    settled: Plan, queue: ActorHandle, trainer_of: Mapping[str, ActorHandle], results: pd.DataFrame, study: Study, place: Place
+) -> None:  # fmt: skip
+    """Adds cross-entropy and KL to `results`: one clean pass per hook point, then one partial pass per SAE, in the producers."""
+    predicted = settled.config.evaluation.predicted_tokens
+    if not predicted:
+        return
+    calls = []
+    for hook, group in results[results["status"].isin(("done", "stopped"))].groupby("hook_point"):
+        longest = group.loc[group["tokens"].idxmax(), "name"]  # it has seen the rows of all the others
+        mean = ray.get(trainer_of[longest].mean.remote(longest))
+        calls.append(queue.evaluate.remote(hook, {name: place.sae(name) for name in group["name"]}, mean, predicted))
+    for call in calls:
+        try:
+            evaluated = ray.get(call)
+        except ray.exceptions.RayError as error:
+            print(f"Cross-entropy and KL could not be measured: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        for name, metrics in evaluated.items():
+            known = {key: value for key, value in metrics.items() if value is not None}
+            row = results.index[results["name"] == name][0]
+            results.loc[row, list(known)] = list(known.values())
+            study.metrics(name, known, step=int(results.loc[row, "tokens"]))
+
+
+def _finish(settled: Plan, results: pd.DataFrame, stream: dict, study: Study, place: Place, seconds: float) -> int:
+    """Close the runs, write and print the summary; the exit code."""
+    console, config = Console(), settled.config
+    for row in results.itertuples():
+        ended = row.status in ("done", "stopped")
+        if ended and place.remote:
+            study.tag(row.name, {URL_TAG: place.sae(row.name)})
+        elif ended:
+            study.artifact(row.name, place.sae(row.name), "sae")
+        else:
+            study.tag(row.name, {"raysae.reason": row.reason or "it did not come to its end"})
+        study.end(row.name, "FINISHED" if ended else "FAILED")
+    for path in write_summary(results, place.local / "summary", Path(config.model.name).name):
+        study.artifact(None, path, "summary")
+    failed = int((~results["status"].isin(("done", "stopped"))).sum())
+    study.metrics(None, _headlines(results, stream) | {"saes": len(results), "saes_failed": failed, "minutes": seconds / 60}, step=0)
+    study.end(None, "FAILED" if failed == len(results) else "FINISHED")
+    console.print(summary_table(results, f"Study {place.name}"))
+    needed = settled.shards * settled.training.shard_contexts
+    console.print(
+        f"Language model: {stream['contexts_forwarded']:,} contexts forwarded for training ({needed:,} needed, "
+        f"{stream['shards_from_cache']} of {settled.shards} shards from the cache), {stream['evaluation_contexts_forwarded']:,} for held-out rows. "
+        f"{stream['shards_produced']} shards produced, {stream['blocks_served']} blocks served, "
+        f"at most {stream['peak_bytes_in_flight'] / MIB:.0f} MiB in flight. "
+        f"Consumers waited {stream['consumer_wait_seconds']:.0f} s, producers {stream['producer_wait_seconds']:.0f} s. "
+        f"{seconds / 60:.1f} minutes in all.",
+        highlight=False,
+    )
+    unsent = study.flush(60)
+    study.close()
+    console.print(f"SAEs:    {place.folder}/saes\nSummary: {place.local / 'summary'}", highlight=False, soft_wrap=True)
+    if unsent:
+        console.print(f"MLflow:  {unsent} entries wait in {study.outbox.path}: python -m raysae.tracking.send {study.outbox.path}", soft_wrap=True)
+    else:
+        console.print(
+            f"MLflow:  experiment '{config.tracking.experiment}' at {config.tracking.uri}: {_how_to_open(config)}", highlight=False, soft_wrap=True
+        )
+    return 1 if failed else 0
+
+
+def _headlines(results: pd.DataFrame, stream: dict) -> dict[str, float]:
+    """The study's own numbers, in sections of MLflow's page by their prefixes. At step 0: MLflow draws what has steps as a line."""
+    best = {key: results[key].agg(pick) for key, pick in (("fvu", "min"), ("ce_recovered", "max")) if key in results}
+    shown = ("contexts_forwarded", "evaluation_contexts_forwarded", "shards_from_cache", "consumer_wait_seconds", "producer_wait_seconds")
+    flow = {key: stream[key] for key in shown} | {"peak_mib_in_flight": stream["peak_bytes_in_flight"] / MIB}
+    return {f"best/{key}": value for key, value in best.items() if pd.notna(value)} | {f"stream/{key}": value for key, value in flow.items()}
+
+
+# ---------------------------------------------------------------- processes
+
+
+def _fixed(settled: Plan, banks: int) -> Plan:
+    """`settled` with the number of banks and a trainer's threads in its config: bits depend on the threads, so a resumed study keeps them."""
+    cores, machines = _cores()
+    threads = settled.config.train.threads or max(1, cores // -(-banks // machines))
+    update = {
+        "resources": settled.config.resources.model_copy(update={"banks": banks}),
+        "train": settled.config.train.model_copy(update={"threads": threads}),
+    }
+    return replace(settled, config=settled.config.model_copy(update=update))
+
+
+def _cores() -> tuple[int, int]:
+    """CPU cores of the smallest machine that has any for actors, and how many such machines there are."""
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cores = [count for count in cores if count > 0] or [1]
+    return min(cores), len(cores)
+
+
+def _how_to_open(config: SweepConfig) -> str:
+    uri = config.tracking.uri
+    if uri == f"sqlite:///{Path.cwd() / 'mlflow.db'}":
+        return "`make ui` opens it"
+    return f"python -m raysae.tracking.ui --uri {uri}" if uri.startswith("sqlite") else "open it in a browser"
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM counts as Ctrl-C: trainers checkpoint and runs are closed."""
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _live_table(settled: Plan, queue: ActorHandle, trainers: list[ActorHandle]) -> Iterator[None]:
+    """Shows the progress from a thread of its own while the body runs."""
+    over = threading.Event()
+
+    def show() -> None:
+        with LiveTable(settled.config.train.steps * settled.config.train.batch) as table:
+            while True:
+                last = over.wait(STATUS_SECONDS)
+                try:
+                    stream = ray.get(queue.stats.remote(), timeout=10)
+                    saes = [sae for rows in ray.get([t.status.remote() for t in trainers], timeout=10) for sae in rows]
+                except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                    saes = []  # actors are being started or restarted: nothing new to show
+                if saes:
+                    table(saes, stream, last=last)
+                if last:
+                    return
+
+    thread = threading.Thread(target=show, name="live table", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(30)

@@ -1,0 +1,48 @@
+"""Every mistake of a user's gets one sentence that names the field, the value and what would be right, and exit code 2, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.integration.job import arguments, run
+
+CASES = {
+    "unknown hook point": ({"hook_points": "resid_mid.2"}, ["resid_mid.2", "resid_post"]),
+    "layer out of range": ({"hook_points": "resid_post.9"}, ["resid_post.9", "4"]),
+    "k above width": ({"widths": "8", "k": "16"}, ["16", "8"]),
+    "width zero": ({"widths": "0"}, ["widths", "0", "greater than 0"]),
+    "tokens negative": ({"train__tokens": "-5"}, ["train.tokens", "-5", "greater than 0"]),
+    "too little text": ({"train__tokens": "50000000"}, ["train.tokens", "stream.epochs"]),
+    "too little held-out text": ({"evaluation__rows": "50000000"}, ["evaluation.rows", "text.evaluation_fraction"]),
+    "no such file": ({"text__source": "/nowhere/*.txt"}, ["text.source", "/nowhere/*.txt"]),
+    "no such model": ({"model__name": "/nowhere/model"}, ["model.name", "/nowhere/model"]),
+    "no GPU": ({"resources__trainer_gpus": "1"}, ["resources.trainer_gpus", "no GPU"]),
+    "more CPUs than there are": ({"resources__trainer_cpus": "4000"}, ["CPU", "4000"]),
+    "unknown option": ({"trian__tokens": "5"}, ["trian.tokens", "train.tokens"]),
+    "one shard too large": ({"stream__mib_in_flight": "1"}, ["stream.mib_in_flight", "1"]),
+    "context too long": ({"stream__context_length": "100000"}, ["stream.context_length", "100000", "512"]),
+    "no such study": ({"study": None, "resume": "nothing"}, ["nothing"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence_and_exit_code_two(case: str, shared_data: Path, tmp_path: Path) -> None:
+    knobs, words = CASES[case]
+    given = ["--output", str(tmp_path / "runs"), "--resume", "nothing"] if "resume" in knobs else arguments(shared_data, tmp_path, **knobs)
+    done = run(given, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert all(word in done.stderr for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists(), "nothing was started"
+
+
+def test_unknown_key_in_yaml(shared_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("train:\n  tokenz: 5\n")
+    done = run(["--config", str(tmp_path / "sweep.yaml")])
+    assert done.returncode == 2
+    assert "train.tokenz" in done.stderr
+    assert "train.tokens" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
