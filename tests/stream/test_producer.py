@@ -23,7 +23,7 @@ BLOCK_MIB = 0.25
 
 @pytest.fixture(scope="module")
 def local_ray():
-    ray.init(include_dashboard=False, num_cpus=2, object_store_memory=128 * 2**20, log_to_driver=False)
+    ray.init("local", include_dashboard=False, num_cpus=2, object_store_memory=128 * 2**20, log_to_driver=False)
     yield
     ray.shutdown()
 
