@@ -268,8 +268,6 @@ class Loop:
                 self._end(progress, "failed", member.failed)
             elif member.finished:
                 self._finish(progress, "done")
-            elif progress.message:
-                self._finish(progress, "stopped", progress.message)
             elif member.steps_done in self.report_steps:
                 self._report(progress, final=False)
 
@@ -382,6 +380,4 @@ class Loop:
             self._end(progress, "stopped", reason)
             return
         self._save(progress)  # with the reason, so that a process killed from here on ends the SAE after its restart
-        if progress.reports and progress.reports[-1]["tokens"] == progress.tokens:
-            return  # `_after_step` ends it: a number of tokens has one report, and the final one is yet to come
         self._finish(progress, "stopped", reason)
