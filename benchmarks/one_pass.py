@@ -5,17 +5,23 @@
 
 Run it on a quiet machine. Each part is measured alone in a process that has all cores to itself: the language model's pass over the shards that the
 sweep reads, and every SAE's step (median). Then the sweep runs as a user runs it, without the activation cache. Its steady-state time is that of the
-slowest bank from its first step to its last, waiting included, evaluations and checkpoints left out; start-up and evaluation are reported apart.
+slowest bank from its first step to its last, waiting included, evaluations and checkpoints left out. Start-up (from the command to the first
+step) and the rest (evaluations, summary) are reported apart, and so is the peak memory of all the sweep's processes (proportional set sizes).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the sweep's processes; read when torch is imported
@@ -65,14 +71,46 @@ def measure_parts(argv: list[str]) -> dict[str, float]:
 
 def run_sweep(argv: list[str]) -> dict[str, float]:
     """Seconds of the real sweep: steady state, evaluation and all."""
-    with tempfile.TemporaryDirectory() as folder:
+    mark = f"RAYSAE_BENCHMARK={uuid.uuid4().hex}"  # in the environment of the driver and so of every process it starts
+    with tempfile.TemporaryDirectory() as folder, peak_memory(mark.encode()) as memory:
         began = time.time()
         own = ["--output", folder, "--study", "bench", "--tracking.uri", f"sqlite:///{folder}/mlflow.db", "--stream.cache", "off"]
-        subprocess.run([sys.executable, "jobs/scaling_sweep.py", *argv, *own], check=True)
+        environment = os.environ | dict([mark.split("=")])
+        subprocess.run([sys.executable, "jobs/scaling_sweep.py", *argv, *own], check=True, env=environment)
         wall = time.time() - began
-        last = [json.loads(path.read_text())["reports"][-1] for path in Path(folder).glob("bench/saes/*/outcome.json")]
+        reports = [json.loads(path.read_text())["reports"] for path in Path(folder).glob("bench/saes/*/outcome.json")]
+    first, last = [each[0] for each in reports], [each[-1] for each in reports]
     steady = max(report["tokens"] / report["tokens_per_second"] for report in last)
-    return {"wall": wall, "steady_state": steady, "waited_share": max(report["waited_share"] for report in last), "saes": len(last)}
+    start_up = min(report["time"] - report["tokens"] / report["tokens_per_second"] for report in first) - began
+    return {
+        "wall": wall, "start_up": start_up, "steady_state": steady, "rest": wall - start_up - steady,
+        "waited_share": max(report["waited_share"] for report in last), "saes": len(last), "peak_gib": memory[0] / 2**30,
+    }  # fmt: skip
+
+
+@contextmanager
+def peak_memory(mark: bytes) -> Iterator[list[int]]:
+    """Yields a list of one number: the largest sum of the proportional set sizes, in bytes, of all processes with `mark` in their environment."""
+    peak, over = [0], threading.Event()
+
+    def sample() -> None:
+        while not over.wait(1.0):
+            total = 0
+            for process in Path("/proc").glob("[0-9]*"):
+                try:
+                    if mark in (process / "environ").read_bytes():
+                        total += int(re.search(r"Pss:\s+(\d+) kB", (process / "smaps_rollup").read_text())[1]) * 1024
+                except (OSError, TypeError):  # it has ended
+                    continue
+            peak[0] = max(peak[0], total)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
 
 
 def main() -> None:

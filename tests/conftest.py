@@ -1,11 +1,16 @@
-"""Fixtures for every test. Ray's authentication is off and its usage statistics too; hub access is refused."""
+"""Fixtures for every test. Ray's authentication is off and its usage statistics too; hub access is refused.
+
+Ray must not connect by itself either: a thread that outlives its test's Ray and calls an actor would start another one, into which later tests fall.
+"""
 
 import os
 from pathlib import Path
 
 import pytest
 
-os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_AUTO_CONNECT="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
+)
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

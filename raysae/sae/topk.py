@@ -2,7 +2,8 @@
 
 Loss = mean over rows of ‖x − x̂‖² + aux_coefficient · d · ‖e − ê‖² / ‖e − ē‖², where e = x − x̂ (a constant here) and ê is its reconstruction
 from the k_aux dead latents of largest pre-activation, k_aux = d/2 rounded to a power of two, or from all of them where there are fewer.
-As the mean of ‖x‖² is d, the two terms weigh against each other as in the paper, where both are fractions of a variance.
+Rows are scaled so that the mean of ‖x‖² is d: both terms are then fractions of Σ‖x‖² or of an error's variance, times d. In the paper the first is a
+fraction of the variance; where the mean of x is large, AuxK weighs accordingly less here.
 
 The gradients are written by hand: one dense product per step (the pre-activations), everything else touches active latents only.
 """

@@ -104,7 +104,7 @@ class StreamClient:
             try:
                 return call()
             except (NotJoinedError, RayActorError):
-                if time.monotonic() > give_up:
+                if time.monotonic() > give_up or not ray.is_initialized():
                     raise
                 time.sleep(RETRY_PAUSE)
             except RayTaskError as error:

@@ -37,8 +37,8 @@ MARKERS = "osD^vP*Xp<>h"
 PANEL = (4.6, 3.7)  # inches
 
 
-def draw(results: pd.DataFrame, folder: Path, model: str, pdf: bool = False) -> list[Path]:
-    """Draws every figure that finished `results` have numbers for, as PNG (200 dpi) and on request PDF; returns the files."""
+def draw(results: pd.DataFrame, folder: Path, model: str) -> list[Path]:
+    """Draws every figure that finished `results` have numbers for, as PNG (200 dpi) and PDF; returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -50,7 +50,7 @@ def draw(results: pd.DataFrame, folder: Path, model: str, pdf: bool = False) -> 
         if drawn[x].nunique() < 2 or drawn[x].max() < 1.05 * drawn[x].min():  # nothing to see along x
             continue
         figure = _figure(drawn, title, x, y, lines, model)
-        for suffix in ("png", "pdf") if pdf else ("png",):
+        for suffix in ("png", "pdf"):
             files.append(folder / f"{name}.{suffix}")
             figure.savefig(files[-1], dpi=200)
     return files

@@ -1,4 +1,4 @@
-"""A Ray Tune trial is a light handle on one SAE of a trainer's bank: it relays reports, and leaves when the scheduler stops it."""
+"""A Ray Tune trial is a light handle on one SAE of a trainer's bank: it tells Tune its reports, and leaves when the scheduler stops it."""
 
 from __future__ import annotations
 
@@ -35,17 +35,14 @@ def follow(config: dict, trainers: dict[str, ray.actor.ActorHandle]) -> None:
             return
 
 
-class Relay(Callback):
-    """In the driver: every report goes to MLflow's outbox, and a trial that ends early (scheduler) leaves its bank."""
+class Leave(Callback):
+    """In the driver: a trial that the scheduler ends leaves its bank."""
 
-    def __init__(self, study: Study, trainers: dict[str, ray.actor.ActorHandle]):
-        self.study, self.trainers = study, trainers
+    def __init__(self, trainers: dict[str, ray.actor.ActorHandle]):
+        self.trainers = trainers
 
     def __getstate__(self) -> dict:
         return {}  # Tune writes its callbacks to disk; a resumed sweep makes its own
-
-    def on_trial_result(self, iteration: int, trials: list, trial, result: dict, **info) -> None:
-        track(self.study, trial.config["sae"], result)
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
         self.trainers[trial.config["sae"]].leave.remote(trial.config["sae"], "stopped early by the scheduler")

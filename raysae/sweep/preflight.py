@@ -158,21 +158,34 @@ def check_cluster(plan: Plan) -> int:
     else:  # a thread each rather than all threads together: small products gain nothing from a second core
         most = sum(min(int(node["Resources"].get("CPU", 0)), BANKS_PER_MACHINE) for node in nodes)
     banks = max(min(ask.banks or most, len(plan.saes)), len(plan.hook_points))
-    for kind, trainer, producer, trial in (
-        ("CPU", ask.trainer_cpus, ask.producer_cpus, ask.trial_cpus),
-        ("GPU", ask.trainer_gpus, ask.producer_gpus, 0),
-    ):
-        need = banks * trainer + producers * producer + len(plan.saes) * trial
+    for kind, trainer, producer in (("CPU", ask.trainer_cpus, ask.producer_cpus), ("GPU", ask.trainer_gpus, ask.producer_gpus)):
+        need = banks * trainer + producers * producer
         if need > have[kind] + 1e-6:
             raise UserError(
-                f"the sweep needs {need:g} {kind}s ({banks} trainers of {trainer:g}, {producers} producers of {producer:g}, {len(plan.saes)} trials "
-                f"of {trial:g}) and the cluster can have {have[kind]:g}: lower resources.trainer_{kind.lower()}s or add machines"
+                f"the sweep needs {need:g} {kind}s ({banks} trainers of {trainer:g}, {producers} producers of {producer:g}) and the cluster can have "
+                f"{have[kind]:g}: lower resources.trainer_{kind.lower()}s or add machines"
             )
         largest = max(node["Resources"].get(kind, 0) for node in nodes)
         for field, one in ((f"trainer_{kind.lower()}s", trainer), (f"producer_{kind.lower()}s", producer)):
             if one > largest and not limits:
                 raise UserError(f"resources.{field} is {one:g} but no machine of the cluster has more than {largest:g} {kind}s: lower it")
+        if not limits and not _fits([trainer] * banks + [producer] * producers, [node["Resources"].get(kind, 0) for node in nodes]):
+            raise UserError(
+                f"{banks} trainers of {trainer:g} {kind}s and {producers} producers of {producer:g} do not fit on machines of "
+                f"{', '.join(format(node['Resources'].get(kind, 0), 'g') for node in nodes)} {kind}s: lower resources.trainer_{kind.lower()}s"
+            )
     return banks
+
+
+def _fits(parts: list[float], rooms: list[float]) -> bool:
+    """Whether the parts, largest first, each find room on one of the machines."""
+    rooms = list(rooms)
+    for part in sorted(parts, reverse=True):
+        open_rooms = [i for i, room in enumerate(rooms) if room >= part - 1e-6]
+        if not open_rooms:
+            return False
+        rooms[max(open_rooms, key=lambda i: rooms[i])] -= part
+    return True
 
 
 def _limits() -> dict[str, float]:

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from raysae.config import SweepConfig, UserError
 from raysae.stream.queue import start_stream
-from raysae.sweep.handle import Relay, follow, track
+from raysae.sweep.handle import Leave, follow, track
 from raysae.sweep.place import Place, absolute, new_place, saved_config
 from raysae.sweep.preflight import Bank, Plan, check_cluster, pack, plan
 from raysae.sweep.summary import summary_table, write_summary
@@ -37,6 +37,7 @@ from raysae.train.actor import start_trainer
 MIB = 2**20
 STATUS_SECONDS = 1.0
 INTERRUPTED = 130
+TRIALS, TRIAL_BYTES = 2, 128 * MIB  # trials at a time where no scheduler compares them, and the memory that the process of one reserves
 
 
 def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[str] = frozenset()) -> int:
@@ -111,7 +112,7 @@ def _train_and_evaluate(settled: Plan, banks: list[Bank], study: Study, place: P
     }  # fmt: skip
     trainer_of = {sae.name: trainers[bank.name] for bank in banks for sae in bank.saes}
     try:
-        with _live_table(settled, queue, list(trainers.values())):
+        with _watching(settled, queue, list(trainers.values()), study):
             tuner(settled, trainer_of, study, place).fit()
         results = _results(settled, trainer_of, study)
         _evaluate(settled, queue, trainer_of, results, study, place)
@@ -123,24 +124,31 @@ def _train_and_evaluate(settled: Plan, banks: list[Bank], study: Study, place: P
 
 
 def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], study: Study, place: Place) -> tune.Tuner:
-    """One trial per SAE.
+    """One trial per SAE, a few at a time: the trainers train all SAEs whether or not their trials run yet, and a trial that begins late replays what
+    it missed. A scheduler that compares trials needs them all at once. They reserve memory alone: a share of a core, however small, could be the one
+    that a producer lacks.
 
     A resumed study gets a new Tuner rather than a restored one: trainers keep every report, the handles replay them from the beginning, and so
     the one truth about a study's progress is its checkpoints.
     """
     config = settled.config
-    trainable = tune.with_resources(tune.with_parameters(follow, trainers=trainer_of), {"cpu": config.resources.trial_cpus})
+    trainable = tune.with_resources(tune.with_parameters(follow, trainers=trainer_of), tune.PlacementGroupFactory([{"memory": TRIAL_BYTES}]))
     rows = config.train.steps * config.train.batch
     if config.scheduler == "asha":
+        at_once = config.resources.trials or len(settled.saes)
         scheduler = ASHAScheduler(time_attr="tokens", max_t=rows, grace_period=rows // config.train.reports, reduction_factor=config.asha_reduction)
     else:
+        at_once = config.resources.trials or TRIALS
         scheduler = FIFOScheduler()
     return tune.Tuner(
         trainable,
         param_space={"sae": tune.grid_search([sae.name for sae in settled.saes])},
-        tune_config=tune.TuneConfig(metric="fvu", mode="min", scheduler=scheduler, trial_dirname_creator=lambda trial: trial.config["sae"]),
+        tune_config=tune.TuneConfig(
+            metric="fvu", mode="min", scheduler=scheduler, max_concurrent_trials=at_once, reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.config["sae"],
+        ),
         run_config=tune.RunConfig(
-            name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}", storage_path=place.folder, verbose=0, callbacks=[Relay(study, trainer_of)],
+            name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}", storage_path=place.folder, verbose=0, callbacks=[Leave(trainer_of)],
             failure_config=tune.FailureConfig(max_failures=3),
         ),
     )  # fmt: skip
@@ -291,17 +299,23 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _live_table(settled: Plan, queue: ActorHandle, trainers: list[ActorHandle]) -> Iterator[None]:
-    """Shows the progress from a thread of its own while the body runs."""
+def _watching(settled: Plan, queue: ActorHandle, trainers: list[ActorHandle], study: Study) -> Iterator[None]:
+    """While the body runs, a thread shows the progress and tracks the trainers' reports. What it misses, `_results` tracks."""
     over = threading.Event()
 
-    def show() -> None:
+    def watch() -> None:
+        tracked = dict.fromkeys((sae.name for sae in settled.saes), 0)
         with LiveTable(settled.config.train.steps * settled.config.train.batch) as table:
             while True:
                 last = over.wait(STATUS_SECONDS)
                 try:
                     stream = ray.get(queue.stats.remote(), timeout=10)
                     saes = [sae for rows in ray.get([t.status.remote() for t in trainers], timeout=10) for sae in rows]
+                    for news in ray.get([t.news.remote(tracked) for t in trainers], timeout=10):
+                        for name, reports in news.items():
+                            for report in reports:
+                                track(study, name, report)
+                            tracked[name] += len(reports)
                 except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
                     saes = []  # actors are being started or restarted: nothing new to show
                 if saes:
@@ -309,7 +323,7 @@ def _live_table(settled: Plan, queue: ActorHandle, trainers: list[ActorHandle]) 
                 if last:
                     return
 
-    thread = threading.Thread(target=show, name="live table", daemon=True)
+    thread = threading.Thread(target=watch, name="watch", daemon=True)
     thread.start()
     try:
         yield

@@ -55,14 +55,14 @@ def failures(others: pd.DataFrame) -> str:
     return "\n".join([f"{len(others)} SAE{'s' * (len(others) != 1)} without a final result:", *lines])
 
 
-def write_summary(results: pd.DataFrame, folder: Path, model: str, pdf: bool = False) -> list[Path]:
+def write_summary(results: pd.DataFrame, folder: Path, model: str) -> list[Path]:
     """Writes summary.csv (everything), summary.md (the table) and the figures into `folder`; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     csv, markdown = folder / "summary.csv", folder / "summary.md"
     results.to_csv(csv, index=False)
     markdown.write_text(_markdown(results, model), encoding="utf-8")
     whole = results[results["status"] == "done"]  # SAEs that were stopped early would bend the curves
-    return [csv, markdown, *draw(split(whole)[0], folder, model, pdf)]
+    return [csv, markdown, *draw(split(whole)[0], folder, model)]
 
 
 def split(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

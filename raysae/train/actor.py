@@ -151,6 +151,10 @@ class Trainer:
             self._check()
         return reports, ended
 
+    def news(self, since: dict[str, int]) -> dict[str, list[dict]]:
+        """The reports of every SAE here from number `since[name]` on, without waiting."""
+        return {sae.name: self.loop.reports(sae.name, since[sae.name])[0] for sae in self.plan.saes}
+
     def join(self, sae: SAEConfig) -> None:
         """Take in another SAE of the same hook point: it is trained from row 0 in a pass of its own, after the present one."""
         self._check()

@@ -71,12 +71,14 @@ def test_metrics_that_no_sae_has_are_left_out(results: pd.DataFrame, tmp_path: P
     assert "KL" not in told
     assert "CE recovered" not in told
     files = write_summary(results.drop(columns="kl").assign(ce_recovered=np.nan), tmp_path, "embedded")
-    assert [file.name for file in files] == ["summary.csv", "summary.md", "frontier.png", "fvu_width.png"]
+    assert [file.name for file in files] == [
+        "summary.csv", "summary.md", "frontier.png", "frontier.pdf", "fvu_width.png", "fvu_width.pdf",
+    ]  # fmt: skip
 
 
 def test_files(results: pd.DataFrame, tmp_path: Path):
     results.loc[0, ["status", "reason"]] = ["failed", "why"]
-    files = write_summary(results, tmp_path / "new", "embedded", pdf=True)
+    files = write_summary(results, tmp_path / "new", "embedded")
     assert [file.name for file in files] == [
         "summary.csv", "summary.md", "frontier.png", "frontier.pdf", "fvu_width.png", "fvu_width.pdf", "ce_frontier.png", "ce_frontier.pdf",
     ]  # fmt: skip
