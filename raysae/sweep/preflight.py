@@ -70,7 +70,10 @@ def plan(config: SweepConfig) -> Plan:
     stream = config.stream.model_copy(update={"context_length": length, "skip_positions": skipped})
     config = config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream})
     tokenizer = load_tokenizer(config.model)
-    contexts = {split: build_contexts(config.text, tokenizer, tokenizer_digest(tokenizer), length, split) for split in ("train", "evaluation")}
+    enough = _enough(config) if config.text.source.startswith("hf:") else None
+    contexts = {
+        split: build_contexts(config.text, tokenizer, tokenizer_digest(tokenizer), length, split, enough) for split in ("train", "evaluation")
+    }
 
     def spec(split: str, epochs: int) -> ActivationSpec:
         return ActivationSpec(
@@ -85,6 +88,14 @@ def plan(config: SweepConfig) -> Plan:
     settled = Plan(config, facts, contexts, training, evaluation, tuple(config.saes()))
     shards_in_flight(config.stream, training, settled.widths)
     return settled
+
+
+def _enough(config: SweepConfig) -> dict[str, int]:
+    """Contexts that the run takes of each split, rounded up to a power of two of shards: runs of like size share the tokenised text."""
+    rows = config.stream.context_length - config.stream.skip_positions
+    needed = {"train": config.train.steps * config.train.batch / config.stream.epochs, "evaluation": config.evaluation.rows}
+    shards = {split: math.ceil(count / rows / config.stream.shard_contexts) for split, count in needed.items()}
+    return {split: config.stream.shard_contexts * 2 ** math.ceil(math.log2(count)) for split, count in shards.items()}
 
 
 @dataclass(frozen=True)

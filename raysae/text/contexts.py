@@ -10,6 +10,7 @@ Definition (changing it means raising `DEFINITION`):
   the line is longer) and its pieces are tokenised one by one.
 - A context is the tokenizer's BOS and the next `context_length` - 1 tokens; EOS stands in where a tokenizer has no BOS, and where it has neither a
   context is `context_length` tokens of text. Contexts do not overlap; what remains at the end of a split is dropped.
+- Which documents a context joins is kept beside it, so that contexts can be divided further without a document on both sides.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ import numpy as np
 from raysae.config import ActivationSpec, TextConfig, UserError, digest
 from raysae.text.sources import documents, fingerprint
 
-DEFINITION = 1
+DEFINITION = 2
 PIECE_CHARACTERS = 1 << 17  # longest text tokenised in one go
 BATCH_CHARACTERS = 1 << 19  # per call of the tokenizer: it holds some 200 bytes per token
 
@@ -42,11 +43,16 @@ SPLITS: tuple[Split, ...] = ("train", "evaluation")
 class Contexts:
     """Contexts of one split. `tokens` is `(contexts, context_length)`, unsigned integers, memory-mapped; `digest` is that of its content.
 
+    `documents` `(documents,)` uint64 is the first 64 bits of each document's SHA-256, in order, and `spans` `(contexts, 2)` int64 the first and the
+    last document (inclusive) that have text in a context; both are None where nobody recorded them. A document counts with its separator.
+
     `tokens` is a plain array over the mapping: `ray.put(contexts)` stores it once per node and readers share it.
     """
 
     digest: str
     tokens: np.ndarray
+    documents: np.ndarray | None = None
+    spans: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -56,8 +62,13 @@ class Contexts:
         return self.tokens[indices].astype(np.int64)
 
 
-def build_contexts(text: TextConfig, tokenizer: Any, tokenizer_digest: str, context_length: int, split: Split) -> Contexts:
+def build_contexts(
+    text: TextConfig, tokenizer: Any, tokenizer_digest: str, context_length: int, split: Split, enough: Mapping[Split, int] | None = None
+) -> Contexts:
     """The contexts of a split, from the cache in `text.cache` or tokenised now (both splits in one pass over the source).
+
+    `enough` says how many contexts of each split will do: reading stops once both have that many, so that a sweep over a dataset of terabytes begins
+    soon. It is part of what the contexts are; unset, the source is read to its end.
 
     Raises UserError where the source cannot be read, holds no text, or only documents of one split.
     """
@@ -68,11 +79,11 @@ def build_contexts(text: TextConfig, tokenizer: Any, tokenizer_digest: str, cont
         "evaluation_fraction": text.evaluation_fraction,
         "tokenizer": tokenizer_digest,
         "context_length": context_length,
-    }
+    } | ({"enough": dict(enough)} if enough else {})
     folder = Path(text.cache).expanduser() / digest(key)
     contexts = _open_split(folder, split)
     if contexts is None:
-        _write_splits(folder, text, tokenizer, context_length)
+        _write_splits(folder, text, tokenizer, context_length, enough)
         contexts = _open_split(folder, split)
         if contexts is None:
             raise OSError(f"tokenised text written to {folder} could not be read back")
@@ -98,8 +109,12 @@ def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: s
 
 def is_held_out(document: str, evaluation_fraction: float) -> bool:
     """Whether a document belongs to the evaluation split."""
-    head = hashlib.sha256(document.encode()).digest()[:8]
-    return int.from_bytes(head, "big") / 2**64 < evaluation_fraction
+    return document_hash(document) / 2**64 < evaluation_fraction
+
+
+def document_hash(document: str) -> int:
+    """The first 64 bits of the document's SHA-256."""
+    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big")
 
 
 # ---------------------------------------------------------------- tokenising
@@ -114,14 +129,17 @@ def _pieces(document: str) -> Iterator[str]:
     yield document[start:]
 
 
-def _batches(text: TextConfig) -> Iterator[list[tuple[Split, str, bool]]]:
-    """Pieces of documents in order, each with its split and whether it ends its document, some `BATCH_CHARACTERS` at a time."""
+Piece = tuple[Split, str, int | None]  # of a document: its split, its text and, where it ends the document, the document's hash
+
+
+def _batches(text: TextConfig) -> Iterator[list[Piece]]:
+    """Pieces of documents in order, some `BATCH_CHARACTERS` at a time."""
     batch, characters = [], 0
     for document in documents(text):
         split = "evaluation" if is_held_out(document, text.evaluation_fraction) else "train"
         *inner, last = _pieces(document)
-        for piece, ends in [*((p, False) for p in inner), (last, True)]:
-            batch.append((split, piece, ends))
+        for piece, ended in [*((p, None) for p in inner), (last, document_hash(document))]:
+            batch.append((split, piece, ended))
             characters += len(piece)
             if characters >= BATCH_CHARACTERS:
                 yield batch
@@ -130,36 +148,41 @@ def _batches(text: TextConfig) -> Iterator[list[tuple[Split, str, bool]]]:
         yield batch
 
 
-def _encoder(tokenizer: Any, separator: str) -> Callable[[list[tuple[Split, str, bool]]], list[list[int]]]:
+def _encoder(tokenizer: Any, separator: str) -> Callable[[list[Piece]], list[list[int]]]:
     """A function from a batch of pieces to their token ids, the separator's after each document's."""
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
     suffix: list[int] | None = None
     if any(token in separator for token in tokenizer.all_special_tokens):
         suffix = tokenizer(separator, **options)["input_ids"]
 
-    def encode(batch: list[tuple[Split, str, bool]]) -> list[list[int]]:
-        texts = [piece + separator if ends and suffix is None else piece for _, piece, ends in batch]
+    def encode(batch: list[Piece]) -> list[list[int]]:
+        texts = [piece + separator if ended is not None and suffix is None else piece for _, piece, ended in batch]
         ids = tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
-        return [row + suffix if ends and suffix else row for row, (_, _, ends) in zip(ids, batch, strict=True)]
+        return [row + suffix if ended is not None and suffix else row for row, (_, _, ended) in zip(ids, batch, strict=True)]
 
     return encode
 
 
-# ---------------------------------------------------------------- files: FOLDER/contexts.json, train.tokens, evaluation.tokens
+# ---------------------------------------------------------------- files: FOLDER/contexts.json, train.tokens, train.documents, evaluation.…
 
 
 class _SplitWriter:
-    """Packs a stream of token ids into contexts and writes them as little-endian integers."""
+    """Packs a stream of token ids into contexts and writes them as little-endian integers. Documents are written as (hash, end in tokens of text)."""
 
     def __init__(self, path: Path, context_length: int, dtype: str, first: int | None):
-        self.file = path.open("wb")
+        self.path, self.file = path, path.open("wb")
         self.context_length, self.dtype, self.first = context_length, dtype, first
         self.body = context_length - (first is not None)  # tokens of text per context
         self.pending = np.empty(0, dtype)
-        self.documents = self.contexts = 0
+        self.tokens = self.contexts = 0
+        self.documents: list[tuple[int, int]] = []
         self.content = _content_hash(context_length, dtype)
 
-    def add(self, ids: list[list[int]]) -> None:
+    def add(self, ids: list[list[int]], ended: list[int | None]) -> None:
+        for row, document in zip(ids, ended, strict=True):
+            self.tokens += len(row)
+            if document is not None:
+                self.documents.append((document, self.tokens))
         flat = np.concatenate([self.pending, *(np.array(row, self.dtype) for row in ids)])
         count = len(flat) // self.body
         rows = np.empty((count, self.context_length), self.dtype)
@@ -175,14 +198,25 @@ class _SplitWriter:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        return {"documents": self.documents, "contexts": self.contexts, "sha256": self.content.hexdigest()}
+        documents = np.array(self.documents, "<u8").reshape(-1, 2)
+        with self.path.with_suffix(".documents").open("wb") as file:
+            file.write(documents.data)
+            file.flush()
+            os.fsync(file.fileno())
+        return {
+            "documents": len(documents),
+            "documents_sha256": hashlib.sha256(documents).hexdigest(),
+            "contexts": self.contexts,
+            "body": self.body,
+            "sha256": self.content.hexdigest(),
+        }
 
 
 def _content_hash(context_length: int, dtype: str) -> Any:
     return hashlib.sha256(f"{context_length} {dtype}\n".encode())
 
 
-def _write_splits(folder: Path, text: TextConfig, tokenizer: Any, context_length: int) -> None:
+def _write_splits(folder: Path, text: TextConfig, tokenizer: Any, context_length: int, enough: Mapping[Split, int] | None) -> None:
     """Tokenise the source into a temporary folder and rename it to `folder`: whoever sees `folder` sees it whole."""
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
@@ -197,10 +231,12 @@ def _write_splits(folder: Path, text: TextConfig, tokenizer: Any, context_length
         for batch in _batches(text):
             ids = encode(batch)
             for split, writer in writers.items():
-                writer.add([row for row, (of, _, _) in zip(ids, batch, strict=True) if of == split])
-                writer.documents += sum(ends for of, _, ends in batch if of == split)
+                own = [(row, ended) for row, (of, _, ended) in zip(ids, batch, strict=True) if of == split]
+                writer.add([row for row, _ in own], [ended for _, ended in own])
+            if enough and all(writers[split].contexts >= enough[split] for split in SPLITS):
+                break
         manifest = {"context_length": context_length, "dtype": dtype} | {split: writer.close() for split, writer in writers.items()}
-        _check_documents(text, *(writers[split].documents for split in SPLITS))
+        _check_documents(text, *(len(writers[split].documents) for split in SPLITS))
         with (work / "contexts.json").open("w") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
@@ -243,8 +279,14 @@ def _open_split(folder: Path, split: Split) -> Contexts | None:
         content.update(tokens)
         if content.hexdigest() != entry["sha256"]:
             raise ValueError(f"{path.name} has a wrong checksum")
+        documents = np.fromfile(path.with_suffix(".documents"), "<u8").reshape(-1, 2)
+        if hashlib.sha256(documents).hexdigest() != entry["documents_sha256"]:
+            raise ValueError(f"{path.stem}.documents has a wrong checksum")
+        edges = entry["body"] * np.arange(len(tokens) + 1)
+        ends = documents[:, 1].astype(np.int64)
+        spans = np.stack([np.searchsorted(ends, edges[:-1], side="right"), np.searchsorted(ends, edges[1:] - 1, side="right")], 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"tokenised text in {folder} is damaged ({error}): removed, to be made anew", RuntimeWarning, stacklevel=3)
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return Contexts(digest=entry["sha256"][:16], tokens=tokens)
+    return Contexts(digest=entry["sha256"][:16], tokens=tokens, documents=documents[:, 0].copy(), spans=spans)

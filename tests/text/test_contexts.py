@@ -133,16 +133,31 @@ def test_a_source_that_changes_is_tokenised_again(text, tmp_path):
     assert build_contexts(text, BOS, "t", 32, "train").digest != first.digest
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "no manifest", "half a manifest"])
+@pytest.mark.parametrize("split", ["train", "evaluation"])
+def test_documents_of_contexts_equal_their_definition(text, split, monkeypatch):
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)  # documents in several pieces
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
+    found = build_contexts(text, BOS, "t", 32, split)
+    documents = halves(0.3)[split]
+    owner = [i for i, document in enumerate(documents) for _ in BOS(document + "\n\n", split_special_tokens=True)["input_ids"]]
+    expected = [(owner[i], owner[i + 30]) for i in range(0, len(owner) - 30, 31)]
+    assert found.spans.tolist() == [list(span) for span in expected]
+    assert found.documents.dtype == np.uint64
+    assert [int(h) for h in found.documents] == [int(hashlib.sha256(document.encode()).hexdigest()[:16], 16) for document in documents]
+    assert (found.spans[:, 0] != found.spans[:, 1]).any()
+    assert (found.spans[:, 0] == found.spans[:, 1]).any()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "no manifest", "half a manifest", "documents"])
 def test_damaged_files_are_made_anew_with_a_warning(text, tmp_path, damage):
     first = build_contexts(text, BOS, "t", 32, "train")
     expected = first.tokens.copy()
     (folder,) = (tmp_path / "cache").iterdir()
-    path = folder / ("train.tokens" if damage in ("flipped", "truncated") else "contexts.json")
+    path = folder / ("train.tokens" if damage in ("flipped", "truncated") else "train.documents" if damage == "documents" else "contexts.json")
     content = bytearray(path.read_bytes())
-    if damage == "flipped":
+    if damage in ("flipped", "documents"):
         content[100] ^= 1
-    path.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    path.write_bytes(content if damage in ("flipped", "documents") else content[: len(content) // 2])
     if damage == "no manifest":
         path.unlink()
     with pytest.warns(RuntimeWarning, match="damaged"):
@@ -161,7 +176,7 @@ def test_failure_leaves_nothing_behind(text, tmp_path, monkeypatch):
 def test_a_writer_that_comes_second_takes_the_first_ones_files(text, tmp_path):
     first = build_contexts(text, BOS, "t", 32, "train")
     (folder,) = (tmp_path / "cache").iterdir()
-    module._write_splits(folder, text, BOS, 32)
+    module._write_splits(folder, text, BOS, 32, None)
     assert list((tmp_path / "cache").iterdir()) == [folder]
     assert build_contexts(text, BOS, "t", 32, "train").digest == first.digest
 
@@ -223,3 +238,19 @@ def test_check_enough_names_the_epochs_that_do():
     with pytest.raises(UserError, match=r"held-out text .* lower evaluation.rows, raise text.evaluation_fraction") as error:
         check_enough(spec_of(256, 1), rows + 1, "evaluation.rows", None)
     assert "epochs" not in str(error.value)
+
+
+def test_reading_stops_once_there_is_enough(text, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
+    read = []
+    documents = module.documents
+    monkeypatch.setattr(module, "documents", lambda config: (read.append(document) or document for document in documents(config)))
+    enough = {"train": 20, "evaluation": 5}
+    some = {split: build_contexts(text, BOS, "bytes", 32, split, enough) for split in enough}
+    assert 0 < len(read) < len(DOCUMENTS) / 2
+    assert all(len(some[split]) >= least for split, least in enough.items())
+    for split, contexts in some.items():
+        whole = build_contexts(text, BOS, "bytes", 32, split)
+        assert len(whole) > len(contexts)
+        assert np.array_equal(whole[: len(contexts)], contexts[:])
+        assert contexts.digest != whole.digest
