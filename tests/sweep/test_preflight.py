@@ -1,8 +1,11 @@
-"""How SAEs are shared out over banks."""
+"""How SAEs are shared out over banks, and what a cluster is refused for."""
+
+from types import SimpleNamespace
 
 import pytest
 
-from raysae.config import SAEConfig
+from raysae.config import ResourcesConfig, SAEConfig, SweepConfig, UserError
+from raysae.sweep import preflight
 from raysae.sweep.preflight import cost, pack
 
 WIDTH = {"resid_post.1": 64, "mlp_out.1": 64}
@@ -37,3 +40,52 @@ def test_an_sae_too_large_for_company_is_alone() -> None:
 def test_packing_is_deterministic(banks: int) -> None:
     saes = tuple(grid("resid_post.1", [256, 512, 1024, 2048]))
     assert pack(saes, banks, WIDTH) == pack(saes, banks, WIDTH)
+
+
+class FakeRay:
+    """`ray` as `check_cluster` asks it, for machines of so many CPUs."""
+
+    def __init__(self, *machines: float) -> None:
+        self.machines = machines
+
+    def nodes(self) -> list[dict]:
+        return [{"Alive": True, "NodeManagerHostname": f"m{i}", "Resources": {"CPU": cpus}} for i, cpus in enumerate(self.machines)]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": sum(self.machines)}
+
+
+def banks_on(monkeypatch: pytest.MonkeyPatch, machines: tuple[float, ...], limits: dict[str, float] | None = None, **resources: object) -> int:
+    monkeypatch.setattr(preflight, "ray", FakeRay(*machines))
+    monkeypatch.setattr(preflight, "_limits", lambda: limits or {})
+    output = "s3://bucket/runs" if resources.pop("remote", False) else "runs"
+    config = SweepConfig(output=output, resources=ResourcesConfig(**resources))
+    return preflight.check_cluster(SimpleNamespace(config=config, saes=grid("resid_post.1", [64, 128, 256, 512]), hook_points=["resid_post.1"]))
+
+
+def test_a_bank_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert banks_on(monkeypatch, (2,)) == 2
+    assert banks_on(monkeypatch, (2, 2), remote=True) == 4
+    assert banks_on(monkeypatch, (64,)) == 4  # no more than there are SAEs
+    assert banks_on(monkeypatch, (2,), banks=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("machines", "resources", "message"),
+    [
+        ((2, 2), {}, "output is the local folder 'runs' but the cluster has 2 machines: name storage that all of them reach"),
+        ((2,), {"limits": {"CPU": 64}}, "output is the local folder 'runs' but the cluster grows by further machines"),
+        ((2,), {"trainer_gpus": 1}, "resources.trainer_gpus is 1 but this Ray cluster has no GPU"),
+        ((2,), {"trainer_cpus": 1}, "the sweep needs 2.25 CPUs .* and the cluster can have 2"),
+        ((2,), {"trainer_cpus": 4, "limits": {"CPU": 8}, "remote": True, "banks": 4}, "the sweep needs 16.25 CPUs .* and the cluster can have 8"),
+        ((1, 1), {"producer_cpus": 1.5, "remote": True}, "resources.producer_cpus is 1.5 but no machine of the cluster has more than 1 CPUs"),
+        ((1, 1), {"trainer_cpus": 0.6, "banks": 2, "producer_cpus": 0.6, "remote": True}, "do not fit on machines of 1, 1 CPUs"),
+    ],
+)
+def test_what_the_cluster_can_never_give(monkeypatch: pytest.MonkeyPatch, machines: tuple, resources: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        banks_on(monkeypatch, machines, **resources)
+
+
+def test_a_shared_folder_is_storage_for_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert banks_on(monkeypatch, (2, 2), shared_storage=True) == 4
