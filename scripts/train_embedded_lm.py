@@ -1,6 +1,6 @@
 """Train the language model and tokenizer that ship in `raysae/lm/embedded/`.
 
-    python scripts/train_embedded_lm.py --data ../shared/data --work build/embedded_lm --tokens 16000000
+    python scripts/train_embedded_lm.py --data ../shared/data --work build/embedded_lm
 
 Everything is held out by document: `validation_head.txt` and every story that the pronoun test quotes are never trained on, ten books and
 one Python file in fifty are kept for evaluation. The run checkpoints every `--every` steps and resumes from its last checkpoint when called
@@ -28,7 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 256
 VOCABULARY = 4096
-MIXTURE = {"stories": 0.35, "prose": 0.25, "python": 0.40}  # share of training contexts
+# Shares of training contexts, before and after SECOND_STAGE tokens. There are but 0.75M tokens of stories: dropout keeps the model, which by then
+# has seen each three times, from learning them by heart.
+MIXTURES = {"stories": (0.35, 0.50), "prose": (0.25, 0.30), "python": (0.40, 0.20)}
+DROPOUTS = (0.0, 0.1)
+SECOND_STAGE = 6_144_000
 HELD_OUT_BOOKS = 10
 EXPORT = Path(__file__).parents[1] / "raysae" / "lm" / "embedded"
 
@@ -149,13 +153,14 @@ class Contexts:
     """Training contexts `(b, CONTEXT)`, BOS first; half begin at a document's start, half anywhere. Batch i is a function of (seed, i)."""
 
     def __init__(self, work: Path):
-        self.streams = {k: np.load(work / f"{k}.npy", mmap_mode="r") for k in MIXTURE}
-        self.starts = {k: np.load(work / f"{k}_starts.npy") for k in MIXTURE}
+        self.streams = {k: np.load(work / f"{k}.npy", mmap_mode="r") for k in MIXTURES}
+        self.starts = {k: np.load(work / f"{k}_starts.npy") for k in MIXTURES}
 
     def batch(self, step: int, size: int) -> torch.Tensor:
         rng = np.random.default_rng([17, step])
         rows = []
-        for kind in rng.choice(list(MIXTURE), size, p=list(MIXTURE.values())):
+        shares = [share[stage(step * size * CONTEXT)] for share in MIXTURES.values()]
+        for kind in rng.choice(list(MIXTURES), size, p=shares):
             stream, starts = self.streams[kind], self.starts[kind]
             last = len(stream) - CONTEXT
             at = rng.choice(starts) if rng.random() < 0.5 else rng.integers(last)
@@ -165,6 +170,17 @@ class Contexts:
 
 
 # ---------------------------------------------------------------- model and training
+
+
+def stage(tokens: int) -> int:
+    return int(tokens >= SECOND_STAGE)
+
+
+def add_dropout(model: LlamaForCausalLM) -> None:
+    """While training, drop the share `model.dropout` of the values that attention and MLPs add to the residual stream."""
+    for layer in model.model.layers:
+        for module in (layer.self_attn.o_proj, layer.mlp):
+            module.register_forward_hook(lambda module, _, output: F.dropout(output, model.dropout, module.training))
 
 
 def build() -> LlamaForCausalLM:
@@ -209,12 +225,14 @@ def train(args: argparse.Namespace, work: Path, device: str) -> None:
             o.load_state_dict(s)
         step = state["step"]
         print(f"resumed at step {step}", flush=True)
+    add_dropout(model)
     per_step, began, first, running = args.batch * CONTEXT, time.time(), step, 0.0
     while step * per_step < args.tokens:
         factor = schedule(step * per_step + per_step, args.tokens)
         for o, lrs in zip(opts, base, strict=True):
             for group, lr in zip(o.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
+        model.dropout = DROPOUTS[stage(step * per_step)]
         batch = contexts.batch(step, args.batch).to(device)
         pieces = batch.split(args.micro)
         for piece in pieces:
@@ -285,7 +303,7 @@ def evaluate(args: argparse.Namespace, work: Path, model: LlamaForCausalLM, toke
     from scipy.stats import binomtest
 
     model.eval()
-    for kind in MIXTURE:
+    for kind in MIXTURES:
         value, size = bits_per_byte(model, tokenizer, json.loads((work / f"{kind}_held_out.json").read_text()))
         print(f"{kind:8s} {value:.3f} bits per byte over {size} held-out bytes")
     right, total = pronoun_accuracy(model, tokenizer, Path(args.data), "validation_head.txt")
@@ -299,7 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="../shared/data", help="folder with text/ and eval/")
     parser.add_argument("--work", default="build/embedded_lm", help="folder for tokens and checkpoints")
-    parser.add_argument("--tokens", type=int, default=16_000_000, help="tokens to train on in all")
+    parser.add_argument("--tokens", type=int, default=10_500_000, help="tokens to train on in all")
     parser.add_argument("--batch", type=int, default=16, help="contexts per step")
     parser.add_argument("--micro", type=int, default=4, help="contexts per backward pass (small enough for the cache)")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
