@@ -2,16 +2,21 @@
 VENV := .venv
 BIN := $(VENV)/bin
 SAELENS := 6.54.12
+SOAK_SECONDS ?= 600
+SOAK_SEEDS ?= 1,2,3
 export RAY_USAGE_STATS_ENABLED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: sweep test ui lint clean test-saelens
+.PHONY: sweep test faults ui lint clean test-saelens
 
 sweep: $(VENV)/.installed  ## train the default sweep: 18 SAEs of the embedded language model
 	$(BIN)/python jobs/scaling_sweep.py $(ARGS)
 
 test: $(VENV)/.installed  ## run every test
 	RAY_AUTH_MODE=disabled $(BIN)/python -m pytest $(ARGS)
+
+faults: $(VENV)/.installed  ## kill everything: the tests of tests/faults with the full soak, ten minutes with each of three seeds
+	RAY_AUTH_MODE=disabled SOAK_SECONDS=$(SOAK_SECONDS) SOAK_SEEDS=$(SOAK_SEEDS) $(BIN)/python -m pytest tests/faults -s $(ARGS)
 
 ui: $(VENV)/.installed  ## open the MLflow UI on the local results
 	$(BIN)/python -m raysae.tracking.ui $(if $(PORT),--port $(PORT)) $(ARGS)

@@ -74,6 +74,25 @@ def parse(model: type[Model], argv: Sequence[str], description: str, extra: Mapp
         raise UserError(explain(error)) from error
 
 
+def from_flat(model: type[Model], flat: Mapping[str, str]) -> Model:
+    """The config of which `flat` are the knobs as text, e.g. as MLflow has them as a run's parameters; what is unset there has its default.
+
+    Knobs that `model` does not have (any more) are left out. Raises UserError where a value does not fit.
+    """
+    knobs = dict(fields(model))
+    known: dict[str, Any] = {}
+    for name, value in flat.items():
+        section, _, key = name.rpartition(".")
+        if name in knobs:
+            known[name] = _coerced(name, value, knobs[name].annotation)
+        elif section in knobs and _kind(knobs[section].annotation) is dict:
+            known.setdefault(section, {})[key] = value
+    try:
+        return model.model_validate(_nested(known))
+    except ValidationError as error:
+        raise UserError(explain(error)) from error
+
+
 def main(job: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs `job(sys.argv[1:])` and exits with what it returns; a mistake of the user's becomes one sentence on stderr and exit code 2."""
     try:

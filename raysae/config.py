@@ -83,9 +83,15 @@ class StreamConfig(Strict):
     hold_seconds: float = Field(120, ge=0, description="how long the first blocks wait for expected consumers")
     producers_min: int = Field(1, gt=0, description="language models kept running at least")
     producers_max: int = Field(1, gt=0, description="language models running at most")
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads of a producer; unset: the cores of the smallest machine. The bits of the activations depend on it"
+    )
     cache: Literal["auto", "on", "off"] = Field("auto", description="keep activations on disk; auto: where the whole pass is at most cache_gib")
     cache_gib: float = Field(4, gt=0, description="size of the activation cache per pass, in GiB: it keeps a prefix of the pass")
     cache_dir: str = Field("~/.cache/raysae/activations", description="folder or s3:// URL of the activation cache")
+    bad_shards: Literal["stop", "skip"] = Field(
+        "stop", description="a shard that cannot be produced, or holds NaN or infinite activations, ends the sweep, or is skipped by every SAE alike"
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> StreamConfig:
@@ -137,6 +143,23 @@ class ActivationSpec(Strict):
     def permutation_of(self, shard: int) -> np.ndarray:
         """Order of the shard's rows, `(rows_per_shard,)`: row r of the stream's shard is row permutation[r] of the contexts laid end to end."""
         return np.random.default_rng([self.seed, shard // self.shards_per_epoch, shard, 1]).permutation(self.rows_per_shard)
+
+
+class ErrorsConfig(Strict):
+    """What the hook points H.error, H.linear and H.nonlinear stand for: e = x − Sae(x), its linear prediction ê from x, and ε = e − ê, x being the
+    activation at H. SAEs are trained on them as on activations."""
+
+    sae: str | None = Field(None, description="folder or URL of the SAE that H.error, H.linear and H.nonlinear in hook_points are errors of")
+    probe: str | None = Field(None, description="file with the linear map from x to ê that jobs/error_regression.py fits (probe.safetensors)")
+
+
+ERROR_KINDS = ("error", "linear", "nonlinear")
+
+
+def error_kind(hook_point: str) -> tuple[str | None, str]:
+    """`resid_post.2.nonlinear` → ("nonlinear", "resid_post.2"); (None, hook point) where it is none of an error's."""
+    hook, _, kind = hook_point.rpartition(".")
+    return (kind, hook) if kind in ERROR_KINDS else (None, hook_point)
 
 
 # ---------------------------------------------------------------- SAEs and their training
@@ -220,6 +243,28 @@ class ResourcesConfig(Strict):
     shared_storage: bool = Field(False, description="`output` is a folder that all machines of the cluster share (NFS and the like)")
 
 
+class FaultsConfig(Strict):
+    """When something counts as broken, and how often it is tried again: every timeout and limit of the stream, the trainers and the driver."""
+
+    hang_seconds: float = Field(
+        900,
+        gt=0,
+        description="a producer or trainer that is silent for longer is replaced; a producer sooner, once it is known how long a shard takes: after "
+        "ten times that, 30 s at least",
+    )
+    start_seconds: float = Field(
+        900, gt=0, description="a sweep that has no place on the cluster for a producer or trainer for so long, or no model loaded, ends and says why"
+    )
+    start_attempts: int = Field(3, gt=0, description="times in a row that a producer's model may fail to load")
+    shard_attempts: int = Field(4, gt=0, description="times a shard is tried before it counts as bad")
+    producer_deaths: int = Field(12, ge=0, description="producers that may die or hang within ten minutes; more end the sweep")
+    trainer_restarts: int = Field(100, ge=0, description="times a trainer's process, or the handle of a trial, is restarted")
+    queue_seconds: float = Field(120, gt=0, description="for which a queue that does not answer (its process is being restarted) is asked again")
+    stop_seconds: float = Field(
+        45, gt=0, description="for which trainers may write checkpoints when the sweep is interrupted, or their machine is lost"
+    )
+
+
 class TrackingConfig(Strict):
     uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
     experiment: str = Field("raysae", description="MLflow experiment of the study")
@@ -232,6 +277,7 @@ class SweepConfig(Strict):
     text: TextConfig = TextConfig()
     stream: StreamConfig = StreamConfig()
     hook_points: list[str] = Field(default_factory=list, description="hook points, e.g. resid_post.3; unset: the middle layer's resid_post")
+    errors: ErrorsConfig = ErrorsConfig()
     architectures: list[Architecture] = Field(["topk"], min_length=1, description="topk, batchtopk, relu, tied, jumprelu")
     widths: list[Annotated[int, Field(gt=0)]] = Field([256, 512, 1024, 2048, 4096, 8192], min_length=1, description="latents per SAE")
     k: list[Annotated[int, Field(gt=0)]] = Field([8, 16, 32], description="active latents per token (topk, batchtopk)")
@@ -248,6 +294,7 @@ class SweepConfig(Strict):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    faults: FaultsConfig = FaultsConfig()
     tracking: TrackingConfig = TrackingConfig()
     output: str = Field("runs", description="folder or s3:// URL for checkpoints, SAEs and summaries")
     study: str | None = Field(None, description="name of this sweep's folder; unset: date and time")
@@ -275,3 +322,45 @@ class SweepConfig(Strict):
             chosen = np.random.default_rng(self.stream.seed).choice(len(saes), self.samples, replace=False)
             saes = [saes[i] for i in sorted(chosen)]
         return saes
+
+
+# ---------------------------------------------------------------- analyses
+
+
+class AnalysisConfig(Strict):
+    """Which SAEs an analysis takes apart, on how many tokens, and where its results go. Model, text and stream are the sweep's unless given."""
+
+    sweep: str | None = Field(None, description="sweep to analyse, its study's name or MLflow run id; unset: the latest that has saved SAEs")
+    sae: list[str] = Field(
+        default_factory=list, description="SAEs to analyse in place of a sweep's: MLflow run ids, or folders, files or URLs of saved or public SAEs"
+    )
+    hook_points: list[str] = Field(
+        default_factory=list, description="hook points whose SAEs are analysed; unset: all. For a public SAE that does not say its own: that"
+    )
+    tokens: int | None = Field(
+        None, gt=0, description="held-out tokens, to fit and to evaluate; unset: about 3 × 256 per dimension, 60,000 to 450,000, or all"
+    )
+    predicted_tokens: int = Field(16_384, gt=0, description="tokens for cross-entropy (downstream_loss)")
+    target_l0: float = Field(60, gt=0, description="where one SAE per width is shown: the one with the L0 nearest to this")
+    half_trained: bool = Field(
+        True, description="train the SAEs of error_regression's figure again on half the tokens: does short training explain what is predictable?"
+    )
+    train_tokens: int | None = Field(
+        None, gt=0, description="tokens for the SAEs that error_saes and earlier_layers train; unset: as many as the sweep's SAEs had"
+    )
+    replicates: int = Field(200, ge=20, description="bootstrap replicates of every interval")
+    seed: int = Field(0, ge=0, description="seed of splits, bootstrap and noise")
+    model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
+    stream: StreamConfig = StreamConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    output: str = Field("runs", description="folder for results: OUTPUT/STUDY/analysis. On several machines one that all of them share")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> AnalysisConfig:
+        if self.sweep and self.sae:
+            raise ValueError("sweep and sae are both given: name a sweep, or SAEs")
+        if "://" in self.output:
+            raise ValueError(f"output is {self.output}: results of analyses go to a folder")
+        return self

@@ -81,6 +81,25 @@ class LanguageModel:
         """Where tokens go in; with a device map other layers may be elsewhere, and activations stay where they were computed."""
         return self.model.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the activations."""
+        return self.model.dtype
+
+    @property
+    def attention(self) -> str:
+        """How attention is computed: transformers' name for it and, where PyTorch chooses a kernel on a GPU, those it may choose from."""
+        name = str(self.model.config._attn_implementation)
+        if name != "sdpa" or self.device.type != "cuda":
+            return name
+        kernels = {
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "memory-efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+            "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
+            "math": torch.backends.cuda.math_sdp_enabled(),
+        }
+        return " ".join([name, *(kernel for kernel, enabled in kernels.items() if enabled)])
+
     def contexts_at_once(self, length: int) -> int:
         """How many contexts of `length` tokens have logits of at most LOGITS_AT_ONCE elements (at least 1)."""
         return max(1, LOGITS_AT_ONCE // (length * self.model.config.vocab_size))

@@ -55,8 +55,8 @@ class BlockCache:
     def path(self, hook_point: str, shard: int) -> str:
         return f"{self.folder}/{hook_point}/{shard:06d}.safetensors"
 
-    def load(self, hook_point: str, shard: int) -> tuple[np.ndarray, bool] | None:
-        """Rows of a shard `(rows_per_shard, width)` in the wire format and whether any is not finite; None where they are not kept.
+    def load(self, hook_point: str, shard: int) -> np.ndarray | None:
+        """Rows of a shard `(rows_per_shard, width)` in the wire format; None where they are not kept.
 
         A damaged file is removed with a warning, and counts as not kept.
         """
@@ -68,8 +68,7 @@ class BlockCache:
                 rows = np.empty(self._shape(hook_point), WIRE_DTYPES[self.spec.dtype])
                 if file.readinto(memoryview(rows).cast("B")) != rows.nbytes or file.read(1):
                     raise ValueError("its size is wrong")
-            metadata = header["__metadata__"]
-            if metadata != self._metadata(hook_point, shard, rows, metadata["nonfinite"] == "true"):
+            if header["__metadata__"] != self._metadata(hook_point, shard, rows):
                 raise ValueError("its checksum or description is wrong")
         except FileNotFoundError:
             return None
@@ -81,9 +80,9 @@ class BlockCache:
             with contextlib.suppress(OSError):  # gone already, or not ours to remove
                 self.fs.rm_file(path)
             return None
-        return rows, metadata["nonfinite"] == "true"
+        return rows
 
-    def store(self, hook_point: str, shard: int, rows: np.ndarray, nonfinite: bool) -> bool:
+    def store(self, hook_point: str, shard: int, rows: np.ndarray) -> bool:
         """Keep a shard's rows if it belongs to the prefix. Local files appear whole or not at all; S3-type storage does that by itself.
 
         A cache that cannot be written (a full disk) warns once and keeps nothing more: the pass goes on without it.
@@ -91,7 +90,7 @@ class BlockCache:
         if shard >= self.shards or not self.writable:
             return False
         tensor = {"dtype": SAFETENSORS_DTYPES[self.spec.dtype], "shape": list(rows.shape), "data_offsets": [0, rows.nbytes]}
-        header = json.dumps({"__metadata__": self._metadata(hook_point, shard, rows, nonfinite), "rows": tensor}).encode()
+        header = json.dumps({"__metadata__": self._metadata(hook_point, shard, rows), "rows": tensor}).encode()
         header += b" " * (-len(header) % 8)
         path = self.path(hook_point, shard)
         try:
@@ -108,12 +107,11 @@ class BlockCache:
     def _shape(self, hook_point: str) -> tuple[int, int]:
         return self.spec.rows_per_shard, self.widths[hook_point]
 
-    def _metadata(self, hook_point: str, shard: int, rows: np.ndarray, nonfinite: bool) -> dict[str, str]:
+    def _metadata(self, hook_point: str, shard: int, rows: np.ndarray) -> dict[str, str]:
         return {
             "spec": self.spec.hash,
             "hook_point": hook_point,
             "shard": str(shard),
-            "nonfinite": json.dumps(nonfinite),
             "sha256": hashlib.sha256(rows).hexdigest(),
         }
 

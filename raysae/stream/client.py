@@ -12,13 +12,12 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from raysae.config import ActivationSpec
+from raysae.config import ActivationSpec, FaultsConfig
+from raysae.numerics import Seen, together
 from raysae.stream.queue import EVALUATION, TRAIN
 from raysae.stream.reader import BatchReader
 from raysae.stream.state import NotJoinedError, StreamError
 
-LOST_ATTEMPTS = 5  # times a block that was lost with its machine is asked for again
-RETRY_SECONDS = 120.0  # for which a queue that does not answer is asked again
 RETRY_PAUSE = 0.5
 
 
@@ -30,21 +29,34 @@ class StreamClient:
         training: spec of the training stream.
         width: of the activations at the hook point.
         block_mib: the stream's.
+        faults: timeouts and limits; unset: the defaults.
     """
 
-    def __init__(self, queue: ActorHandle, consumer: str, hook_point: str, training: ActivationSpec, width: int, block_mib: float):
+    def __init__(
+        self,
+        queue: ActorHandle,
+        consumer: str,
+        hook_point: str,
+        training: ActivationSpec,
+        width: int,
+        block_mib: float,
+        faults: FaultsConfig | None = None,
+    ):
         self.queue = queue
         self.consumer = consumer
         self.hook_point = hook_point
         self.training = training
         self.width = width
         self.block_mib = block_mib
+        self.faults = faults or FaultsConfig()
+        self.numerics: Seen = {}  # of the producers of the blocks read since `open`
         self._done = 0  # shards completely consumed
         self._until: int | None = None
         self._joined = False
 
     def open(self, row: int, batch: int, end: int | None = None, device: torch.device | str = "cpu") -> BatchReader:
         """Join the training stream at `row`; batches of it up to row `end`. One reader at a time: closing it leaves the stream."""
+        self.numerics = {}
         self._done = row // self.training.rows_per_shard
         self._until = None if end is None else -(-end // self.training.rows_per_shard)
         self._joined = True
@@ -59,21 +71,23 @@ class StreamClient:
         self._joined = False
         self.queue.leave.remote(self.consumer)
 
-    def block(self, shard: int, block: int) -> np.ndarray:
-        """A block of the training stream, waiting for it: `(rows, width)`, read-only, in the object store's memory."""
+    def block(self, shard: int, block: int) -> np.ndarray | None:
+        """A block of the training stream, waiting for it: `(rows, width)`, read-only, in the object store's memory. None: the shard is skipped."""
 
-        def fetch() -> ray.ObjectRef:
+        def fetch() -> ray.ObjectRef | None:
             try:
-                return ray.get(self.queue.fetch.remote(self.consumer, shard, block, self._done))[0]
+                ref, numerics = ray.get(self.queue.fetch.remote(self.consumer, shard, block, self._done))
             except NotJoinedError:
                 if not self._joined:
                     raise StreamError(f"consumer {self.consumer} has left the stream") from None
                 self._join()  # the queue was restarted
                 raise
+            self.numerics = together(self.numerics, {key: [value] for key, value in numerics.items()})
+            return ref
 
         return self._get(TRAIN, shard, fetch)
 
-    def evaluation_block(self, shard: int, block: int) -> np.ndarray:
+    def evaluation_block(self, shard: int, block: int) -> np.ndarray | None:
         """A block of the held-out stream, as `block`."""
         return self._get(EVALUATION, shard, lambda: ray.get(self.queue.evaluation_block.remote(self.hook_point, shard, block))[0])
 
@@ -85,27 +99,31 @@ class StreamClient:
         self._done = done
         self.queue.acknowledge.remote(self.consumer, done)
 
-    def _get(self, stream: str, shard: int, fetch: Callable[[], ray.ObjectRef]) -> np.ndarray:
-        for attempt in range(LOST_ATTEMPTS):
+    def _get(self, stream: str, shard: int, fetch: Callable[[], ray.ObjectRef | None]) -> np.ndarray | None:
+        for attempt in range(1, self.faults.shard_attempts + 1):
             ref = self._patiently(fetch)
             try:
-                return ray.get(ref)
+                return None if ref is None else ray.get(ref)
             except ObjectLostError:
-                if attempt == LOST_ATTEMPTS - 1:
+                if attempt == self.faults.shard_attempts:
                     raise
                 lost = ref.hex()
                 self._patiently(lambda: ray.get(self.queue.lost.remote(stream, shard, lost)))  # noqa: B023, called at once
 
-    @staticmethod
-    def _patiently(call: Callable[[], Any]) -> Any:
-        """The call's result, asking again while the queue's process is being restarted. The queue's own errors come without Ray's stack traces."""
-        give_up = time.monotonic() + RETRY_SECONDS
-        while True:
-            try:
-                return call()
-            except (NotJoinedError, RayActorError):
-                if time.monotonic() > give_up or not ray.is_initialized():
-                    raise
-                time.sleep(RETRY_PAUSE)
-            except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, StreamError) else error) from None
+    def _patiently(self, call: Callable[[], Any]) -> Any:
+        return patiently(call, self.faults.queue_seconds)
+
+
+def patiently(call: Callable[[], Any], seconds: float) -> Any:
+    """The result of a call of the queue, asking again for `seconds` while its process is being restarted. The queue's own errors come without Ray's
+    stack traces."""
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except (NotJoinedError, RayActorError):
+            if time.monotonic() > give_up or not ray.is_initialized():
+                raise
+            time.sleep(RETRY_PAUSE)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, StreamError) else error) from None

@@ -1,4 +1,5 @@
-"""The queue's producers: started, given jobs, replaced when they die or hang, more of them when consumers wait, fewer when they idle."""
+"""The queue's producers: started, given jobs, replaced when they die or hang or their machine is about to go, more of them when consumers wait, fewer
+when they idle."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,12 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
+from raysae.config import FaultsConfig
+from raysae.stream.room import missing, placed
+
 log = logging.getLogger(__name__)
 
-DEATHS, DEATHS_SECONDS = 12, 600.0  # more deaths within that time are no bad luck: the pool gives up
-FAILED_STARTS = 3  # in a row: the model does not load
+DEATHS_SECONDS = 600.0  # within which `faults.producer_deaths` is no bad luck any more: the pool gives up
 FAILED_JOBS = 2  # in a row: the process may be damaged (a broken CUDA context, say) and is replaced
 PRESSURE_SECONDS = 10  # the pool grows when consumers waited for producers in more than half of that time
 IDLE_SECONDS = 60.0  # a producer above the minimum that idles longer is let go
@@ -27,7 +30,8 @@ IDLE_SECONDS = 60.0  # a producer above the minimum that idles longer is let go
 class Job:
     """A call of a producer. Of its `returns` results only the first, which is small, is awaited.
 
-    One of `done(first result, references to the others)` and `failed(error, whether the producer died or hung)` is called.
+    One of `done(first result, references to the others)` and `failed(error, whether the producer died or hung)` is called. A producer that is silent
+    for `seconds` has hung.
     """
 
     method: str
@@ -35,6 +39,7 @@ class Job:
     returns: int
     done: Callable[[Any, list[ray.ObjectRef]], None]
     failed: Callable[[Exception, bool], None]
+    seconds: float
 
 
 class Producing:
@@ -43,6 +48,8 @@ class Producing:
     def __init__(self, actor: ActorHandle):
         self.actor = actor
         self.pid: int | None = None  # set once its model is loaded
+        self.node: str | None = None
+        self.leaving = False  # its machine is about to go: it works on until another can
         self.idle_since: float | None = None  # set while it waits for a job
         self.task: asyncio.Task | None = None
 
@@ -53,7 +60,8 @@ class ProducerPool:
     Args:
         create: starts a producer's actor. Ray places it when there are resources.
         take: waits for the next job; must not lose a job when it is cancelled.
-        hang_seconds: a job that takes longer means a hung producer.
+        needs: what a producer reserves on a machine.
+        faults: timeouts and limits.
         waited: told the seconds that producers were without a job.
         changed: called when the pool has given up.
     """
@@ -64,12 +72,13 @@ class ProducerPool:
         take: Callable[[], Awaitable[Job]],
         least: int,
         most: int,
-        hang_seconds: float,
+        needs: Mapping[str, float],
+        faults: FaultsConfig,
         waited: Callable[[float], None],
         changed: Callable[[], None],
     ):
         self.create, self.take, self.waited, self.changed = create, take, waited, changed
-        self.least, self.most, self.hang_seconds = least, most, hang_seconds
+        self.least, self.most, self.needs, self.faults = least, most, needs, faults
         self.producers: list[Producing] = []
         self.replaced = 0
         self.failure: str | None = None  # set: the pool has given up, and why
@@ -87,16 +96,27 @@ class ProducerPool:
         if self.failure:
             return
         self._pressure.append(pressed)
-        while len(self.producers) < self.least:
+        staying = [producer for producer in self.producers if not producer.leaving]
+        for _ in range(self.least - len(staying)):
             self._add()
         now = time.monotonic()
         if sum(self._pressure) > PRESSURE_SECONDS / 2 and len(self.producers) < self.most and len(self.pids) == len(self.producers):
             log.info("consumers wait: a producer is added to %d", len(self.producers))
             self._add()
             self._pressure.clear()
+        others = any(producer.pid is not None for producer in staying)
         for producer in list(self.producers):
-            if len(self.producers) > self.least and producer.idle_since is not None and now - producer.idle_since > IDLE_SECONDS:
+            if producer.idle_since is None:
+                continue
+            if (producer.leaving and others) or (len(self.producers) > self.least and now - producer.idle_since > IDLE_SECONDS):
                 self._remove(producer)
+
+    def leave(self, node: str) -> None:
+        """The machine is about to go: its producers are replaced, and work on until another can."""
+        for producer in self.producers:
+            if producer.node == node and not producer.leaving:
+                log.warning("a producer moves: its machine is being drained")
+                producer.leaving = True
 
     def close(self) -> None:
         """Let all producers go, for good."""
@@ -116,15 +136,17 @@ class ProducerPool:
 
     async def _serve(self, producer: Producing) -> None:
         try:
-            producer.pid = await producer.actor.ping.remote()
+            producer.pid, producer.node = await self._start(producer)
         except Exception as error:
             self._failed_starts += 1
-            self._bury(producer, error)
+            self._bury(producer, error, died=False)
             return
         self._failed_starts = 0
         failures = 0
         while failures < FAILED_JOBS:
             producer.idle_since = began = time.monotonic()
+            if producer.leaving:
+                self.tend(False)
             try:
                 job = await self.take()
             finally:
@@ -132,47 +154,60 @@ class ProducerPool:
                 self.waited(time.monotonic() - began)
             error, died = await self._do(job, producer)
             if died:
-                self._bury(producer, error)
+                self._bury(producer, error, died=True)
                 return
             failures = failures + 1 if error else 0
-        self._bury(producer, error)
+        self._bury(producer, error, died=False)
+
+    async def _start(self, producer: Producing) -> tuple[int, str]:
+        """The producer's process id and machine, once its model is loaded. One that has no place on the cluster is waited for while others work."""
+        ready = asyncio.ensure_future(producer.actor.ping.remote())
+        while not (await asyncio.wait([ready], timeout=self.faults.start_seconds))[0]:
+            if placed(producer.actor):
+                raise TimeoutError(f"the language model was not loaded after {self.faults.start_seconds:g} s")
+            if not self.pids:
+                self._give_up(f"no machine has had room for a language model for {self.faults.start_seconds:g} s: {missing(self.needs)}")
+        return ready.result()
 
     async def _do(self, job: Job, producer: Producing) -> tuple[Exception | None, bool]:
         """The job's error, if any, and whether the producer is gone."""
         try:
             refs = getattr(producer.actor, job.method).options(num_returns=job.returns).remote(*job.args)
             first, *others = refs if job.returns > 1 else [refs]
-            async with asyncio.timeout(self.hang_seconds):
+            async with asyncio.timeout(job.seconds):
                 result = await first
         except Exception as error:
             if isinstance(error, TimeoutError) and not isinstance(error, RayTaskError):
-                error = TimeoutError(f"a producer was silent for {self.hang_seconds:g} s")
+                error = TimeoutError(f"a producer was silent for {job.seconds:g} s")
             died = not isinstance(error, RayTaskError)
             job.failed(error, died)
             return error, died
         job.done(result, others)
         return None, False
 
-    def _bury(self, producer: Producing, error: Exception) -> None:
+    def _bury(self, producer: Producing, error: Exception, died: bool) -> None:
         """Kill what is left of a producer and let `tend` start another, unless it keeps happening."""
         if producer not in self.producers:
             return
         self.producers.remove(producer)
-        ray.kill(producer.actor)
+        ray.kill(producer.actor)  # also one that is stopped: Ray ends the process where it does not end by itself
         log.warning("a producer is replaced: %s", one_line(error))
         self.replaced += 1
         now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths[0] < now - DEATHS_SECONDS:
+        if died and not producer.leaving:
+            self._deaths.append(now)
+        while self._deaths and self._deaths[0] < now - DEATHS_SECONDS:
             self._deaths.popleft()
-        if self._failed_starts >= FAILED_STARTS:
-            self.failure = f"the language model could not be started in {FAILED_STARTS} attempts: {one_line(error)}"
-        elif len(self._deaths) > DEATHS:
-            self.failure = f"{len(self._deaths)} producers died within {DEATHS_SECONDS:g} s, the last one: {one_line(error)}"
+        if self._failed_starts >= self.faults.start_attempts:
+            self._give_up(f"the language model could not be started in {self.faults.start_attempts} attempts: {one_line(error)}")
+        elif len(self._deaths) > self.faults.producer_deaths:
+            self._give_up(f"{len(self._deaths)} producers died within {DEATHS_SECONDS:g} s, the last one: {one_line(error)}")
         else:
             self.tend(False)
-        if self.failure:
-            self.changed()
+
+    def _give_up(self, why: str) -> None:
+        self.failure = why
+        self.changed()
 
 
 def one_line(error: BaseException) -> str:

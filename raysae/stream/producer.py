@@ -51,9 +51,12 @@ class Producer:
         import torch
 
         from raysae.lm.model import LanguageModel
+        from raysae.numerics import be_deterministic
 
         gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
-        if not gpu:
+        if gpu:
+            be_deterministic()
+        else:
             os.nice(NICENESS)
         if production.threads is not None:
             torch.set_num_threads(production.threads)
@@ -67,16 +70,23 @@ class Producer:
         from raysae.stream.shard import ShardMaker, numerics
 
         plan, spec = self.production, self.production.specs[stream]
-        cache = open_cache(plan.stream, spec, plan.widths, numerics(self.lm.device))
+        cache = open_cache(plan.stream, spec, plan.widths, numerics(self.lm))
         return ShardMaker(self.lm, self.contexts[stream], spec, list(plan.widths), plan.stream.block_mib, cache)
 
-    def ping(self) -> int:
-        """The process id, once the model is loaded."""
-        return os.getpid()
+    def ping(self) -> tuple[int, str]:
+        """The process id and the machine's id, once the model is loaded."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def produce(self, stream: str, shard: int) -> list:
-        """[meta, *blocks of the first hook point, *blocks of the second, …]: a pure function of its arguments, so that any producer can repeat it."""
+        """[meta, *blocks of the first hook point, *blocks of the second, …]: a pure function of its arguments, so that any producer can repeat it.
+
+        ValueError: some activation is NaN or infinite. No SAE could learn from it.
+        """
         meta, blocks = self.makers[stream].make(shard)
+        if meta["nonfinite"]:
+            raise ValueError(
+                f"activations at {', '.join(meta['nonfinite'])} are NaN or infinite in contexts {', '.join(map(str, meta['nonfinite_contexts']))}"
+            )
         return [meta, *(block for hook in self.production.widths for block in blocks[hook])]
 
     def evaluate(self, stream: str, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int) -> dict[str, dict]:

@@ -20,10 +20,11 @@ from ray.actor import ActorHandle
 from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysae.config import ActivationSpec, ModelConfig, ResourcesConfig, StreamConfig, UserError
+from raysae.config import ActivationSpec, FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
 from raysae.stream.pool import Job, ProducerPool, one_line
 from raysae.stream.producer import ENVIRONMENT, Producer, Production
-from raysae.stream.state import ATTEMPTS, StreamError, StreamState
+from raysae.stream.skipped import Skipped
+from raysae.stream.state import StreamError, StreamState
 
 if TYPE_CHECKING:
     from raysae.text.contexts import Contexts
@@ -31,15 +32,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRAIN, EVALUATION = "train", "evaluation"  # names of the two streams
-HANG_SECONDS = 900.0
 TEND_SECONDS = 1.0
+PATIENCE, LEAST_PATIENCE = 10, 30.0  # a producer may take this many times the longest shard so far, and this many seconds at least
+CONTEXTS_NAMED = 8  # of a bad shard, in a sentence
 
 COUNTERS = {
     "contexts_forwarded": "Contexts the language model has read for training",
     "evaluation_contexts_forwarded": "Contexts the language model has read for held-out activations",
     "shards_produced": "Shards of the training stream produced, by the language model or from the cache",
     "shards_from_cache": "Shards of the training stream that were read from the cache",
-    "shards_nonfinite": "Shards with NaN or infinite activations",
+    "shards_failed": "Attempts to produce a shard that failed: an error, a producer that died or hung, NaN or infinite activations",
     "blocks_served": "Blocks handed to consumers",
     "consumer_wait_seconds": "Seconds that consumers waited for blocks, summed over consumers",
     "producer_wait_seconds": "Seconds that producers waited for work, summed over producers",
@@ -81,7 +83,8 @@ def start_stream(
     widths: Mapping[str, int],
     shards: int | None = None,
     threads: int | None = None,
-    hang_seconds: float = HANG_SECONDS,
+    faults: FaultsConfig | None = None,
+    skipped: str | None = None,
     producer_class: type = Producer,
     name: str | None = None,
 ) -> ActorHandle:
@@ -96,7 +99,8 @@ def start_stream(
         widths: hook point → width of its activations, for all hook points that anyone will ask for.
         shards: how many of the training stream are needed in all; unset: all it has.
         threads: CPU threads of a producer; unset: torch's default.
-        hang_seconds: a producer that is silent for longer during a job is replaced.
+        faults: timeouts and limits; unset: the defaults.
+        skipped: file, a path or URL, in which skipped shards are remembered.
         producer_class: for tests.
         name: by which `ray.get_actor` finds the queue.
 
@@ -121,7 +125,8 @@ def start_stream(
         blocks={hook: blocks_per_shard(training, width, stream.block_mib) for hook, width in widths.items()},
         evaluation_blocks={hook: blocks_per_shard(evaluation, width, stream.block_mib) for hook, width in widths.items()},
         actor_options={"num_cpus": resources.producer_cpus, "num_gpus": resources.producer_gpus, "runtime_env": ENVIRONMENT},
-        hang_seconds=hang_seconds,
+        faults=faults or FaultsConfig(),
+        skipped=skipped,
         producer_class=producer_class,
     )  # fmt: skip
     queue.start.remote()
@@ -140,17 +145,20 @@ class StreamQueue:
         blocks: Mapping[str, int],
         evaluation_blocks: Mapping[str, int],
         actor_options: Mapping[str, float],
-        hang_seconds: float,
+        faults: FaultsConfig,
+        skipped: str | None,
         producer_class: type,
     ):
         config = production.stream
         self.production = production
-        self.state = StreamState(shards, cap, config.lag)
+        self.faults = faults
+        self.skipped = Skipped(skipped)
+        self.state = StreamState(shards, cap, config.lag, faults.shard_attempts, self.skipped.of(TRAIN))
         self.shard_bytes = _shard_bytes(production.specs[TRAIN], production.widths)
         self._offsets = {TRAIN: _offsets(blocks), EVALUATION: _offsets(evaluation_blocks)}
         self._returns = {TRAIN: 1 + sum(blocks.values()), EVALUATION: 1 + sum(evaluation_blocks.values())}
         self._hook_point: dict[str, str] = {}  # of each consumer
-        self._refs: dict[int, list[ray.ObjectRef]] = {}  # the blocks of the training shards held
+        self._shards: dict[int, tuple[Mapping[str, object], list[ray.ObjectRef]]] = {}  # meta and blocks of the training shards held
         self._evaluation: dict[int, asyncio.Future] = {}  # the blocks of the held-out shards, kept to the end
         self._errands: list[Job] = []  # all jobs but training shards; they come first, since someone waits for each of them
         self._waiting: dict[str, int] = {}  # fetches per consumer that wait now
@@ -160,13 +168,15 @@ class StreamQueue:
         self._counters = {name: Counter(f"raysae_{name}", description=text) for name, text in COUNTERS.items()}
         self._gauges = {name: Gauge(f"raysae_{name}", description=text) for name, text in GAUGES.items()}
         self._peak_bytes = 0
+        self._longest = 0.0  # seconds that the language model took for a shard
         actor_class = ray.remote(producer_class).options(max_restarts=0, **actor_options)
         self.pool = ProducerPool(
             create=lambda: actor_class.remote(production),
             take=self._take,
             least=config.producers_min,
             most=config.producers_max,
-            hang_seconds=hang_seconds,
+            needs={key: actor_options[key] for key in ("num_cpus", "num_gpus")},
+            faults=faults,
             waited=lambda seconds: self._count("producer_wait_seconds", seconds),
             changed=self._notify,
         )
@@ -209,10 +219,9 @@ class StreamQueue:
         self.state.advance(consumer, done_shards)
         self._settle()
 
-    async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> list[ray.ObjectRef]:
-        """A block of the training stream at the consumer's hook point, when it is there; `done_shards` as in `acknowledge`.
-
-        The reference comes inside a list, or Ray would send the block itself.
+    async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> tuple[ray.ObjectRef | None, Mapping[str, object]]:
+        """A block of the training stream at the consumer's hook point, when it is there, and the numerics of its shard; `done_shards` as in
+        `acknowledge`. The reference comes inside a tuple, or Ray would send the block itself. None: the shard is skipped.
 
         Raises:
             NotJoinedError: `consumer` is unknown.
@@ -227,23 +236,35 @@ class StreamQueue:
         finally:
             self._waiting[consumer] -= 1
             self._count("consumer_wait_seconds", time.monotonic() - began)
+        if shard in self.state.skipped:
+            return None, {}
         self._count("blocks_served", 1)
-        return [self._refs[shard][self._offsets[TRAIN][self._hook_point[consumer]] + block]]
+        meta, refs = self._shards[shard]
+        return refs[self._offsets[TRAIN][self._hook_point[consumer]] + block], meta["numerics"]
 
-    async def evaluation_block(self, hook_point: str, shard: int, block: int) -> list[ray.ObjectRef]:
-        """A block of the held-out stream. Each shard is produced once, when it is first asked for, and kept."""
+    async def evaluation_block(self, hook_point: str, shard: int, block: int) -> list[ray.ObjectRef | None]:
+        """A block of the held-out stream. Each shard is produced once, when it is first asked for, and kept. [None]: the shard is skipped."""
         await self.start()
+        if shard in self.skipped.of(EVALUATION):
+            return [None]
         future = self._evaluation.get(shard)
         if future is None or (future.done() and future.exception()):
             future = self._evaluation[shard] = self._errand("produce", (EVALUATION, shard), self._returns[EVALUATION])
         _, refs = await self._result(future)
+        if not refs:
+            return [None]
         self._count("blocks_served", 1)
         return [refs[self._offsets[EVALUATION][hook_point] + block]]
+
+    async def leave_node(self, node: str) -> None:
+        """The machine is being drained: its producers move."""
+        await self.start()
+        self.pool.leave(node)
 
     async def lost(self, stream: str, shard: int, ref: str) -> None:
         """A consumer could not read this block (hexadecimal id of its reference): its machine is gone, and the shard is produced again."""
         if stream == TRAIN:
-            refs = self._refs.get(shard, [])
+            _, refs = self._shards.get(shard, (None, []))
         else:
             future = self._evaluation.get(shard)
             refs = future.result()[1] if future and future.done() and not future.exception() else []
@@ -276,6 +297,7 @@ class StreamQueue:
             "producers": len(self.pool.pids),
             "producer_pids": self.pool.pids,
             "producers_replaced": self.pool.replaced,
+            "shards_skipped": self.skipped.shards,
             "consumers": consumers,
         }
 
@@ -293,6 +315,7 @@ class StreamQueue:
                     "produce", (TRAIN, shard), self._returns[TRAIN],
                     done=lambda meta, refs: self._produced(shard, meta, refs),
                     failed=lambda error, died: self._failed(shard, error),
+                    seconds=self._patience(),
                 )  # fmt: skip
             await self._changed.wait()
 
@@ -300,36 +323,72 @@ class StreamQueue:
         self._count("shards_produced", 1)
         self._count("shards_from_cache", int(meta["from_cache"]))
         self._count("contexts_forwarded", meta["contexts_forwarded"])
-        self._note_nonfinite(TRAIN, meta)
+        self._note_seconds(meta)
         if self.state.produced(shard):
-            self._refs[shard] = refs
+            self._shards[shard] = meta, refs
         self._settle()
 
     def _failed(self, shard: int, error: Exception) -> None:
-        log.warning("shard %d: %s", shard, one_line(error))
-        self.state.fail(shard, one_line(error))
+        reason = self._note_failure(TRAIN, shard, error)
+        if self.state.fail(shard, reason) and self._skip(TRAIN, shard, reason):
+            self.state.skip(shard)
         self._settle()
 
+    def _note_seconds(self, meta: Mapping[str, object]) -> None:
+        if meta["contexts_forwarded"]:
+            self._longest = max(self._longest, meta["seconds"])
+
+    def _patience(self) -> float:
+        """Seconds after which a producer of a shard counts as hung."""
+        return min(self.faults.hang_seconds, max(LEAST_PATIENCE, PATIENCE * self._longest)) if self._longest else self.faults.hang_seconds
+
+    def _note_failure(self, stream: str, shard: int, error: Exception) -> str:
+        """What went wrong, in words."""
+        self._count("shards_failed", 1)
+        if isinstance(error, TimeoutError):
+            self._longest *= 2  # if it was not hung but slow, there will be time enough for it soon
+        contexts = self.production.specs[stream].contexts_of(shard)
+        named = ", ".join(map(str, contexts[:CONTEXTS_NAMED]))
+        reason = f"{one_line(error)}; its contexts are {named} and {max(0, len(contexts) - CONTEXTS_NAMED)} more"
+        log.warning("shard %d of the %s stream: %s", shard, stream, reason)
+        return reason
+
+    def _skip(self, stream: str, shard: int, reason: str) -> bool:
+        """Whether the bad shard is skipped from now on."""
+        if self.production.stream.bad_shards == "stop":
+            return False
+        shards = self.state.shards if stream == TRAIN else self.production.specs[stream].shards
+        return self.skipped.add(stream, shard, shards, reason, self.production.specs[stream].contexts_of(shard).tolist())
+
     def _errand(self, method: str, args: tuple, returns: int) -> asyncio.Future:
-        """Queue a call of a producer; the future gives (first result, references to the others). A producer's death is no failure of the job."""
+        """Queue a call of a producer; the future gives (first result, references to the others), no references where a held-out shard is skipped.
+        A producer's death is no failure of the job."""
         future = asyncio.get_running_loop().create_future()
         attempts = itertools.count(1)
+        produce = method == "produce"
 
         def done(result: object, refs: list[ray.ObjectRef]) -> None:
-            if method == "produce":
+            if produce:
                 self._count("evaluation_contexts_forwarded", result["contexts_forwarded"])
-                self._note_nonfinite(EVALUATION, result)
+                self._note_seconds(result)
             future.set_result((result, refs))
             self._notify()
 
         def failed(error: Exception, died: bool) -> None:
-            if died and next(attempts) < ATTEMPTS:
+            reason = self._note_failure(*args, error) if produce else one_line(error)
+            if (died or produce) and next(attempts) < self.faults.shard_attempts:
                 self._errands.append(job)
+            elif produce and self._skip(*args, reason):
+                future.set_result((None, []))
+            elif produce:
+                future.set_exception(
+                    StreamError(f"held-out shard {args[1]} could not be produced in {self.faults.shard_attempts} attempts: {reason}")
+                )
             else:
                 future.set_exception(error)
             self._notify()
 
-        job = Job(method, args, returns, done, failed)
+        job = Job(method, args, returns, done, failed, seconds=self._patience() if produce else self.faults.hang_seconds)
         self._errands.append(job)
         self._notify()
         return future
@@ -338,12 +397,6 @@ class StreamQueue:
         while not future.done():
             await self._change()
         return future.result()
-
-    def _note_nonfinite(self, stream: str, meta: Mapping[str, object]) -> None:
-        """Non-finite activations go out as they are: each SAE's trainer decides what they mean to it."""
-        if meta["nonfinite"]:
-            log.warning("shard %s of the %s stream holds NaN or infinite activations: %s", meta["index"], stream, meta["nonfinite"])
-            self._count("shards_nonfinite", 1)
 
     # ---------------------------------------------------------------- bookkeeping
 
@@ -371,8 +424,8 @@ class StreamQueue:
 
     def _settle(self) -> None:
         """After a change of state: drop the references it no longer holds, wake whoever waits."""
-        for shard in self._refs.keys() - self.state.held:
-            del self._refs[shard]
+        for shard in self._shards.keys() - self.state.held:
+            del self._shards[shard]
         self._notify()
 
     def _notify(self) -> None:

@@ -25,11 +25,11 @@ class _Fetch:
 
     shard: int
     block: int
-    array: np.ndarray | None = None
+    array: np.ndarray | None = None  # None: still under way, or skipped
     error: BaseException | None = None
     arrived: threading.Event = field(default_factory=threading.Event)
 
-    def start(self, fetch: Callable[[int, int], np.ndarray]) -> _Fetch:
+    def start(self, fetch: Callable[[int, int], np.ndarray | None]) -> _Fetch:
         def work() -> None:
             try:
                 self.array = fetch(self.shard, self.block)
@@ -40,7 +40,7 @@ class _Fetch:
         threading.Thread(target=work, name=f"fetch {self.shard}/{self.block}", daemon=True).start()
         return self
 
-    def result(self) -> np.ndarray:
+    def result(self) -> np.ndarray | None:
         self.arrived.wait()
         if self.error is not None:
             raise self.error
@@ -51,8 +51,8 @@ class BatchReader:
     """Batches `(batch, width)`, float32 on `device`, of the rows row, row + 1, … up to `end`.
 
     Args:
-        fetch: `fetch(shard, block)` gives a block as `(rows, width)` numpy in the wire format of `blocks.py`, waiting for it if need be. Called from
-            background threads, for the blocks in order, none beyond row `end`.
+        fetch: `fetch(shard, block)` gives a block as `(rows, width)` numpy in the wire format of `blocks.py`, waiting for it if need be; None
+            where the shard is skipped. Called from background threads, for the blocks in order, none beyond row `end`.
         spec: what is read.
         width: of the activations.
         block_mib: size of the blocks in MiB, the stream's.
@@ -67,7 +67,7 @@ class BatchReader:
 
     def __init__(
         self,
-        fetch: Callable[[int, int], np.ndarray],
+        fetch: Callable[[int, int], np.ndarray | None],
         spec: ActivationSpec,
         width: int,
         block_mib: float,
@@ -103,12 +103,13 @@ class BatchReader:
         self._row = row
         self._closed = False
         self._rows: Tensor | None = None  # the present block, (rows, width)
+        self._skipped = False  # whether it is one that is passed over
         self._first = self._last = 0  # its global rows are [first, last)
         if row < self.end:
             self._start(row)
 
-    def next(self) -> Tensor:
-        """The next `(batch, width)`. It lives in a buffer that the call after the next overwrites.
+    def next(self) -> Tensor | None:
+        """The next `(batch, width)`, None where one of its rows is skipped. It lives in a buffer that the call after the next overwrites.
 
         Raises:
             EOFError: fewer than `batch` rows are left, or the reader was closed.
@@ -119,20 +120,25 @@ class BatchReader:
         row, stop = self._row, self._row + self.batch
         if stop > self.end:
             raise EOFError(f"the stream ends at row {self.end}: rows {row} to {stop} are not there")
-        target = self._buffers[0]
+        target, whole = self._buffers[0], True
         while row < stop:
-            if row >= self._last or self._rows is None:
+            if row >= self._last or (self._rows is None and not self._skipped):
                 self._turn_to(row)
             take = min(stop, self._last) - row
             start = row - self._first
             filled = row - self._row
-            target[filled : filled + take].copy_(self._rows[start : start + take])
+            if self._skipped:
+                whole = False
+            else:
+                target[filled : filled + take].copy_(self._rows[start : start + take])
             row += take
             if row == self._last:
-                self._rows = None  # lets go of the block: the store may free it
+                self._rows, self._skipped = None, False  # lets go of the block: the store may free it
                 if row % self.spec.rows_per_shard == 0:
                     self._acknowledge(row // self.spec.rows_per_shard)
         self._row = row
+        if not whole:
+            return None
         self._buffers.reverse()
         return target
 
@@ -168,6 +174,9 @@ class BatchReader:
         shard_first = shard * self.spec.rows_per_shard
         self._first = shard_first + index * self._block_rows
         self._last = min(self._first + self._block_rows, shard_first + self.spec.rows_per_shard)
+        self._skipped = block is None
+        if self._skipped:
+            return
         if len(block) != self._last - self._first:
             raise ValueError(f"block {index} of shard {shard} has {len(block)} rows instead of {self._last - self._first}")
         self._rows = as_tensor(block, self.spec.dtype)

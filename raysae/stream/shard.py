@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import transformers
 
 from raysae.config import ActivationSpec
+from raysae.numerics import Scalar, device_facts
 from raysae.stream.blocks import DTYPES, as_array, cut
 
 if TYPE_CHECKING:
@@ -17,13 +19,15 @@ if TYPE_CHECKING:
     from raysae.text.contexts import Contexts
 
 
-def numerics(device: torch.device | str) -> dict[str, object]:
-    """What the bits of a shard depend on beside its spec: torch, the kind of device, and its settings."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return {"torch": str(torch.__version__), "device": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
-    capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
-    return {"torch": str(torch.__version__), "device": f"{device.type} {capability}".strip(), "threads": torch.get_num_threads()}
+def numerics(lm: LanguageModel) -> dict[str, Scalar]:
+    """What the bits of a shard depend on beside its spec, flat and readable. They are in the cache's key, and go with every block into the
+    fingerprint of the SAEs that are trained on it."""
+    return {
+        **device_facts(lm.device),
+        "transformers": transformers.__version__,
+        "attention": lm.attention,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+    }
 
 
 class ShardMaker:
@@ -55,27 +59,29 @@ class ShardMaker:
         """Shard `shard` as (meta, blocks per hook point).
 
         meta: `index`; `contexts_forwarded` by the language model (0 where everything was cached); `from_cache`; `seconds` it took; `nonfinite`, the
-        hook points at which some activation is NaN or infinite; `numerics`, what else its bits depend on.
+        hook points at which some activation is NaN or infinite, in the `nonfinite_contexts`; `numerics`, what else its bits depend on.
         """
         self._check(shard)
         started = time.perf_counter()
-        made = {hook: kept for hook in self.hook_points if self.cache and (kept := self.cache.load(hook, shard))}
+        made = {hook: kept for hook in self.hook_points if self.cache and (kept := self.cache.load(hook, shard)) is not None}
         missing = [hook for hook in self.hook_points if hook not in made]
+        bad: dict[str, list[int]] = {}
         if missing:
-            produced = self._produce(shard, missing)
+            produced, bad = self._produce(shard, missing)
             made |= produced
-            if self.cache:
-                for hook, (rows, nonfinite) in produced.items():
-                    self.cache.store(hook, shard, rows, nonfinite)
+            for hook, rows in produced.items():
+                if self.cache and not bad[hook]:  # what is broken may come out right another time
+                    self.cache.store(hook, shard, rows)
         meta = {
             "index": shard,
             "contexts_forwarded": self.spec.shard_contexts if missing else 0,
             "from_cache": not missing,
             "seconds": time.perf_counter() - started,
-            "nonfinite": [hook for hook in self.hook_points if made[hook][1]],
-            "numerics": numerics(self.lm.device),
+            "nonfinite": [hook for hook in missing if bad[hook]],
+            "nonfinite_contexts": sorted(set().union(*bad.values())),
+            "numerics": numerics(self.lm),
         }
-        return meta, {hook: cut(made[hook][0], self.spec.dtype, self.block_mib) for hook in self.hook_points}
+        return meta, {hook: cut(made[hook], self.spec.dtype, self.block_mib) for hook in self.hook_points}
 
     def annotations(self, shard: int, token_loss: bool = True) -> dict[str, np.ndarray]:
         """What the shard's rows stand for, *unpermuted*: each array is `(rows_per_shard,)`, and row r of the stream's shard is its entry
@@ -99,24 +105,29 @@ class ShardMaker:
             found["token_loss"] = torch.cat([loss[:, spec.skip_positions :].float().cpu() for loss in losses]).reshape(-1).numpy()
         return found
 
-    def _produce(self, shard: int, hook_points: list[str]) -> dict[str, tuple[np.ndarray, bool]]:
-        """Per hook point the shard's rows in the wire format and whether any is not finite."""
+    def _produce(self, shard: int, hook_points: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+        """Per hook point the shard's rows in the wire format, and the contexts with an activation that is not finite."""
         spec = self.spec
         place = torch.empty(spec.rows_per_shard, dtype=torch.int64)  # where each row of the contexts laid end to end goes
         place[torch.from_numpy(spec.permutation_of(shard))] = torch.arange(spec.rows_per_shard)
         places = place.view(spec.shard_contexts, -1).split(spec.batch_contexts)
         rows: dict[str, torch.Tensor] = {}
-        nonfinite = dict.fromkeys(hook_points, False)
-        for tokens, target in zip(self._batches(self.contexts[spec.contexts_of(shard)]), places, strict=True):
-            activations = self.lm.activations(tokens.to(self.lm.device), hook_points)
+        bad: dict[str, list[int]] = {hook: [] for hook in hook_points}
+        contexts = torch.from_numpy(spec.contexts_of(shard)).split(spec.batch_contexts)
+        for indices, target in zip(contexts, places, strict=True):
+            try:
+                activations = self.lm.activations(torch.from_numpy(self.contexts[indices.numpy()]).to(self.lm.device), hook_points)
+            except Exception as error:
+                raise RuntimeError(f"{type(error).__name__}: {error}, in one of the contexts {', '.join(map(str, indices.tolist()))}") from error
             for hook in hook_points:
                 kept = activations[hook][:, spec.skip_positions :].to(DTYPES[spec.dtype])  # (c, t - skip, width)
                 if hook not in rows:
                     rows[hook] = torch.empty(spec.rows_per_shard, kept.shape[-1], dtype=kept.dtype)
                 extremes = torch.stack(torch.aminmax(kept))  # NaN if any is; needs no temporary of the activations' size
-                nonfinite[hook] |= not bool(torch.isfinite(extremes).all())
+                if not bool(torch.isfinite(extremes).all()):
+                    bad[hook] += indices[~torch.isfinite(kept).flatten(1).all(1).cpu()].tolist()
                 rows[hook][target] = kept.cpu()
-        return {hook: (as_array(rows[hook]), nonfinite[hook]) for hook in hook_points}
+        return {hook: as_array(rows[hook]) for hook in hook_points}, bad
 
     def _batches(self, tokens: np.ndarray) -> tuple[torch.Tensor, ...]:
         return torch.from_numpy(tokens).split(self.spec.batch_contexts)

@@ -16,6 +16,9 @@ Progress: a pass whose slowest consumer lacks its shard is *starving* and comes 
 furthest shard that no consumer stands at, to be produced again later: that happens once when a late joiner begins, and after a consumer went back. So
 every pass has a place, as long as there are no more passes than places, whether or not the others' consumers live; if there are more, the passes that
 lack one wait until another has consumed its shard. Within a pass, all goes on as long as its slowest consumer does.
+
+A shard that fails too often is *bad*: a consumer that asks for it gets an error. It may be *skipped* instead: then it is ready at once for everyone,
+holds nothing, and each consumer passes over it: `position` never stands at one.
 """
 
 from __future__ import annotations
@@ -23,8 +26,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
-
-ATTEMPTS = 4  # times a shard is tried before its consumers are told that it cannot be produced
 
 
 class StreamError(RuntimeError):
@@ -59,9 +60,11 @@ class StreamState:
         shards: shards in the stream; indices run from 0.
         cap: shards that may be held or in production together, ≥ 1.
         lag: what a consumer does that is a window ahead of the slowest: `stall` waits, `detach` goes on in a pass of its own.
+        attempts: times a shard is tried before it is bad.
+        skipped: shards that no consumer gets.
     """
 
-    def __init__(self, shards: int, cap: int, lag: Literal["stall", "detach"] = "stall"):
+    def __init__(self, shards: int, cap: int, lag: Literal["stall", "detach"] = "stall", attempts: int = 4, skipped: Iterable[int] = ()):
         self.shards = shards
         self.cap = cap
         self.lag = lag
@@ -69,8 +72,10 @@ class StreamState:
         self.consumers: dict[str, Consumer] = {}
         self.leased: set[int] = set()
         self.held: set[int] = set()
+        self.attempts = attempts
+        self.skipped = set(skipped)
         self._failures: dict[int, int] = {}
-        self._broken: dict[int, str] = {}
+        self._bad: dict[int, str] = {}
         self._turn = 0
 
     # ---------------------------------------------------------------- consumers
@@ -92,32 +97,33 @@ class StreamState:
         until = self.shards if until is None else until
         if not 0 <= position <= self.shards or until > self.shards:
             raise StreamError(f"consumer {name} asks for shards {position} to {until} of a stream of {self.shards} shards")
-        self.consumers[name] = Consumer(position, until)
-        self._release()
+        self.consumers[name] = consumer = Consumer(position, until)
+        self._move(consumer, position)
 
     def advance(self, name: str, done: int) -> None:
         """`name` has consumed the shards below `done`. Never goes back: late or repeated messages do no harm."""
         consumer = self._consumer(name)
         if done > consumer.position:
-            consumer.position = done
-            self._release()
+            self._move(consumer, done)
 
     def leave(self, name: str) -> None:
         self.consumers.pop(name, None)
         self._release()
 
     def ready(self, name: str, shard: int) -> bool:
-        """Whether `name` can read `shard` now.
+        """Whether `name` can read `shard` now, or pass over it.
 
         Raises:
             NotJoinedError: `name` is unknown.
             StreamError: the shard lies outside what `name` joined for, or could not be produced.
         """
         consumer = self._consumer(name)
+        if shard in self.skipped:
+            return True
         if not consumer.needs(shard):
             raise StreamError(f"consumer {name} asks for shard {shard}, outside its shards {consumer.position} to {consumer.until}: join again")
-        if shard in self._broken:
-            raise StreamError(f"shard {shard} could not be produced in {ATTEMPTS} attempts, consumer {name} needs it: {self._broken[shard]}")
+        if shard in self._bad:
+            raise StreamError(f"shard {shard} could not be produced in {self.attempts} attempts, consumer {name} needs it: {self._bad[shard]}")
         return shard in self.held
 
     # ---------------------------------------------------------------- producers
@@ -163,14 +169,23 @@ class StreamState:
         self._release()
         return shard in self.held
 
-    def fail(self, shard: int, reason: str) -> None:
-        """Production of a leased shard failed: it is to be leased again, `ATTEMPTS` times in all, then its consumers get an error."""
+    def fail(self, shard: int, reason: str) -> bool:
+        """Production of a leased shard failed: it is to be leased again, `attempts` times in all; then it is bad, and the answer True."""
         if shard not in self.leased:
-            return
+            return False
         self.leased.remove(shard)
         self._failures[shard] = self._failures.get(shard, 0) + 1
-        if self._failures[shard] >= ATTEMPTS:
-            self._broken[shard] = reason
+        if self._failures[shard] < self.attempts:
+            return False
+        self._bad[shard] = reason
+        return True
+
+    def skip(self, shard: int) -> None:
+        """Nobody gets this bad shard: its consumers pass over it."""
+        self._bad.pop(shard, None)
+        self.skipped.add(shard)
+        for consumer in self.consumers.values():
+            self._move(consumer, consumer.position)
 
     def lose(self, shard: int) -> None:
         """A held shard is gone (the machine that stored it): it is to be leased again."""
@@ -194,7 +209,7 @@ class StreamState:
         base = members[0].position
         for shard in range(base, base + self.window):
             wanted = any(c.real and c.needs(shard) for c in members)
-            if wanted and shard not in self.held and shard not in self.leased and shard not in self._broken:
+            if wanted and shard not in self.held | self.leased | self.skipped | self._bad.keys():
                 return shard
         return None
 
@@ -202,6 +217,13 @@ class StreamState:
         """Whether the slowest real member lacks the shard it is at."""
         slowest = next((c for c in members if c.real), None)
         return slowest is None or slowest.position not in self.held | self.leased
+
+    def _move(self, consumer: Consumer, position: int) -> None:
+        """To `position`, or behind the skipped shards there: nobody waits for a consumer that has only such ones before it."""
+        while position in self.skipped:
+            position += 1
+        consumer.position = position
+        self._release()
 
     def _release(self) -> None:
         """Let go of the shards that no consumer is at most a window below of."""

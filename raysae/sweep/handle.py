@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import ray
 from ray import tune
-from ray.tune.callback import Callback
+from ray.tune import Callback, Stopper
+from ray.tune.schedulers import ASHAScheduler
 
 from raysae.tracking.runs import Study
+
+if TYPE_CHECKING:
+    from raysae.sweep.watch import Watch
+
+log = logging.getLogger(__name__)
 
 METRICS = (
     "fvu", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "tokens", "tokens_per_second", "learning_rate",
     "ce_recovered", "ce_recovered_zero", "kl",
 )  # fmt: skip
+LOST = "lost"  # in a trial's last report: its trainer is gone
 
 
 def track(study: Study, name: str, report: dict) -> None:
@@ -27,7 +40,11 @@ def follow(config: dict, trainers: dict[str, ray.actor.ActorHandle]) -> None:
     """
     name, seen = config["sae"], 0
     while True:
-        reports, ended = ray.get(trainers[name].reports.remote(name, seen))
+        try:
+            reports, ended = ray.get(trainers[name].reports.remote(name, seen))
+        except ray.exceptions.RayError:  # the trainer is dead for good, or has failed: the driver finds out why, and starting again would not help
+            tune.report({"fvu": math.nan, LOST: True})
+            return
         seen += len(reports)
         for report in reports:
             tune.report({key: value for key, value in report.items() if isinstance(value, (int, float, str))})
@@ -45,4 +62,46 @@ class Leave(Callback):
         return {}  # Tune writes its callbacks to disk; a resumed sweep makes its own
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
-        self.trainers[trial.config["sae"]].leave.remote(trial.config["sae"], "stopped early by the scheduler")
+        last = trial.last_result or {}
+        if last.get(LOST):
+            return  # nobody has decided that this SAE should end
+        seen = last.get("tokens", 0)
+        self.trainers[trial.config["sae"]].leave.remote(trial.config["sae"], "stopped early by the scheduler", int(seen))
+
+
+class Over(Stopper):
+    """Ends Tune's loop when the driver's watch says that there is nothing left to wait for."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def __getstate__(self) -> dict:
+        return {}  # as above
+
+    def __call__(self, trial_id: str, result: dict) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.watch.ended
+
+
+class Rungs(ASHAScheduler):
+    """ASHA that writes its decisions down, a line of JSON for each SAE at each rung: the scores it saw and in which order decide what it does, and
+    they arrive in another order when processes die. What an SAE is at a number of tokens does not depend on them."""
+
+    def __init__(self, file: Path, rows: int, first: int, reduction: float):
+        super().__init__(time_attr="tokens", max_t=rows, grace_period=first, reduction_factor=reduction)
+        self.file = str(file)
+        self.rungs = [first * reduction**k for k in range(int(math.log(rows / first, reduction)) + 1)]
+        self.decided: set[tuple[str, int]] = set()
+
+    def on_trial_result(self, tune_controller, trial, result: dict) -> str:
+        decision = super().on_trial_result(tune_controller, trial, result)
+        passed = sum(rung <= result.get("tokens", 0) for rung in self.rungs)
+        if passed and (trial.trial_id, passed) not in self.decided:
+            self.decided.add((trial.trial_id, passed))
+            line = {"rung": passed, "tokens": result["tokens"], "sae": trial.config["sae"], "fvu": result["fvu"], "decision": decision}
+            log.info("asha: %s", line)
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        return decision

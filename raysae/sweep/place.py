@@ -10,6 +10,7 @@ import fsspec
 import yaml
 
 from raysae.config import SweepConfig, UserError
+from raysae.storage import write_atomically
 
 CONFIG = "config.yaml"
 
@@ -52,7 +53,8 @@ def new_place(config: SweepConfig, resume: str | None) -> Place:
             raise UserError(f"study is '{name}' but {folder} exists: choose another name, or go on with it by --resume {name}")
         files.makedirs(path, exist_ok=True)
         place.local.mkdir(parents=True, exist_ok=True)
-        files.pipe_file(f"{path}/{CONFIG}", yaml.safe_dump(config.model_copy(update={"study": name}).model_dump(), sort_keys=False).encode())
+        settled = yaml.safe_dump(config.model_copy(update={"study": name}).model_dump(), sort_keys=False)
+        write_atomically(files, f"{path}/{CONFIG}", settled.encode())  # a study whose config were torn could not be gone on with
     except (OSError, ImportError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -67,7 +69,10 @@ def saved_config(output: str, study: str) -> SweepConfig:
     if not files.exists(f"{path}/{study}/{CONFIG}"):
         known = sorted(found.split("/")[-2] for found in files.glob(f"{path}/*/{CONFIG}"))
         raise UserError(f"--resume {study}: there is no such study in {output}" + (f", there are {', '.join(known)}" if known else ""))
-    return SweepConfig.model_validate(yaml.safe_load(files.cat_file(f"{path}/{study}/{CONFIG}")))
+    try:
+        return SweepConfig.model_validate(yaml.safe_load(files.cat_file(f"{path}/{study}/{CONFIG}")))
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}/{study}/{CONFIG} is damaged, or of another version of raysae ({str(error).splitlines()[0]})") from error
 
 
 def _base() -> Path:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
-from raysae.config import ActivationSpec, SAEConfig, SweepConfig, UserError
+from raysae.config import ActivationSpec, SAEConfig, SweepConfig, UserError, error_kind
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.lm.tokenizer import load_tokenizer, tokenizer_digest
 from raysae.stream.queue import shards_in_flight
@@ -48,7 +49,12 @@ class Plan:
     @property
     def widths(self) -> dict[str, int]:
         """Hook point → width of its activations, for the hook points that the SAEs read."""
-        return {hook: hook_width(hook, self.facts) for hook in self.hook_points}
+        return {hook: hook_width(error_kind(hook)[1], self.facts) for hook in self.hook_points}
+
+    @property
+    def streamed_widths(self) -> dict[str, int]:
+        """The same for the model's own hook points, which are streamed: errors are computed where they are used."""
+        return {error_kind(hook)[1]: width for hook, width in self.widths.items()}
 
 
 def plan(config: SweepConfig) -> Plan:
@@ -60,7 +66,10 @@ def plan(config: SweepConfig) -> Plan:
     facts = model_facts(config.model)
     hooks = config.hook_points or [f"resid_post.{facts.layers // 2 - 1 if facts.layers > 1 else 0}"]
     for hook in hooks:
-        hook_width(hook, facts)
+        kind, of = error_kind(hook)
+        hook_width(of, facts)
+        if kind:
+            _check_errors(config, hook)
     length = config.stream.context_length or min(facts.context_length, LONGEST_DEFAULT_CONTEXT)
     if length > facts.context_length:
         raise UserError(f"stream.context_length is {length}: {config.model.name} takes at most {facts.context_length} tokens.")
@@ -86,8 +95,16 @@ def plan(config: SweepConfig) -> Plan:
     check_enough(training, config.train.steps * config.train.batch, "train.tokens", "stream.epochs")
     check_enough(evaluation, config.evaluation.rows, "evaluation.rows", None)
     settled = Plan(config, facts, contexts, training, evaluation, tuple(config.saes()))
-    shards_in_flight(config.stream, training, settled.widths)
+    shards_in_flight(config.stream, training, settled.streamed_widths)
     return settled
+
+
+def _check_errors(config: SweepConfig, hook: str) -> None:
+    for field, value in config.errors.model_dump().items():
+        if value is None:
+            raise UserError(f"hook point {hook!r} is an error of an SAE, and errors.{field} is unset: name the SAE's folder and its probe")
+        if "://" not in value and not Path(value).expanduser().exists():
+            raise UserError(f"errors.{field} is {value}: there is no such file or folder")
 
 
 def _enough(config: SweepConfig) -> dict[str, int]:

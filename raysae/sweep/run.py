@@ -6,54 +6,60 @@ The driver holds no state that a restart needs: checkpoints, ended SAEs and the 
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import ray
 from ray import tune
 from ray.actor import ActorHandle
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.schedulers import FIFOScheduler
 from rich.console import Console
 
-from raysae.config import SweepConfig, UserError
+from raysae.config import SweepConfig, error_kind
+from raysae.stream.client import patiently
 from raysae.stream.queue import start_stream
-from raysae.sweep.handle import Leave, follow, track
+from raysae.stream.state import StreamError
+from raysae.sweep.cluster import connect
+from raysae.sweep.handle import Leave, Over, Rungs, follow, track
 from raysae.sweep.place import Place, absolute, new_place, saved_config
 from raysae.sweep.preflight import Bank, Plan, check_cluster, pack, plan
 from raysae.sweep.summary import summary_table, write_summary
-from raysae.sweep.table import LiveTable
+from raysae.sweep.table import ENDED
+from raysae.sweep.watch import StuckError, Watch
 from raysae.tracking.find import URL_TAG
 from raysae.tracking.runs import Study
 from raysae.train.actor import start_trainer
 
 MIB = 2**20
-STATUS_SECONDS = 1.0
+SECONDS = 1.0  # between two questions to an actor that is starting
 INTERRUPTED = 130
+RUNGS = "rungs.jsonl"  # what ASHA has decided
 TRIALS, TRIAL_BYTES = 2, 128 * MIB  # trials at a time where no scheduler compares them, and the memory that the process of one reserves
 
 
-def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[str] = frozenset()) -> int:
+def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[str] = frozenset(), made_for: str | None = None) -> int:
     """Train and evaluate every SAE of the sweep; returns the exit code: 0, or 1 when an SAE failed, or 130 when interrupted.
 
-    `resume` names a study to go on with, `allow` the facts in which this run may differ from the one that wrote its checkpoints.
+    `resume` names a study to go on with, `allow` the facts in which this run may differ from the one that wrote its checkpoints. `made_for` names
+    the study whose analysis needs these SAEs: jobs that look for the latest sweep pass over this one.
     """
     began = time.monotonic()
     if resume:
         config = saved_config(config.output, resume)
     settled = plan(absolute(config))
-    connect(settled)
+    connect(settled.config.resources.address, _store_bytes(settled))
     banks = pack(settled.saes, check_cluster(settled), settled.widths)
     settled = _fixed(settled, len(banks))
     place = new_place(settled.config, resume)
-    study = Study(place.local / "outbox.db", settled.config.tracking, place.name, settled.config.model_dump())
+    study = Study(place.local / "outbox.db", settled.config.tracking, place.name, settled.config.model_dump(), made_for=made_for)
     for sae in settled.saes:
         study.child(sae.name, sae.model_dump(exclude_none=True) | {"model": settled.config.model.name})
     print(f"Study {place.name}: {len(settled.saes)} SAEs in {len(banks)} bank{'s' * (len(banks) > 1)}, {place.folder}", flush=True)
@@ -66,32 +72,27 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
             study.end(None, "KILLED" if interrupted else "FAILED")
             study.flush(20)
             study.close()
-            go_on = f"python jobs/scaling_sweep.py --output {settled.config.output} --resume {place.name}"
-            print(f"\n{'Interrupted' if interrupted else 'The sweep broke off'}; checkpoints are kept. To go on: {go_on}", file=sys.stderr)
+            told = "Interrupted" if interrupted else "The sweep broke off"
+            print(f"\n{told}; checkpoints are kept. To go on: {go_on(settled.config, place)}", file=sys.stderr)
             if interrupted:
                 return INTERRUPTED
+            if isinstance(error, StuckError):
+                print(f"error: {error}", file=sys.stderr)
+                return 1
             raise
 
 
-def connect(settled: Plan) -> None:
-    """To the cluster of `resources.address` or RAY_ADDRESS (set inside `ray job submit`), else start Ray on this machine."""
-    address = settled.config.resources.address or os.environ.get("RAY_ADDRESS")
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # interruptions are handled here, so that trainers checkpoint
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    if address:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
-        except (ConnectionError, ValueError) as error:
-            raise UserError(f"resources.address is {address}, where no Ray cluster answers ({str(error).splitlines()[0]})") from error
-        return
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # everything binds to the loopback address
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+def go_on(config: SweepConfig, place: Place) -> str:
+    """The command that goes on with the study."""
+    return f"python jobs/scaling_sweep.py --output {config.output} --resume {place.name}"
+
+
+def _store_bytes(settled: Plan) -> int:
+    """What a Ray of its own needs as object store: activations in flight, the held-out ones, and the contexts."""
     item = 2 if settled.config.model.dtype == "bfloat16" else 4
-    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * sum(settled.widths.values())
+    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * sum(settled.streamed_widths.values())
     tokens = sum(contexts.tokens.nbytes for contexts in settled.contexts.values())
-    store = int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + tokens) + 256 * MIB
-    ray.init("local", include_dashboard=False, object_store_memory=store, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
+    return int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + tokens) + 256 * MIB
 
 
 def _train_and_evaluate(settled: Plan, banks: list[Bank], study: Study, place: Place, allow: frozenset[str]) -> tuple[pd.DataFrame, dict]:
@@ -100,7 +101,8 @@ def _train_and_evaluate(settled: Plan, banks: list[Bank], study: Study, place: P
     name = f"raysae-{place.name}-{time.time_ns()}"
     queue = start_stream(
         model=config.model, stream=config.stream, resources=config.resources, training=settled.training, evaluation=settled.evaluation,
-        contexts=settled.contexts, widths=settled.widths, shards=settled.shards, threads=_cores()[0], name=name,
+        contexts=settled.contexts, widths=settled.streamed_widths, shards=settled.shards, threads=config.stream.threads, name=name,
+        faults=config.faults, skipped=f"{place.folder}/skipped.json",
     )  # fmt: skip
     queue.expect.remote([bank.name for bank in banks])
     trainers = {
@@ -112,18 +114,21 @@ def _train_and_evaluate(settled: Plan, banks: list[Bank], study: Study, place: P
     }  # fmt: skip
     trainer_of = {sae.name: trainers[bank.name] for bank in banks for sae in bank.saes}
     try:
-        with _watching(settled, queue, list(trainers.values()), study):
-            tuner(settled, trainer_of, study, place).fit()
-        results = _results(settled, trainer_of, study)
-        _evaluate(settled, queue, trainer_of, results, study, place)
-        return results, ray.get(queue.stats.remote())
-    except KeyboardInterrupt:
+        with Watch(settled, queue, trainers, study) as watch:
+            tuner(settled, trainer_of, place, watch).fit()
+            results = _results(settled, trainer_of, study, watch)
+            _evaluate(settled, queue, trainer_of, results, study, place, watch)
+        return results, patiently(lambda: ray.get(queue.stats.remote()), config.faults.queue_seconds)
+    except (KeyboardInterrupt, StuckError):
         with suppress(Exception):  # whatever state the actors are in, the newest checkpoints count
-            ray.get([trainer.stop.remote() for trainer in trainers.values()], timeout=60)
+            ray.get([trainer.stop.remote() for trainer in trainers.values()], timeout=config.faults.stop_seconds + 15)
         raise
+    finally:
+        for actor in (*trainers.values(), queue):  # Ray Tune keeps handles of them: they would outlive the sweep where its process goes on
+            ray.kill(actor)
 
 
-def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], study: Study, place: Place) -> tune.Tuner:
+def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], place: Place, watch: Watch) -> tune.Tuner:
     """One trial per SAE, a few at a time: the trainers train all SAEs whether or not their trials run yet, and a trial that begins late replays what
     it missed. A scheduler that compares trials needs them all at once. They reserve memory alone: a share of a core, however small, could be the one
     that a producer lacks.
@@ -136,7 +141,7 @@ def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], study: Study, pl
     rows = config.train.steps * config.train.batch
     if config.scheduler == "asha":
         at_once = config.resources.trials or len(settled.saes)
-        scheduler = ASHAScheduler(time_attr="tokens", max_t=rows, grace_period=rows // config.train.reports, reduction_factor=config.asha_reduction)
+        scheduler = Rungs(place.local / RUNGS, rows, rows // config.train.reports, config.asha_reduction)
     else:
         at_once = config.resources.trials or TRIALS
         scheduler = FIFOScheduler()
@@ -149,28 +154,28 @@ def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], study: Study, pl
         ),
         run_config=tune.RunConfig(
             name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}", storage_path=place.folder, verbose=0, callbacks=[Leave(trainer_of)],
-            failure_config=tune.FailureConfig(max_failures=3),
+            failure_config=tune.FailureConfig(max_failures=config.faults.trainer_restarts), stop=Over(watch),
         ),
     )  # fmt: skip
 
 
-def _results(settled: Plan, trainer_of: Mapping[str, ActorHandle], study: Study) -> pd.DataFrame:
+def _results(settled: Plan, trainer_of: Mapping[str, ActorHandle], study: Study, watch: Watch) -> pd.DataFrame:
     """One row per SAE: its knobs, the numbers of its last report, and how it ended. Waits until all have: a trial ends before its SAE is saved, and
     the final report of one that the scheduler ended comes after its trial."""
     rows = []
     for sae in settled.saes:
-        numbers, ended = _outcome(trainer_of[sae.name], sae.name, study)
+        numbers, ended = _outcome(trainer_of[sae.name], sae.name, study, watch)
         rows.append({**numbers, "name": sae.name, **sae.model_dump(), **ended})
     return pd.DataFrame(rows)
 
 
-def _outcome(trainer: ActorHandle, name: str, study: Study) -> tuple[dict, dict]:
-    """The numbers of the SAE's last report, and its tokens, status and reason once it has ended."""
+def _outcome(trainer: ActorHandle, name: str, study: Study, watch: Watch) -> tuple[dict, dict]:
+    """The numbers of the SAE's last report, and its tokens, status and reason once it has ended. StuckError: it never will."""
     last: dict = {}
     seen, over = 0, False
     try:
         while not over:
-            reports, over = ray.get(trainer.reports.remote(name, seen))
+            reports, over = _answer(trainer.reports.remote(name, seen), watch)
             seen += len(reports)
             for last in reports:
                 track(study, name, last)
@@ -178,13 +183,25 @@ def _outcome(trainer: ActorHandle, name: str, study: Study) -> tuple[dict, dict]
         pass  # the whole trainer has failed: its status says why
     except ray.exceptions.RayError as error:
         return {}, {"tokens": 0, "status": "failed", "reason": f"its trainer died: {str(error).splitlines()[0]}"}
-    ended = next(row for row in ray.get(trainer.status.remote()) if row["name"] == name)
+    ended = None
+    while ended is None or ended["state"] not in ENDED:  # a process just restarted looks into its files first
+        time.sleep(SECONDS if ended else 0)
+        ended = next(row for row in _answer(trainer.status.remote(), watch) if row["name"] == name)
     numbers = {key: value for key, value in last.items() if isinstance(value, (int, float))}
     return numbers, {"tokens": ended["tokens"], "status": ended["state"], "reason": ended["message"]}
 
 
+def _answer(question: ray.ObjectRef, watch: Watch) -> Any:
+    """What an actor answers, be it after its restart. StuckError: the sweep cannot go on."""
+    while True:
+        watch.check()
+        with suppress(ray.exceptions.GetTimeoutError):
+            return ray.get(question, timeout=SECONDS)
+
+
 def _evaluate(
-    settled: Plan, queue: ActorHandle, trainer_of: Mapping[str, ActorHandle], results: pd.DataFrame, study: Study, place: Place
+    settled: Plan, queue: ActorHandle, trainer_of: Mapping[str, ActorHandle], results: pd.DataFrame, study: Study, place: Place,
+    watch: Watch,
 ) -> None:  # fmt: skip
     """Adds cross-entropy and KL to `results`: one clean pass per hook point, then one partial pass per SAE, in the producers."""
     predicted = settled.config.evaluation.predicted_tokens
@@ -192,13 +209,17 @@ def _evaluate(
         return
     calls = []
     for hook, group in results[results["status"].isin(("done", "stopped"))].groupby("hook_point"):
+        if error_kind(hook)[0]:  # an error has no place in the model that something else could take
+            continue
         longest = group.loc[group["tokens"].idxmax(), "name"]  # it has seen the rows of all the others
-        mean = ray.get(trainer_of[longest].mean.remote(longest))
-        calls.append(queue.evaluate.remote(hook, {name: place.sae(name) for name in group["name"]}, mean, predicted))
-    for call in calls:
+        mean = _answer(trainer_of[longest].mean.remote(longest), watch)
+        question = (hook, {name: place.sae(name) for name in group["name"]}, mean, predicted)
+        calls.append((question, [queue.evaluate.remote(*question)]))
+    for question, begun in calls:
         try:
-            evaluated = ray.get(call)
-        except ray.exceptions.RayError as error:
+            answer = partial(_evaluated, queue, question, begun)
+            evaluated = patiently(answer, settled.config.faults.queue_seconds)
+        except (ray.exceptions.RayError, StreamError) as error:
             print(f"Cross-entropy and KL could not be measured: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
             continue
         for name, metrics in evaluated.items():
@@ -206,6 +227,11 @@ def _evaluate(
             row = results.index[results["name"] == name][0]
             results.loc[row, list(known)] = list(known.values())
             study.metrics(name, known, step=int(results.loc[row, "tokens"]))
+
+
+def _evaluated(queue: ActorHandle, question: tuple, begun: list[ray.ObjectRef]) -> dict:
+    """The answer that is on its way; asked anew where the queue's process died with it."""
+    return ray.get(begun.pop() if begun else queue.evaluate.remote(*question))
 
 
 def _finish(settled: Plan, results: pd.DataFrame, stream: dict, study: Study, place: Place, seconds: float) -> int:
@@ -222,6 +248,10 @@ def _finish(settled: Plan, results: pd.DataFrame, stream: dict, study: Study, pl
         study.end(row.name, "FINISHED" if ended else "FAILED")
     for path in write_summary(results, place.local / "summary", Path(config.model.name).name):
         study.artifact(None, path, "summary")
+    if (rungs := place.local / RUNGS).exists():
+        study.artifact(None, rungs, "summary")
+    if skipped := stream["shards_skipped"]:
+        study.tag(None, {"raysae.skipped_shards": "; ".join(f"{of}: {', '.join(shards)}" for of, shards in skipped.items())})
     failed = int((~results["status"].isin(("done", "stopped"))).sum())
     study.metrics(None, _headlines(results, stream) | {"saes": len(results), "saes_failed": failed, "minutes": seconds / 60}, step=0)
     study.end(None, "FAILED" if failed == len(results) else "FINISHED")
@@ -236,6 +266,11 @@ def _finish(settled: Plan, results: pd.DataFrame, stream: dict, study: Study, pl
         f"{seconds / 60:.1f} minutes in all.",
         highlight=False,
     )
+    for of, shards in skipped.items():
+        for shard, noted in shards.items():
+            console.print(f"Skipped: shard {shard} of the {of} stream, {noted['reason']}", highlight=False, soft_wrap=True)
+    if failed:
+        console.print(f"SAEs that have not come to their end go on with: {go_on(config, place)}", highlight=False, soft_wrap=True)
     unsent = study.flush(60)
     study.close()
     console.print(f"SAEs:    {place.folder}/saes\nSummary: {place.local / 'summary'}", highlight=False, soft_wrap=True)
@@ -260,12 +295,14 @@ def _headlines(results: pd.DataFrame, stream: dict) -> dict[str, float]:
 
 
 def _fixed(settled: Plan, banks: int) -> Plan:
-    """`settled` with the number of banks and a trainer's threads in its config: bits depend on the threads, so a resumed study keeps them."""
-    cores, machines = _cores()
-    threads = settled.config.train.threads or max(1, cores // -(-banks // machines))
+    """`settled` with the number of banks and the threads of trainers and producers in its config: bits depend on the threads, so a resumed study
+    keeps them."""
+    config, (cores, machines) = settled.config, _cores()
+    threads = config.train.threads or max(1, cores // -(-banks // machines))
     update = {
-        "resources": settled.config.resources.model_copy(update={"banks": banks}),
-        "train": settled.config.train.model_copy(update={"threads": threads}),
+        "resources": config.resources.model_copy(update={"banks": banks}),
+        "train": config.train.model_copy(update={"threads": threads}),
+        "stream": config.stream.model_copy(update={"threads": config.stream.threads or cores}),
     }
     return replace(settled, config=settled.config.model_copy(update=update))
 
@@ -296,37 +333,3 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-@contextmanager
-def _watching(settled: Plan, queue: ActorHandle, trainers: list[ActorHandle], study: Study) -> Iterator[None]:
-    """While the body runs, a thread shows the progress and tracks the trainers' reports. What it misses, `_results` tracks."""
-    over = threading.Event()
-
-    def watch() -> None:
-        tracked = dict.fromkeys((sae.name for sae in settled.saes), 0)
-        with LiveTable(settled.config.train.steps * settled.config.train.batch) as table:
-            while True:
-                last = over.wait(STATUS_SECONDS)
-                try:
-                    stream = ray.get(queue.stats.remote(), timeout=10)
-                    saes = [sae for rows in ray.get([t.status.remote() for t in trainers], timeout=10) for sae in rows]
-                    for news in ray.get([t.news.remote(tracked) for t in trainers], timeout=10):
-                        for name, reports in news.items():
-                            for report in reports:
-                                track(study, name, report)
-                            tracked[name] += len(reports)
-                except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-                    saes = []  # actors are being started or restarted: nothing new to show
-                if saes:
-                    table(saes, stream, last=last)
-                if last:
-                    return
-
-    thread = threading.Thread(target=watch, name="watch", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(30)

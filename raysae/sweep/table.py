@@ -26,6 +26,7 @@ STATES = {
     "stopped": "dim",
     "done": "dim",
 }  # in the order of interest
+ENDED = ("done", "stopped", "failed")
 LINE_SECONDS = 10.0
 BAR = 12  # characters
 OTHER_COLUMNS = 58  # characters of all but the name

@@ -13,11 +13,12 @@ from typing import TypeVar
 
 from raysae.tracking.client import connect, experiment_id
 from raysae.tracking.outbox import KILLED, REFUSED, RUNNING, SENT, STUDY, Outbox, Run
-from raysae.tracking.tags import KIND_SAE, KIND_STUDY, KIND_TAG, PARENT_TAG, SAE_TAG, STUDY_TAG, condition
-from raysae.tracking.views import ALL, VIEW_TAG, view_tags
+from raysae.tracking.tags import KIND_ANALYSED, KIND_ANALYSIS, KIND_SAE, KIND_STUDY, KIND_TAG, MADE_FOR_TAG, PARENT_TAG, SAE_TAG, STUDY_TAG, condition
+from raysae.tracking.views import LATEST, VIEW_TAG, analysis_view_tags, view_tags
 
 METRICS_PER_BATCH = 1000  # MLflow's limits
 PAIRS_PER_BATCH = 100
+CHILDREN = {KIND_STUDY: KIND_SAE, KIND_ANALYSIS: KIND_ANALYSED}  # kind of a run → of the runs below it
 PERMANENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "BAD_REQUEST")
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class Delivery:
     def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
         self.study = outbox.meta("study")
+        self.kind = outbox.meta("kind") or KIND_STUDY
+        self.made_for = outbox.meta("made_for")
         uri = outbox.meta("uri")
         self.client = connect(uri)
         self.experiment = experiment_id(self.client, uri, outbox.meta("experiment"))
@@ -92,7 +95,7 @@ class Delivery:
 
     def _begin(self, run: Run) -> str:
         """The MLflow run of this study's SAE (or of the study), found by its tags, else created."""
-        tags = {STUDY_TAG: self.study, KIND_TAG: KIND_STUDY if run.run == STUDY else KIND_SAE}
+        tags = {STUDY_TAG: self.study, KIND_TAG: self.kind if run.run == STUDY else CHILDREN[self.kind]}
         if run.run != STUDY:
             tags[SAE_TAG] = run.run
         found = self._search(tags)
@@ -103,7 +106,9 @@ class Delivery:
             if run.run != STUDY:
                 self.client.set_tag(run_id, PARENT_TAG, parent)  # the study's run may be a new one
         else:
-            if run.run == STUDY:
+            if run.run == STUDY and self.made_for:
+                tags[MADE_FOR_TAG] = self.made_for
+            elif run.run == STUDY:
                 self._save_views()
             run_id = self.client.create_run(self.experiment, start_time=run.started, tags=tags, run_name=run.run or self.study).info.run_id
             self._begun.add(run_id)
@@ -111,10 +116,10 @@ class Delivery:
         return run_id
 
     def _save_views(self) -> None:
-        """Of the experiment, for a new study. The view of all SAEs stays as it is where there is one: somebody may have changed it in the UI."""
+        """Of the experiment, for a new study or analysis. Views that name no study stay as they are: somebody may have changed them in the UI."""
         known = self.client.get_experiment(self.experiment).tags
-        for key, value in view_tags(self.study).items():
-            if key not in known or key != VIEW_TAG + ALL:
+        for key, value in (view_tags(self.study) if self.kind == KIND_STUDY else analysis_view_tags()).items():
+            if key not in known or key == VIEW_TAG + LATEST:
                 self._send([(key, value)], lambda part: self.client.set_experiment_tag(self.experiment, *part[0]), lambda part, state: None)
 
     def _search(self, tags: dict[str, str], further: str = "") -> list:

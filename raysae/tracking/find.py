@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 
 from raysae.config import TrackingConfig, UserError
 from raysae.tracking.client import SQLITE, absolute, connect
-from raysae.tracking.tags import KIND_SAE, KIND_STUDY, KIND_TAG, PARENT_TAG, SAE_TAG, STUDY_TAG, condition
+from raysae.tracking.tags import KIND_SAE, KIND_STUDY, KIND_TAG, MADE_FOR_TAG, PARENT_TAG, SAE_TAG, STUDY_TAG, condition
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -65,7 +65,8 @@ def find_saes(tracking: TrackingConfig, which: str | None = None) -> list[Tracke
         return client.search_runs([experiment.experiment_id], wanted, order_by=["attributes.start_time DESC"])
 
     if which is None:
-        candidates = (search(kind=KIND_SAE, parent=study.info.run_id) for study in search(kind=KIND_STUDY))
+        studies = (study for study in search(kind=KIND_STUDY) if MADE_FOR_TAG not in study.data.tags)
+        candidates = (search(kind=KIND_SAE, parent=study.info.run_id) for study in studies)
     else:
         candidates = iter([search(kind=KIND_SAE, study=which) or _by_run_id(client, which, search)])
     for runs in candidates:
@@ -77,6 +78,12 @@ def find_saes(tracking: TrackingConfig, which: str | None = None) -> list[Tracke
         if which is None
         else f"{which} is neither a run id nor a study with saved SAEs in the experiment {tracking.experiment} of {tracking.uri}"
     )
+
+
+def study_params(sae: TrackedSAE) -> dict[str, str]:
+    """The parameters of the sweep that trained `sae`: its resolved config, flattened."""
+    parent = sae._client.get_run(sae.run_id).data.tags[PARENT_TAG]
+    return dict(sae._client.get_run(parent).data.params)
 
 
 def _by_run_id(client: MlflowClient, run_id: str, search) -> list[Run]:

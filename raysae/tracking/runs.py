@@ -16,6 +16,7 @@ from raysae.config import TrackingConfig, UserError
 from raysae.tracking.client import absolute
 from raysae.tracking.outbox import FAILED, FINISHED, KILLED, STUDY, Outbox
 from raysae.tracking.sender import Sender
+from raysae.tracking.tags import KIND_ANALYSIS, KIND_STUDY
 
 LONGEST_PARAM = 500  # characters: what every MLflow server takes (newer ones take 6,000)
 LONGEST_TAG = 5000
@@ -27,10 +28,19 @@ class Study:
     """The runs of one sweep, found again under its name: opening the same study anew goes on in the same runs.
 
     `outbox_path` is a file on a local disk (SQLite needs locks); `config` becomes the parent run's parameters, flattened to dotted names.
-    Runs are addressed by SAE name, the study's own by None. Use by several threads of one process is fine.
+    Runs are addressed by SAE name, the study's own by None. With `analysis` they are those of an analysis and of the SAEs it read; `made_for`
+    names the study whose analysis needs this one. Use by several threads of one process is fine.
     """
 
-    def __init__(self, outbox_path: str | Path, tracking: TrackingConfig, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        outbox_path: str | Path,
+        tracking: TrackingConfig,
+        name: str,
+        config: Mapping[str, Any],
+        analysis: bool = False,
+        made_for: str | None = None,
+    ) -> None:
         self.name = name
         self.outbox = Outbox(outbox_path)
         known = self.outbox.meta("study")
@@ -38,6 +48,9 @@ class Study:
             raise UserError(f"{outbox_path} holds the numbers of the study {known}: it cannot take those of {name}")
         direct(self.outbox, absolute(tracking.uri), tracking.experiment)
         self.outbox.set_meta("study", name)
+        self.outbox.set_meta("kind", KIND_ANALYSIS if analysis else KIND_STUDY)
+        if made_for:
+            self.outbox.set_meta("made_for", made_for)
         self.outbox.start(STUDY, _milliseconds())
         self.outbox.add_tags(STUDY, _provenance())
         self.outbox.add_params(STUDY, flatten(config))

@@ -18,10 +18,12 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
     """Sends what the outbox at `path` still holds; to another `uri` or `experiment`, all of it. Returns how many entries were sent.
 
     Runs that a dead driver has left open are closed as KILLED, at the time of its last sign of life (`--resume` opens them again).
-    Raises UserError where there is no outbox or its sweep is alive; whatever MLflow raises when the server does not answer.
+    Raises UserError where there is no outbox, its sweep is alive, or MLflow does not answer: what has not been sent is kept.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} is not there: name the outbox file of a study")
+    from mlflow.exceptions import MlflowException
+
     outbox = Outbox(path)
     if outbox.meta("study") is None:
         raise UserError(f"{path} holds no study: name the outbox file of a study")
@@ -33,7 +35,11 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
         if any(run.status == RUNNING for run in outbox.runs()):
             outbox.end(STUDY, KILLED, outbox.last_time())
         waiting = outbox.unsent()
-        Delivery(outbox).deliver()
+        try:
+            Delivery(outbox).deliver()
+        except (MlflowException, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"MLflow at {outbox.meta('uri')} takes nothing now ({reason}): what it has not taken is kept in {path}") from error
     outbox.close()
     return waiting
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 STUDY_TAG, SAE_TAG, KIND_TAG = "raysae.study", "raysae.sae", "raysae.kind"
 PARENT_TAG = "mlflow.parentRunId"
 KIND_STUDY, KIND_SAE = "study", "sae"
+KIND_ANALYSIS, KIND_ANALYSED = "analysis", "analysed SAE"  # a run of an analysis, and below it one for each SAE it read
+MADE_FOR_TAG = "raysae.made_for"  # of a study that an analysis of another needed
 
 
 def condition(tags: Mapping[str, str]) -> str:

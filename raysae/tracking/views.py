@@ -14,10 +14,10 @@ import zlib
 from typing import Any, Literal
 from urllib.parse import urlencode
 
-from raysae.tracking.tags import KIND_SAE, KIND_TAG, STUDY_TAG, condition
+from raysae.tracking.tags import KIND_ANALYSED, KIND_SAE, KIND_TAG, STUDY_TAG, condition
 
 VIEW_TAG = "mlflow.sharedViewState."
-ALL, LATEST = "raysae-all", "raysae-latest"  # keys of the views
+ALL, LATEST, ANALYSES = "raysae-all", "raysae-latest", "raysae-analyses"  # keys of the views
 
 # Columns from left to right, with their widths in pixels. Those that no run has are left out: sparsity, or k, where no architecture has it.
 WIDTHS = {
@@ -26,6 +26,7 @@ WIDTHS = {
     "metrics.`fvu`": 85, "metrics.`l0`": 75, "metrics.`ce_recovered`": 100, "metrics.`kl`": 85, "metrics.`dead_fraction`": 105,
     "metrics.`tokens`": 85, "metrics.`tokens_per_second`": 135, "duration": 80,
 }  # fmt: skip
+ANALYSED = ("l0", "fvu", "nonlinear_fvu", "r2_error", "r2_error_weighted", "r2_error_norm", "encoder_error")  # metrics of analyses
 MAIN, REST = "raysae-main", "raysae-rest"  # sections of the charts
 MOST_RUNS = 100  # as many as the page loads at first
 
@@ -38,6 +39,22 @@ def view_tags(study: str) -> dict[str, str]:
     latest = _state({KIND_TAG: KIND_SAE, STUDY_TAG: study}) | best_first | {"runsHiddenMode": "SHOW_ALL"}
     latest["selectedColumns"].remove(f"tags.`{STUDY_TAG}`")
     return {VIEW_TAG + ALL: _saved("All SAEs", every), VIEW_TAG + LATEST: _saved("Latest study", latest)}
+
+
+def analysis_view_tags() -> dict[str, str]:
+    """The experiment's tag that holds the view of all SAEs that analyses have read, of whatever sweep, the newest first."""
+    columns = {key: value for key, value in WIDTHS.items() if not key.startswith("metrics")}
+    columns |= {f"metrics.`{metric}`": 90 for metric in ANALYSED}
+    state = _state({KIND_TAG: KIND_ANALYSED}) | {
+        "orderByKey": "attributes.`start_time`",
+        "orderByAsc": False,
+        "runsHiddenMode": "SHOW_ALL",
+        "selectedColumns": [column for column in columns if "`" in column],
+        "columnOrder": list(columns),
+        "columnWidths": columns,
+        "compareRunCharts": [_scatter("width", metric, x_type="PARAM") for metric in ANALYSED[1:]] + [_scatter("l0", "nonlinear_fvu")],
+    }
+    return {VIEW_TAG + ANALYSES: _saved("Analysed SAEs", state)}
 
 
 def view_url(server: str, experiment_id: str, view: str, mode: Literal["TABLE", "CHART"]) -> str:

@@ -16,14 +16,12 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from raysae.config import ActivationSpec, SAEConfig, SweepConfig
+from raysae.config import ActivationSpec, SAEConfig, SweepConfig, error_kind
 from raysae.stream.producer import ENVIRONMENT
 
 log = logging.getLogger(__name__)
 
-RESTARTS = 100  # of a trainer's process; what kills it more often than that will kill it again
 POLL_SECONDS = 30.0  # `reports` answers after this long even where there is nothing new
-STOP_SECONDS = 45.0  # `stop` waits this long for the loop
 SPARE_CALLS = 16  # threads for methods, beside the two per SAE that may wait for its reports
 
 
@@ -78,7 +76,7 @@ def start_trainer(
         num_cpus=config.resources.trainer_cpus,
         num_gpus=config.resources.trainer_gpus,
         runtime_env=ENVIRONMENT,
-        max_restarts=RESTARTS,
+        max_restarts=config.faults.trainer_restarts,
         max_task_retries=-1,  # every method may be repeated
         max_concurrency=2 * len(plan.saes) + SPARE_CALLS,
     ).remote(plan)  # fmt: skip
@@ -94,20 +92,23 @@ class Trainer:
     def __init__(self, plan: Training):
         import torch
 
+        from raysae.numerics import be_deterministic
         from raysae.stream.client import StreamClient
+        from raysae.train.errors import ErrorOf
         from raysae.train.loop import Loop
         from raysae.train.source import StreamSource
 
         cuda = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
         if cuda:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-            torch.use_deterministic_algorithms(True, warn_only=True)  # an operation that has no deterministic form says so once
+            be_deterministic()
         device = torch.device("cuda" if cuda else "cpu")
         self.plan = plan
         self._changed = threading.Condition()
         queue = ray.get_actor(plan.queue)
-        client = StreamClient(queue, plan.consumer, plan.hook_point, plan.training, plan.width, plan.config.stream.block_mib)
-        self.source = StreamSource(plan, client, device)
+        kind, streamed = error_kind(plan.hook_point)
+        transform = ErrorOf(plan.hook_point, plan.config.errors, plan.width, device) if kind else None
+        client = StreamClient(queue, plan.consumer, streamed, plan.training, plan.width, plan.config.stream.block_mib, plan.config.faults)
+        self.source = StreamSource(plan, client, device, transform)
         self.loop = Loop(
             plan.folder,
             plan.width,
@@ -160,22 +161,25 @@ class Trainer:
         self._check()
         self.loop.add(sae)
 
-    def leave(self, name: str, reason: str = "stopped early by the scheduler") -> None:
-        """End an SAE early, with a final evaluation; nothing happens to one that has ended."""
-        self.loop.leave(name, reason)
+    def leave(self, name: str, reason: str = "stopped early by the scheduler", tokens: int = 0) -> None:
+        """See `Loop.leave`."""
+        self.loop.leave(name, reason, tokens)
 
     def mean(self, name: str) -> np.ndarray:
-        """Mean of the raw rows that the ended SAE `name` was trained on, `(d,)` float32."""
+        """Mean of the raw rows that the ended SAE `name` was trained on, `(d,)` float32. A process just restarted looks into its files first."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.error or self.loop.reports(name)[1], POLL_SECONDS)
         return np.array(self.loop.mean(name), dtype=np.float32)
 
     def checkpoint_now(self) -> None:
         """Have checkpoints of all SAEs written after the present step."""
         self.loop.checkpoint()
 
+    @ray.method(max_task_retries=0)  # repeated after a restart it would stop the new process
     def stop(self) -> bool:
-        """Write checkpoints, end the training and leave the stream; whether that was done within `STOP_SECONDS`."""
+        """Write checkpoints, end the training and leave the stream; whether that was done within `faults.stop_seconds`."""
         self.loop.stop()
-        self._thread.join(STOP_SECONDS)
+        self._thread.join(self.plan.config.faults.stop_seconds)
         return not self._thread.is_alive()
 
     # ---------------------------------------------------------------- the thread

@@ -33,6 +33,7 @@ class Member:
         self.dead_after = dead_after(train.tokens)
         self.row_sum = torch.zeros(d, dtype=torch.float64, device=device)  # (d,) of the raw rows trained on
         self.steps_done = 0
+        self.steps_skipped = 0  # of these
         self.initialised = False
         self.scale = 1.0  # of the SAE, on the host: reading it from a GPU at every step would wait for the device
         self.failed: str | None = None
@@ -51,7 +52,7 @@ class Member:
     @property
     def mean(self) -> torch.Tensor:
         """Mean of the raw rows trained on, `(d,)` float64 on the CPU; zeros before the first step."""
-        return (self.row_sum / max(1, self.next_row)).cpu()
+        return (self.row_sum / max(1, (self.steps_done - self.steps_skipped) * self.train.batch)).cpu()
 
     @property
     def learning_rate(self) -> float:
@@ -96,6 +97,11 @@ class Member:
         self.seconds += time.perf_counter() - began
         self.timed += 1
 
+    def skip(self) -> None:
+        """Let a step pass that has skipped rows in its batch: it counts, and changes nothing else."""
+        self.steps_done += 1
+        self.steps_skipped += 1
+
     def fail(self, what: str, value: float, row: int | None = None) -> None:
         """Stop for good: `what` is `value`, nan or infinite, in the batch of the next step, at `row` where that is known."""
         where = f"row {row}" if row is not None else f"rows {self.next_row} to {self.next_row + self.train.batch - 1}"
@@ -122,7 +128,7 @@ class Member:
         for name, parameter in self.parameters.items():
             tensors |= {f"adam.{key}.{name}": value for key, value in self.adam.state[parameter].items()}
         tensors |= {"quiet": self.quiet, "row_sum": self.row_sum}
-        keys = ("steps_done", "initialised", "failed", "sums", "summed")
+        keys = ("steps_done", "steps_skipped", "initialised", "failed", "sums", "summed")
         return tensors, {key: getattr(self, key) for key in keys}
 
     def load(self, state: State) -> None:
@@ -179,6 +185,11 @@ class Bank:
         for member in members:
             member.step(shared[scales[member.name]], row_sum)
         return members
+
+    def skip(self, row: int) -> None:
+        """Let the step of every member at `row` pass without its batch."""
+        for member in self.at(row):
+            member.skip()
 
     def _divided(self, x: torch.Tensor, scale: float) -> torch.Tensor:
         if scale == 1.0:

@@ -9,26 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 from dataclasses import dataclass
 
 import fsspec
 import safetensors.torch
 import torch
-from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
 
 from raysae.config import ActivationSpec, SAEConfig, TrainConfig, UserError
+from raysae.numerics import Scalar, device_facts
+from raysae.storage import sealed, unsealed, write_atomically
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 HEADER = "raysae"  # key of the JSON header in the safetensors metadata
 KEPT = 2
+LEAVE = "leave.json"
 # What a run may change between two of its processes: none of it touches the bits of an SAE (the threads really used are a fact of their own).
 WITHOUT_EFFECT = {"threads", "reports", "checkpoint_seconds"}
-
-Scalar = int | float | str | bool | None
 
 
 @dataclass
@@ -41,31 +40,27 @@ class Checkpoint:
 
 
 def fingerprint(spec: ActivationSpec, sae: SAEConfig, train: TrainConfig, device: torch.device | str) -> dict[str, Scalar]:
-    """Everything the bits of a trained SAE depend on, flat and readable, for the process and the thread that call it."""
-    device = torch.device(device)
-    cuda = device.type == "cuda"
-    facts: dict[str, Scalar] = {
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "tf32": cuda and torch.backends.cuda.matmul.allow_tf32,
-        "spec": spec.hash,
-    }
+    """What the bits of a trained SAE depend on in the trainer, flat and readable, for the process and the thread that call it.
+
+    They also depend on the numerics of the producers (see `stream.shard.numerics`), which come with the rows: an SAE's file has both.
+    """
+    facts = device_facts(device) | {"spec": spec.hash}
     facts |= {f"sae.{key}": value for key, value in sae.model_dump().items()}
     return facts | {f"train.{key}": value for key, value in train.model_dump().items() if key not in WITHOUT_EFFECT}
 
 
 def check_fingerprint(what: str, stored: dict[str, Scalar], present: dict[str, Scalar], allow: set[str]) -> None:
-    """Refuse (UserError) to continue `what` where the run differs from the one that wrote it. Facts named in `allow` may differ, with a warning."""
+    """Refuse (UserError) to go on where `what` differs from before. Facts named in `allow` may differ, with a warning."""
     differing = [key for key in sorted(stored.keys() | present.keys()) if stored.get(key) != present.get(key)]
 
     def told(keys: list[str]) -> str:
         return ", ".join(f"{key} (was {stored.get(key)}, is {present.get(key)})" for key in keys)
 
     if refused := [key for key in differing if key not in allow]:
-        raise UserError(f"{what} was written by a run that differs in {told(refused)}: run it as before, or allow the difference by its name")
+        names = ",".join(refused)
+        raise UserError(f"{what} differs in {told(refused)}: let it be as before, or allow the difference by name, --allow {names}")
     if differing:
-        log.warning("%s continues with other %s: the SAE will not be bit for bit that of an undisturbed run", what, told(differing))
+        log.warning("%s differs in %s, as allowed: the SAE will not be bit for bit that of an undisturbed run", what, told(differing))
 
 
 class CheckpointStore:
@@ -75,14 +70,15 @@ class CheckpointStore:
         self.files, self.folder = fsspec.core.url_to_fs(str(folder))
 
     def save(self, checkpoint: Checkpoint) -> str:
-        """Write the checkpoint and drop all but the two newest; returns its path. A crash at any point leaves the earlier ones whole."""
+        """Write the checkpoint and drop all but the two newest; returns its path. A crash at any point leaves the earlier ones whole, and so does
+        storage that takes no more (UserError)."""
         header = json.dumps({"header": checkpoint.header, "fingerprint": checkpoint.fingerprint})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         content = safetensors.torch.save(tensors, {HEADER: header})
         earlier = self.paths()
         number = 1 + (int(earlier[0].rpartition("/")[2].partition(".")[0]) if earlier else 0)
         path = f"{self.folder}/{number:09d}.{hashlib.sha256(content).hexdigest()}{SUFFIX}"
-        write_atomically(self.files, path, content)
+        write_atomically(self.files, path, content, f"the checkpoints before it in {self.folder} are whole")
         for old in earlier[KEPT - 1 :]:
             self.files.rm_file(old)
         return path
@@ -94,10 +90,16 @@ class CheckpointStore:
             if hashlib.sha256(content).hexdigest() != path.removesuffix(SUFFIX).rpartition(".")[2]:
                 log.warning("checkpoint %s is damaged (its SHA-256 is not the one in its name): the one before it is used, if any", path)
                 continue
-            length = int.from_bytes(content[:8], "little")
-            stored = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][HEADER])
-            check_fingerprint(f"checkpoint {path}", stored["fingerprint"], present, allow)
-            return Checkpoint(safetensors.torch.load(content), stored["header"], stored["fingerprint"])
+            try:
+                tensors = safetensors.torch.load(content)
+                length = int.from_bytes(content[:8], "little")
+                stored = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][HEADER])
+                header, facts = stored["header"], stored["fingerprint"]
+            except (SafetensorError, ValueError, KeyError, TypeError):
+                log.warning("checkpoint %s is no checkpoint: the one before it is used, if any", path)
+                continue
+            check_fingerprint(f"the run that would go on with checkpoint {path}", facts, present, allow)
+            return Checkpoint(tensors, header, facts)
         return None
 
     def paths(self) -> list[str]:
@@ -107,32 +109,17 @@ class CheckpointStore:
             return []
         return sorted((path for path in self.files.ls(self.folder, detail=False) if path.endswith(SUFFIX)), reverse=True)
 
+    def wish_leave(self, wish: dict) -> None:
+        """Note that the SAE is to end early; what was noted before stays."""
+        path = f"{self.folder}/{LEAVE}"
+        if not self.files.exists(path):
+            write_atomically(self.files, path, sealed(wish))
+
+    def wished_leave(self) -> dict | None:
+        path = f"{self.folder}/{LEAVE}"
+        return unsealed(self.files.cat_file(path), path) if self.files.exists(path) else None
+
     def clear(self) -> None:
-        """Remove every checkpoint: the SAE is finished."""
+        """Remove everything: the SAE is finished."""
         if self.files.exists(self.folder):
             self.files.rm(self.folder, recursive=True)
-
-
-def write_atomically(files: fsspec.AbstractFileSystem, path: str, content: bytes) -> None:
-    """Write so that after a crash the file is absent or whole: temporary file, fsync, rename, fsync of the folder. Object stores put atomically."""
-    folder = path.rpartition("/")[0]
-    files.makedirs(folder, exist_ok=True)
-    if not isinstance(files, LocalFileSystem):
-        files.pipe_file(path, content)
-        return
-    temporary = f"{folder}/.{uuid.uuid4().hex}.partial"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

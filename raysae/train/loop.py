@@ -18,8 +18,9 @@ from typing import Protocol
 import torch
 
 from raysae.config import ActivationSpec, EvaluationConfig, SAEConfig, TrainConfig
+from raysae.numerics import Seen, together, told
 from raysae.train.bank import Bank, Member
-from raysae.train.checkpoint import Checkpoint, CheckpointStore, fingerprint
+from raysae.train.checkpoint import Checkpoint, CheckpointStore, check_fingerprint, fingerprint
 from raysae.train.evaluation import reconstruction_metrics
 from raysae.train.outcome import Outcome, Outcomes
 from raysae.train.schedule import report_steps
@@ -36,8 +37,8 @@ class Reader(Protocol):
 
     waited_seconds: float
 
-    def next(self) -> torch.Tensor:
-        """The next `(batch, d)`, waiting for it."""
+    def next(self) -> torch.Tensor | None:
+        """The next `(batch, d)`, waiting for it; None where one of its rows is skipped."""
 
     def close(self) -> None:
         """Let go of everything, so that nobody need wait for this reader; a `next` that waits in another thread raises."""
@@ -45,6 +46,9 @@ class Reader(Protocol):
 
 class Source(Protocol):
     """Where a loop's rows come from."""
+
+    numerics: Seen
+    """What the bits of the rows depend on beside the spec, of all that the present reader has read (and may have read ahead)."""
 
     def open(self, row: int) -> Reader:
         """A reader of the training stream that stands at `row`."""
@@ -68,6 +72,8 @@ class Progress:
     reports: list[dict] = field(default_factory=list)
     mean: list[float] | None = None  # of the rows trained on, (d,), once ended
     saved_row: int | None = None  # next row in the newest checkpoint
+    numerics: Seen = field(default_factory=dict)  # of the rows it was trained on
+    leave_at: int | None = None  # set: it ends early, once it has seen so many tokens
 
     @property
     def ended(self) -> bool:
@@ -140,9 +146,15 @@ class Loop:
         self.progress.setdefault(config.name, Progress(config))
         self._requests.put(lambda: self._add(config.name))
 
-    def leave(self, name: str, reason: str) -> None:
-        """End an SAE early: it is evaluated on all held-out rows and saved with the tokens it has seen. Nothing happens to one that has ended."""
-        self._requests.put(lambda: self._leave(name, reason))
+    def leave(self, name: str, reason: str, tokens: int = 0) -> None:
+        """End an SAE early, once it has seen `tokens` at least: it is evaluated on all held-out rows and saved. One that has ended stays as it is.
+
+        Once this has returned it holds, whatever dies: it is on disk.
+        """
+        progress = self.progress.get(name)
+        if progress is not None and not progress.ended:
+            self._store(name).wish_leave({"reason": reason, "tokens": max(tokens, progress.tokens)})
+            self._requests.put(lambda: self._leave(name))
 
     def checkpoint(self) -> None:
         """Write checkpoints of all SAEs after the present step."""
@@ -216,10 +228,13 @@ class Loop:
             began = self.clock()
             while not self._stopping and (cohort := self.bank.at(row)):
                 self._show(cohort)
-                x = self._next(reader)
-                if x is None:
+                x = self._next(reader, cohort)
+                if x is not None:
+                    self.bank.step(x, row)
+                elif self._stopping:
                     break
-                self.bank.step(x, row)
+                else:
+                    self.bank.skip(row)
                 row += self.train.batch
                 rows, seconds, _ = self._pace
                 self._pace = (rows + self.train.batch, seconds + self.clock() - began, reader.waited_seconds)
@@ -232,11 +247,13 @@ class Loop:
             self._reader = None
             reader.close()
 
-    def _next(self, reader: Reader) -> torch.Tensor | None:
-        """The next batch; None where `stop` closed the reader meanwhile."""
+    def _next(self, reader: Reader, cohort: list[Member]) -> torch.Tensor | None:
+        """The next batch; None where it is skipped, or where `stop` closed the reader meanwhile."""
         self._blocked_since = self.clock()
         try:
-            return reader.next()
+            x = reader.next()
+            self._note_numerics(cohort)
+            return x
         except Exception:
             if self._stopping:
                 return None
@@ -244,6 +261,14 @@ class Loop:
             raise
         finally:
             self._blocked_since = None
+
+    def _note_numerics(self, cohort: list[Member]) -> None:
+        """What produced the rows becomes part of the record of every SAE trained on them. UserError where it is not what it was, unless allowed."""
+        for progress in (self.progress[member.name] for member in cohort):
+            numerics = together(progress.numerics, self.source.numerics)
+            if progress.numerics and numerics is not progress.numerics:
+                check_fingerprint(f"the activation stream of {progress.config.name}", told(progress.numerics), told(numerics), self.allow)
+            progress.numerics = numerics
 
     def _initialise(self, row: int) -> None:
         new = [member for member in self.bank.at(row) if not member.initialised]
@@ -268,8 +293,11 @@ class Loop:
                 self._end(progress, "failed", member.failed)
             elif member.finished:
                 self._finish(progress, "done")
-            elif member.steps_done in self.report_steps:
-                self._report(progress, final=False)
+            else:
+                if member.steps_done in self.report_steps:
+                    self._report(progress, final=False)
+                if progress.leave_at is not None and member.next_row >= progress.leave_at:
+                    self._leave_now(progress)
 
     def _report(self, progress: Progress, final: bool) -> None:
         """Evaluate on held-out rows, on all of them if `final`: then the report also has the density histogram."""
@@ -312,7 +340,7 @@ class Loop:
         if progress.reports and state != "failed":
             sae = member.sae
             facts = {key: progress.reports[-1][key] for key in ("tokens", "fvu", "l0", "dead_fraction")}
-            metadata = self.metadata | facts | {"fingerprint": self._fingerprint(progress.config)}
+            metadata = self.metadata | facts | {"fingerprint": self._fingerprint(progress.config) | told(progress.numerics)}
         mean = member.mean.tolist()
         self.outcomes.save(member.name, Outcome(state, member.next_row, mean, message, progress.reports), sae, metadata)
         self._store(member.name).clear()
@@ -342,7 +370,7 @@ class Loop:
 
     def _save(self, progress: Progress) -> None:
         tensors, scalars = progress.member.state()
-        header = {"member": scalars, "reports": progress.reports, "leaving": progress.message}
+        header = {"member": scalars, "reports": progress.reports, "numerics": progress.numerics}
         self._store(progress.member.name).save(Checkpoint(tensors, header, self._fingerprint(progress.config)))
         progress.saved_row = progress.member.next_row
 
@@ -359,25 +387,31 @@ class Loop:
         if outcome := self.outcomes.load(name):
             progress.tokens, progress.mean, progress.message, progress.reports = outcome.tokens, outcome.mean, outcome.message, outcome.reports
             progress.state = outcome.state
+            self._store(name).clear()  # what a process that died right after the outcome has left
         elif checkpoint := self._store(name).load(self._fingerprint(progress.config), self.allow):
             progress.member = self.bank.add(name, progress.config, (checkpoint.tensors, checkpoint.header["member"]))
             progress.tokens = progress.saved_row = progress.member.next_row
-            progress.reports = checkpoint.header["reports"]
-            if checkpoint.header["leaving"]:
-                self._leave(name, checkpoint.header["leaving"])
-            elif progress.member.finished:
+            progress.reports, progress.numerics = checkpoint.header["reports"], checkpoint.header["numerics"]
+            if progress.member.finished:
                 self._finish(progress, "done")
         else:
             progress.member = self.bank.add(name, progress.config)
+        self._leave(name)
         self.on_change()
 
-    def _leave(self, name: str, reason: str) -> None:
-        progress = self.progress.get(name)
-        if progress is None or progress.member is None:
-            return
-        progress.message = reason
+    def _leave(self, name: str) -> None:
+        """Take up the wish that the SAE end early, if there is one."""
+        progress = self.progress[name]
+        if progress.member is None:
+            self._store(name).clear()  # it has ended meanwhile
+        elif wish := self._store(name).wished_leave():
+            progress.message, progress.leave_at = wish["reason"], wish["tokens"]
+            if progress.member.next_row >= progress.leave_at:
+                self._leave_now(progress)
+
+    def _leave_now(self, progress: Progress) -> None:
         if not progress.member.initialised:  # it has seen no row: there is nothing to evaluate or to save
-            self._end(progress, "stopped", reason)
+            self._end(progress, "stopped", progress.message)
             return
-        self._save(progress)  # with the reason, so that a process killed from here on ends the SAE after its restart
-        self._finish(progress, "stopped", reason)
+        self._save(progress)  # a process killed from here on ends the SAE at the same row after its restart
+        self._finish(progress, "stopped", progress.message)

@@ -1,17 +1,24 @@
-"""What a finished SAE leaves behind: a folder with the SAE's files and, written last, `outcome.json`: how it ended and every report."""
+"""What a finished SAE leaves behind: a folder with the SAE's files and, written last, `outcome.json`: how it ended and every report.
+
+All files have checksums. Where one is damaged the SAE counts as not ended: it is trained anew, and comes out the same.
+"""
 
 from __future__ import annotations
 
-import json
+import logging
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
+from raysae.config import UserError
 from raysae.sae.base import SAE
-from raysae.sae.files import save_sae
-from raysae.train.checkpoint import write_atomically
+from raysae.sae.files import load_sae, save_sae
+from raysae.storage import PARTIAL, sealed, unsealed, write_atomically
+
+log = logging.getLogger(__name__)
 
 FILE = "outcome.json"
 
@@ -28,6 +35,7 @@ class Outcome:
     mean: list[float]
     message: str | None = None
     reports: list[dict] = field(default_factory=list)
+    saved: bool = False  # whether the SAE's files are there
 
 
 class Outcomes:
@@ -39,15 +47,26 @@ class Outcomes:
     def save(self, name: str, outcome: Outcome, sae: SAE | None = None, metadata: dict | None = None) -> None:
         """Write the `sae` (where there is one) in SAELens's format, then the outcome: a folder without one counts for nothing."""
         folder = f"{self.folder}/{name}"
+        for leftover in self.files.glob(f"{folder}/.*{PARTIAL}"):  # of a process that died while it wrote here
+            self.files.rm_file(leftover)
         if sae is not None:
             with tempfile.TemporaryDirectory() as temporary:
                 save_sae(sae, temporary, metadata or {})
                 for path in sorted(Path(temporary).iterdir()):
                     write_atomically(self.files, f"{folder}/{path.name}", path.read_bytes())
-        write_atomically(self.files, f"{folder}/{FILE}", json.dumps(asdict(outcome)).encode())
+        write_atomically(self.files, f"{folder}/{FILE}", sealed(asdict(replace(outcome, saved=sae is not None))))
 
     def load(self, name: str) -> Outcome | None:
-        """How the SAE `name` ended; None where it has not."""
-        path = f"{self.folder}/{name}/{FILE}"
+        """How the SAE `name` ended; None where it has not, or where something in its folder is damaged: that is named in a warning."""
+        folder = f"{self.folder}/{name}"
         self.files.invalidate_cache()
-        return Outcome(**json.loads(self.files.cat_file(path))) if self.files.exists(path) else None
+        if not self.files.exists(f"{folder}/{FILE}"):
+            return None
+        try:
+            outcome = Outcome(**unsealed(self.files.cat_file(f"{folder}/{FILE}"), f"{folder}/{FILE}"))
+            if outcome.saved:
+                load_sae(folder if isinstance(self.files, LocalFileSystem) else self.files.unstrip_protocol(folder))
+        except UserError as error:
+            log.warning("%s; %s is trained anew", error, name)
+            return None
+        return outcome

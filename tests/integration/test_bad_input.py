@@ -23,6 +23,8 @@ CASES = {
     "unknown option": ({"trian__tokens": "5"}, ["trian.tokens", "train.tokens"]),
     "one shard too large": ({"stream__mib_in_flight": "1"}, ["stream.mib_in_flight", "1"]),
     "context too long": ({"stream__context_length": "100000"}, ["stream.context_length", "100000", "512"]),
+    "an error of no SAE": ({"hook_points": "resid_post.2.nonlinear"}, ["resid_post.2.nonlinear", "errors.sae"]),
+    "a probe that is not there": ({"hook_points": "resid_post.2.linear", "errors.sae": "/nowhere/sae"}, ["errors.sae", "/nowhere/sae"]),
     "no such study": ({"study": None, "resume": "nothing"}, ["nothing"]),
 }
 

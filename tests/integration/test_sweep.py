@@ -134,5 +134,8 @@ def test_asha_stops_the_worse_saes_early(shared_data: Path, tmp_path: Path) -> N
     assert len(finished) >= 1
     assert stopped["tokens"].max() < finished["tokens"].min()
     assert finished["fvu"].min() < stopped["fvu"].min()
+    rungs = pd.read_json(tmp_path / "runs/test/rungs.jsonl", lines=True)
+    assert set(rungs.loc[rungs["decision"] == "STOP", "sae"]) >= set(stopped["name"])
+    assert set(rungs["sae"]) == set(table["name"])
     config = json.loads((tmp_path / "runs/test/saes" / stopped.iloc[0]["name"] / "cfg.json").read_text())
     assert config["d_sae"] == stopped.iloc[0]["width"]

@@ -17,6 +17,7 @@ class FakeLanguageModel:
     """Activation (c, t, w) = token + position / 100 + column · 1000 (· -1 at mlp_act); counts the contexts it forwards and whom it was asked for."""
 
     device = torch.device("cpu")
+    attention = "none"
 
     def __init__(self, dtype: torch.dtype = torch.float32, poison: dict[str, float] | None = None):
         self.dtype = dtype

@@ -86,6 +86,32 @@ def test_seek_to_any_row(batch, block_rows, seeks, steps):
             row += batch
 
 
+@given(
+    rows_per_context=st.integers(1, 5), contexts=st.integers(1, 6), shards=st.integers(1, 5), block_rows=st.integers(1, 40),
+    batch=st.integers(1, 50), skipped=st.sets(st.integers(0, 4)), data=st.data(),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_skipped_shards_take_away_the_batches_they_touch_and_nothing_else(rows_per_context, contexts, shards, block_rows, batch, skipped, data):
+    spec = a_spec(rows_per_context, contexts, shards)
+    stream = FakeStream(spec, 3, block_rows)
+    row = first = data.draw(st.integers(0, spec.rows))
+    done = []
+
+    def fetch(shard: int, block: int) -> np.ndarray | None:
+        return None if shard in skipped else stream.fetch(shard, block)
+
+    reader = BatchReader(fetch, spec, 3, stream.block_mib, batch, row, acknowledge=done.append)
+    while row + batch <= spec.rows:
+        touched = {r // spec.rows_per_shard for r in range(row, row + batch)}
+        x = reader.next()
+        row += batch
+        assert reader.row == row
+        assert (x is None) == bool(touched & skipped)
+        assert x is None or torch.equal(x, stream.rows[row - batch : row])
+    assert done == list(range(first // spec.rows_per_shard + 1, row // spec.rows_per_shard + 1))
+    reader.close()
+
+
 def test_each_block_is_fetched_once_and_none_beyond_the_end():
     spec = a_spec(4, 6, 4)  # 24 rows per shard
     stream = FakeStream(spec, 2, 10)  # blocks of 10, 10, 4

@@ -48,7 +48,8 @@ def test_meta():
     meta, blocks = maker().make(4)
     seconds = meta.pop("seconds")
     assert seconds > 0
-    assert meta == {"index": 4, "contexts_forwarded": 256, "from_cache": False, "nonfinite": [], "numerics": numerics("cpu")}
+    assert meta == {"index": 4, "contexts_forwarded": 256, "from_cache": False, "nonfinite": [], "nonfinite_contexts": [],
+                    "numerics": numerics(FakeLanguageModel())}  # fmt: skip
     assert list(blocks) == HOOKS
     assert len(blocks["mlp_act.1"]) > len(blocks["resid_post.0"]) > 1
 
@@ -111,7 +112,10 @@ def test_activations_that_are_not_finite_are_reported_by_hook_point(value, dtype
     lm = FakeLanguageModel(poison={"mlp_act.1": value})
     meta, _ = maker(lm=lm, dtype=dtype).make(0)
     assert meta["nonfinite"] == ["mlp_act.1"]
-    assert maker(["resid_post.0"], lm=lm).make(0)[0]["nonfinite"] == []
+    batches = fake_spec(CONTEXTS).contexts_of(0).reshape(-1)[1::48]  # the second context of each forward pass
+    assert meta["nonfinite_contexts"] == sorted(batches)
+    sound, _ = maker(["resid_post.0"], lm=lm).make(0)
+    assert sound["nonfinite"] == sound["nonfinite_contexts"] == []
 
 
 def test_shards_outside_the_pass():
@@ -132,10 +136,10 @@ def test_numerics_follow_the_threads():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        changed = numerics("cpu")
+        changed = numerics(FakeLanguageModel())
     finally:
         torch.set_num_threads(threads)
-    assert changed != numerics("cpu")
+    assert changed != numerics(FakeLanguageModel())
 
 
 def test_a_real_model(stories_model):

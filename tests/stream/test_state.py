@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from raysae.stream.state import ATTEMPTS, NotJoinedError, StreamError, StreamState
+from raysae.stream.state import NotJoinedError, StreamError, StreamState
 
 SHARDS = 12
+ATTEMPTS = 4
 NAMES = ["a", "b", "c", "d"]
 
 
@@ -18,7 +19,7 @@ class StreamMachine(RuleBasedStateMachine):
 
     @initialize(cap=st.integers(1, 5), lag=st.sampled_from(["stall", "detach"]))
     def start(self, cap, lag):
-        self.state = StreamState(SHARDS, cap, lag)
+        self.state = StreamState(SHARDS, cap, lag, ATTEMPTS)
         self.now = 0.0
         self.read: dict[str, list[int]] = {}
         self.range: dict[str, range] = {}
@@ -77,8 +78,16 @@ class StreamMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def producer_dies(self, data):
         shard = data.draw(st.sampled_from(sorted(s for s in self.state.leased if self.failures.get(s, 0) < ATTEMPTS - 1)))
-        self.state.fail(shard, "died")
+        assert not self.state.fail(shard, "died")
         self.failures[shard] = self.failures.get(shard, 0) + 1
+
+    @precondition(lambda self: any(self.failures.get(s, 0) == ATTEMPTS - 1 for s in self.state.leased))
+    @rule(data=st.data())
+    def shard_is_skipped(self, data):
+        shard = data.draw(st.sampled_from(sorted(s for s in self.state.leased if self.failures.get(s, 0) == ATTEMPTS - 1)))
+        assert self.state.fail(shard, "poisoned")
+        self.state.skip(shard)
+        assert all(self.state.ready(name, shard) for name in self.range)
 
     @precondition(lambda self: self.state.held)
     @rule(data=st.data())
@@ -104,7 +113,7 @@ class StreamMachine(RuleBasedStateMachine):
         self.read[name].append(shard)
         self.state.advance(name, shard + 1)
         self.state.advance(name, shard)  # a late message changes nothing
-        assert self.state.consumers[name].position == shard + 1
+        self.stands_behind(name, shard + 1)
         return True
 
     @invariant()
@@ -119,7 +128,13 @@ class StreamMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_lost(self):
         for name in self.range:
-            assert self.state.consumers[name].position == self.next_of(name)
+            self.stands_behind(name, self.next_of(name))
+
+    def stands_behind(self, name, shard):
+        """At `shard`, or at the first one after it that is not skipped."""
+        while shard in self.state.skipped:
+            shard += 1
+        assert self.state.consumers[name].position == shard
 
     def teardown(self):
         """With one producer and every consumer alive, all is read to the end, each shard in its order."""
@@ -245,14 +260,27 @@ def test_only_needed_shards_are_produced():
 
 
 def test_a_shard_that_cannot_be_produced_is_named_to_its_consumers():
-    state = StreamState(100, cap=2)
+    state = StreamState(100, cap=2, attempts=ATTEMPTS)
     state.join("a", 0)
-    for _ in range(ATTEMPTS):
+    for attempt in range(1, ATTEMPTS + 1):
         assert state.lease() == 0
-        state.fail(0, "out of memory")
+        assert state.fail(0, "out of memory") == (attempt == ATTEMPTS)
     with pytest.raises(StreamError, match=r"shard 0 .* consumer a .*out of memory"):
         state.ready("a", 0)
     assert state.lease() == 1
+
+
+def test_a_skipped_shard_is_passed_over_by_everyone_and_takes_no_place():
+    state = StreamState(4, cap=1, skipped=[0, 2])
+    for name in ("a", "b"):
+        state.join(name, 0)
+        assert state.ready(name, 0)
+    assert produce_all(state) == [1]  # whoever looks for the first rows finds them, even before passing over shard 0
+    for name in ("a", "b"):
+        state.advance(name, 2)
+        assert state.ready(name, 2)
+        state.advance(name, 3)
+    assert produce_all(state) == [3]
 
 
 def test_going_back_keeps_what_is_within_the_window():

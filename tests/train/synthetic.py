@@ -55,6 +55,7 @@ class ArraySource:
         self.held_out = rows(evaluation.rows, seed=7)
         self.served: list[int] = []
         self.opened: list[int] = []
+        self.numerics = {"threads": [1], "device": ["cpu"]}
 
     def open(self, row: int) -> ArrayReader:
         self.opened.append(row)

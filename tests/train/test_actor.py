@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ class ArrayQueue:
             not first_look and self.pause is not None and shard * SPEC.rows_per_shard + block * rows_per_block(D, SPEC.dtype, BLOCK_MIB) >= self.pause
         ):
             await asyncio.sleep(0.02)
-        return [self.blocks[shard][block]]
+        return self.blocks[shard][block], {"threads": 1}
 
     async def evaluation_block(self, hook_point, shard, block):
         return [self.held_out[block]]
@@ -100,6 +101,8 @@ def until_ended(trainer, name: str) -> list[dict]:
 
 class LocalClient:
     """`StreamClient` on the arrays themselves."""
+
+    numerics: ClassVar = {"threads": [1]}
 
     def __init__(self):
         self.shards = [cut(rows(SPEC.rows_per_shard, seed=seed).numpy(), SPEC.dtype, BLOCK_MIB) for seed in range(2)]

@@ -40,6 +40,28 @@ def test_alone_and_in_company_give_equal_bits(architecture):
     assert_same_state(alone.members[wanted.name], company.members[wanted.name])
 
 
+def test_a_skipped_step_counts_and_changes_nothing(tmp_path):
+    wanted = config()
+    bank = bank_of(wanted)
+    member = bank.members[wanted.name]
+    train(bank, 0, 5)
+    tensors = {name: tensor.clone() for name, tensor in member.state()[0].items()}
+    mean = member.mean
+    bank.skip(5 * BATCH)
+    bank.skip(6 * BATCH)
+    bank.skip(5 * BATCH)  # nobody stands there any more
+    assert member.next_row == 7 * BATCH
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in member.state()[0].items())
+    assert torch.equal(member.mean, mean)
+    other = Bank(D, TRAIN)
+    again = other.add(wanted.name, wanted, member.state())
+    for each in (bank, other):
+        train(each, 7, TRAIN.steps - 7)
+    assert_same_state(member, again)
+    trained = torch.cat([DATA[: 5 * BATCH], DATA[7 * BATCH :]]).double().mean(0)
+    torch.testing.assert_close(again.mean, trained, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_saved_loaded_and_continued_equals_undisturbed(architecture, tmp_path):
     wanted = config(architecture)

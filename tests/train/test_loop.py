@@ -221,6 +221,38 @@ def test_killed_while_leaving_still_leaves(tmp_path):
     assert again.status()[0]["tokens"] == 640
 
 
+def test_killed_right_after_it_was_told_to_leave_it_leaves_at_the_same_row(tmp_path):
+    """`leave` has returned, the loop has not taken it up yet, and the newest checkpoint is older than that."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    loop = loop_on(whole)
+    loop.add(A)
+    loop.on_change = lambda: len(loop.reports(A.name)[0]) == 2 and loop.leave(A.name, "worse than others")
+    loop.run()
+    assert loop.status()[0]["tokens"] == 640
+
+    loop = loop_on(broken)
+    loop.add(A)
+    loop._checkpoint = lambda: None  # SIGKILL leaves no time for one
+
+    def leave_and_die():
+        if len(loop.reports(A.name)[0]) == 2:
+            loop.leave(A.name, "worse than others", tokens=640)
+            raise KilledError
+
+    loop.on_change = leave_and_die
+    with pytest.raises(KilledError):
+        loop.run()
+    again = loop_on(broken)
+    again.add(A)
+    again.leave(A.name, "told again, because the caller heard no answer")
+    again.run()
+    status = again.status()[0]
+    assert (status["state"], status["tokens"], status["message"]) == ("stopped", 640, "worse than others")
+    assert_same_sae(whole, broken, A.name)
+    assert [r["tokens"] for r in again.reports(A.name)[0]] == [320, 640, 640]
+    assert not list((broken / "checkpoints").rglob("*.json"))
+
+
 def test_a_failed_sae_stops_alone_and_stays_failed(tmp_path, caplog):
     loop = loop_on(tmp_path)
     loop.add(A)

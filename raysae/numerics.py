@@ -1,0 +1,42 @@
+"""What bits depend on beside the configuration, and how CUDA is made to give the same ones every time. See docs/determinism.md."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+Scalar = int | float | str | bool | None
+Seen = Mapping[str, list[Scalar]]  # fact → its values so far, in the order of their coming: more than one where producers differ
+
+
+def device_facts(device: torch.device | str) -> dict[str, Scalar]:
+    """torch's version, the kind of device and the settings of its arithmetic, as they are for the thread that calls this.
+
+    A GPU's results do not depend on the number of CPU threads, nor a CPU's on TF32: the other fact is left out.
+    """
+    device = torch.device(device)
+    facts: dict[str, Scalar] = {"torch": str(torch.__version__)}
+    if device.type == "cuda":
+        return facts | {"device": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
+    capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+    return facts | {"device": f"{device.type} {capability}".strip(), "threads": torch.get_num_threads()}
+
+
+def be_deterministic() -> None:
+    """Have CUDA operations give the same bits every time. Call it before the first of them. CPU operations do so by themselves."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+    torch.use_deterministic_algorithms(True, warn_only=True)  # an operation that has no deterministic form says so once
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+
+
+def together(before: Seen, more: Seen) -> Seen:
+    """`before` with the values of `more`; the same object where nothing is new."""
+    merged = {key: list(dict.fromkeys([*before.get(key, []), *more.get(key, [])])) for key in {**before, **more}}
+    return before if merged == before else merged
+
+
+def told(seen: Seen) -> dict[str, Scalar]:
+    """One value per fact, under the names of the fingerprint: `{"producer.threads": 2, "producer.device": "NVIDIA A100 and NVIDIA H100"}`."""
+    return {f"producer.{key}": values[0] if len(values) == 1 else " and ".join(map(str, values)) for key, values in seen.items()}

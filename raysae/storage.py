@@ -1,0 +1,72 @@
+"""Files that appear whole or not at all, and JSON that proves itself. Local folders and whatever fsspec knows (s3://…)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from raysae.config import UserError
+
+PARTIAL = ".partial"  # ending of a file that is being written
+SEAL = "sha256"  # key of a JSON file's own checksum
+
+
+def sealed(content: dict) -> bytes:
+    """`content` as JSON with a checksum of its own in it."""
+    return json.dumps({**content, SEAL: _checksum(content)}).encode()
+
+
+def unsealed(data: bytes, path: str) -> dict:
+    """What was `sealed`. UserError: it is damaged; `path` names it."""
+    try:
+        content = json.loads(data)
+        if content.pop(SEAL) == _checksum(content):
+            return content
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} is damaged: its SHA-256 is not the one in it")
+
+
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_atomically(files: fsspec.AbstractFileSystem, path: str, content: bytes, kept: str = "nothing there has changed") -> None:
+    """Write so that after a crash the file is absent or whole: temporary file, fsync, rename, fsync of the folder. Object stores put atomically.
+
+    UserError: the storage takes no more, whatever the reason; `kept` says what is there all the same.
+    """
+    try:
+        folder = path.rpartition("/")[0]
+        files.makedirs(folder, exist_ok=True)
+        if isinstance(files, LocalFileSystem):
+            _write_locally(folder, path, content)
+        else:
+            files.pipe_file(path, content)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be written ({reason}): {kept}; make room or mend it, then go on with --resume") from error
+
+
+def _write_locally(folder: str, path: str, content: bytes) -> None:
+    temporary = f"{folder}/.{uuid.uuid4().hex}{PARTIAL}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,36 @@
+"""Ray for a job: the cluster that is named, or a Ray of its own on this machine."""
+
+from __future__ import annotations
+
+import os
+
+import ray
+from ray._private import ray_constants
+
+from raysae.config import UserError
+
+
+def connect(address: str | None, store_bytes: int) -> None:
+    """To the cluster of `address` (resources.address) or RAY_ADDRESS (set inside `ray job submit`), else start Ray on this machine, with an object
+    store of `store_bytes`. Where this process is connected already, nothing happens."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # interruptions are handled by the driver, so that trainers checkpoint
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    if address and address != "local":
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(f"resources.address is {address}, where no Ray cluster answers ({str(error).splitlines()[0]})") from error
+        return
+    _stay_on_loopback()
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this machine's users can reach it
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", include_dashboard=False, object_store_memory=store_bytes, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
+
+
+def _stay_on_loopback() -> None:
+    """A local Ray's servers bind to the loopback address, as they do on macOS. On Linux they would bind to every interface of the machine, and
+    whoever reaches them can run code. Ray has no option for this: the variable is for the processes it starts, the constant for this one."""
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False

@@ -1,0 +1,180 @@
+"""What the driver does beside Ray Tune while trainers work, once a second, in a thread of its own: show the progress and track the reports; move
+what sits on a machine that is being drained (a spot notice), trainers after a checkpoint; restart a trainer that is alive and silent; and say what is
+missing where a sweep cannot go on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import ray
+from ray._private import state
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayError
+
+from raysae.config import FaultsConfig
+from raysae.stream.room import machine_of, missing, placed
+from raysae.sweep.handle import track
+from raysae.sweep.preflight import Plan
+from raysae.sweep.table import ENDED, LiveTable
+from raysae.tracking.runs import Study
+
+log = logging.getLogger(__name__)
+
+SECONDS = 1.0  # between two looks
+ANSWER_SECONDS = 10.0  # the last look waits so long for its answers
+
+
+class StuckError(RuntimeError):
+    """The sweep cannot go on; the sentence says what is missing."""
+
+
+@dataclass
+class _Trainer:
+    """A trainer as the watch sees it: what it was last asked and what it last said."""
+
+    actor: ActorHandle
+    asked: list[ray.ObjectRef] | None = None  # status and news, not answered yet
+    since: float = 0.0  # when it was asked
+    starts_since: float | None = None  # set while it has no place or starts
+    stopping: ray.ObjectRef | None = None  # it writes checkpoints, to be restarted on another machine
+    stop_by: float = 0.0
+    status: list[dict] = field(default_factory=list)
+
+
+class Watch:
+    """Watches the `trainers` (by bank) and the queue while it is entered. `failure` says why the sweep cannot go on, None while it can."""
+
+    def __init__(self, settled: Plan, queue: ActorHandle, trainers: Mapping[str, ActorHandle], study: Study) -> None:
+        self.faults: FaultsConfig = settled.config.faults
+        self.needs = {"num_cpus": settled.config.resources.trainer_cpus, "num_gpus": settled.config.resources.trainer_gpus}
+        self.rows = settled.config.train.steps * settled.config.train.batch
+        self.queue, self.study = queue, study
+        self.trainers = {bank: _Trainer(actor) for bank, actor in trainers.items()}
+        self.tracked = dict.fromkeys((sae.name for sae in settled.saes), 0)
+        self.failure: str | None = None
+        self._ended_since: float | None = None
+        self._draining: set[str] = set()
+        self._stream: ray.ObjectRef | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self._thread.join(30)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to wait for: the sweep cannot go on, or all SAEs have ended long ago and trials still wait for a place."""
+        return self.failure is not None or (self._ended_since is not None and time.monotonic() - self._ended_since > self.faults.start_seconds)
+
+    def check(self) -> None:
+        """StuckError where the sweep cannot go on."""
+        if self.failure:
+            raise StuckError(self.failure)
+
+    # ---------------------------------------------------------------- the thread
+
+    def _watch(self) -> None:
+        with LiveTable(self.rows) as table:
+            stream: dict | None = None
+            while True:
+                last = self._over.wait(SECONDS)
+                try:
+                    self._move()
+                    for bank, trainer in self.trainers.items():
+                        self._look(bank, trainer, ANSWER_SECONDS if last else 0)
+                    stream = self._stream_stats(ANSWER_SECONDS if last else 0) or stream
+                except Exception:  # whatever it is (Ray's head restarts, say), the sweep must go on being watched
+                    log.exception("the sweep could not be watched")
+                saes = [row for trainer in self.trainers.values() for row in trainer.status]
+                if len(saes) == len(self.tracked) and all(row["state"] in ENDED for row in saes):
+                    self._ended_since = self._ended_since or time.monotonic()
+                if saes and stream:
+                    table(saes, stream, last=last)
+                if last:
+                    return
+
+    def _look(self, bank: str, trainer: _Trainer, patience: float) -> None:
+        """Take in what the trainer answers, or note that it does not."""
+        now = time.monotonic()
+        if trainer.asked is None:
+            trainer.asked, trainer.since = [trainer.actor.status.remote(), trainer.actor.news.remote(self.tracked)], now
+        try:
+            status, news = ray.get(trainer.asked, timeout=patience)
+        except GetTimeoutError:
+            self._silent(bank, trainer, now)
+            return
+        except RayError as error:  # it died too often
+            trainer.status = [row if row["state"] in ENDED else row | {"state": "failed", "message": str(error)} for row in trainer.status]
+            trainer.asked = None
+            return
+        trainer.asked = trainer.starts_since = None
+        trainer.status = status
+        for name, reports in news.items():
+            for report in reports:
+                track(self.study, name, report)
+            self.tracked[name] += len(reports)
+
+    def _silent(self, bank: str, trainer: _Trainer, now: float) -> None:
+        """A trainer has not answered yet: does it hang, does it still start, or has it no place?"""
+        if trainer.stopping is not None or now - trainer.since < SECONDS:
+            return
+        if machine_of(trainer.actor):
+            trainer.starts_since = None
+            if now - trainer.since > self.faults.hang_seconds:
+                log.warning("trainer %s has been silent for %.0f s: it is restarted from its checkpoints", bank, now - trainer.since)
+                ray.kill(trainer.actor, no_restart=False)
+                trainer.since = now
+            return
+        trainer.since = now  # its silence counts from when it is there
+        trainer.starts_since = trainer.starts_since or now
+        if now - trainer.starts_since > self.faults.start_seconds:
+            if placed(trainer.actor):
+                self.failure = f"the trainer {bank} has not started within {self.faults.start_seconds:g} s"
+            else:
+                self.failure = f"no machine has had room for the trainer {bank} for {self.faults.start_seconds:g} s: {missing(self.needs)}"
+
+    # ---------------------------------------------------------------- machines that go
+
+    def _move(self) -> None:
+        """Have everything leave the machines that are being drained, as long as they are there. Ray places nothing new on them."""
+        draining = state.state.get_draining_nodes()  # machine → deadline in ms since 1970, 0 for none
+        for node in draining.keys() - self._draining:
+            log.warning("machine %s is being drained: trainers and producers leave it", node)
+            self.queue.leave_node.remote(node)
+        self._draining = set(draining)
+        for bank, trainer in self.trainers.items():
+            if trainer.stopping is not None:
+                self._restart_elsewhere(bank, trainer)
+            elif draining and (node := machine_of(trainer.actor)) in draining:
+                seconds = self.faults.stop_seconds
+                if deadline := draining[node]:
+                    seconds = min(seconds, deadline / 1000 - time.time())
+                trainer.stopping, trainer.stop_by = trainer.actor.stop.remote(), time.monotonic() + seconds
+
+    def _restart_elsewhere(self, bank: str, trainer: _Trainer) -> None:
+        """Once its checkpoints are written, or there is no more time for it."""
+        stopped, _ = ray.wait([trainer.stopping], timeout=0)
+        if stopped or time.monotonic() > trainer.stop_by:
+            log.warning("trainer %s leaves its machine%s", bank, "" if stopped else " before its checkpoints were written")
+            ray.kill(trainer.actor, no_restart=False)
+            trainer.stopping, trainer.since = None, time.monotonic()
+
+    def _stream_stats(self, patience: float) -> dict | None:
+        """The queue's newest answer; None while there is none."""
+        self._stream = self._stream or self.queue.stats.remote()
+        try:
+            stream, self._stream = ray.get(self._stream, timeout=patience), None
+        except GetTimeoutError:
+            return None
+        except RayError:  # its process is being restarted
+            self._stream = stream = None
+        return stream

@@ -1,0 +1,72 @@
+"""Rows to train on that are an error of another SAE: e = x − Sae(x), its linear prediction ê from x, or ε = e − ê, of activations x."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from raysae.config import ErrorsConfig, UserError, error_kind
+from raysae.sae.importers import load_any
+from raysae.stream.reader import BatchReader
+
+
+class ErrorOf:
+    """The function from raw activations (b, `width`) at H to the error that `hook_point`, H.KIND, names, computed on `device` in float32.
+
+    `digest` names its content: the SAE's tensors and the probe's.
+
+    Raises:
+        UserError: SAE or probe missing, damaged, or for activations of another width.
+    """
+
+    def __init__(self, hook_point: str, config: ErrorsConfig, width: int, device: torch.device | str = "cpu") -> None:
+        self.kind, of = error_kind(hook_point)
+        self.sae = load_any(config.sae, of).sae.to(device)
+        try:
+            probe = load_file(Path(config.probe).expanduser())
+            weight, bias = probe["probe/weight"], probe["probe/bias"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(f"errors.probe is {config.probe}, which is no probe that jobs/error_regression.py has saved ({error})") from error
+        if self.sae.d != width or weight.shape != (width, width):
+            raise UserError(
+                f"errors.sae takes activations {self.sae.d} wide and errors.probe {len(weight)}, but {of} is {width} wide: name an SAE of this hook "
+                "point and its probe"
+            )
+        content = hashlib.sha256()
+        for name, tensor in sorted({**self.sae.state_dict(), **probe}.items()):
+            content.update(name.encode())
+            content.update(tensor.cpu().contiguous().numpy())
+        self.digest = f"{self.kind} {content.hexdigest()[:16]}"
+        self.weight, self.bias = weight.float().to(device), bias.float().to(device)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """(b, d) float32, on the device."""
+        x = x.to(self.weight)
+        if self.kind == "linear":
+            return torch.addmm(self.bias, x, self.weight)
+        error = x - self.sae(x)
+        return error if self.kind == "error" else error - torch.addmm(self.bias, x, self.weight)
+
+
+class Transformed:
+    """A reader whose batches go through a function."""
+
+    def __init__(self, reader: BatchReader, transform: ErrorOf) -> None:
+        self._reader, self._transform = reader, transform
+
+    @property
+    def waited_seconds(self) -> float:
+        return self._reader.waited_seconds
+
+    def next(self) -> Tensor | None:
+        rows = self._reader.next()
+        return None if rows is None else self._transform(rows)
+
+    def close(self) -> None:
+        self._reader.close()
