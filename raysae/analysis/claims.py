@@ -1,0 +1,210 @@
+"""The claims of the paper (Engels et al. 2024, as the dark-matter spec states them), each decided from the analyses' tables and their intervals.
+
+A claim holds, does not hold, or cannot be told: where its interval reaches over the border between the two, or where what it needs was not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+Tables = Mapping[str, Mapping[str, pd.DataFrame]]  # analysis → name → table
+Verdict = Literal["holds", "does not hold", "cannot be told here"]
+HOLDS, FAILS, UNTOLD = "holds", "does not hold", "cannot be told here"
+FLAT = 0.25  # "nearly flat": falls by at most this share of FVU's fall per doubling of the width
+HALF = (0.35, 0.65)  # "about one half"
+LEAST_NORM_R2 = 0.86  # the lower end of the paper's range
+SAME_TOKENS = 0.5  # R² from which errors of two SAEs count as lying on the same tokens
+PROPORTIONAL = (0.8, 1.25)  # ratio of two shares that count as proportional
+FEW_PER_CENT = 0.10
+DIAGONAL, OFF_DIAGONAL = 0.9, 0.5
+BASELINES = {"token": "the token", "token_loss": "its loss", "l0": "L0", "x_norm": "‖x‖²"}
+MOST = 0.9  # of the SAEs, for "in general"
+
+
+@dataclass(frozen=True)
+class Claim:
+    analysis: str
+    text: str
+    paper: str  # what it found
+    verdict: Verdict
+    evidence: str
+
+
+def decide(tables: Tables) -> list[Claim]:
+    """Every claim, in the order of the analyses; where an analysis is missing in `tables`, its claims cannot be told."""
+    return [rule(tables) for rule in RULES]
+
+
+def _claim(analysis: str, text: str, paper: str) -> Callable[[Callable[[Tables], tuple[Verdict, str]]], Callable[[Tables], Claim]]:
+    def decorated(rule: Callable[[Tables], tuple[Verdict, str]]) -> Callable[[Tables], Claim]:
+        def decided(tables: Tables) -> Claim:
+            try:
+                verdict, evidence = rule(tables)
+            except KeyError as missing:
+                verdict, evidence = UNTOLD, f"what it needs ({str(missing).strip(chr(39))}) was not measured"
+            return Claim(analysis, text, paper, verdict, evidence)
+
+        return decided
+
+    return decorated
+
+
+def _between(low: float, high: float, border: float, above: bool = True) -> Verdict:
+    """Whether a number with the interval [low, high] lies above (or below) a border."""
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return UNTOLD
+    if low > border:
+        return HOLDS if above else FAILS
+    if high < border:
+        return FAILS if above else HOLDS
+    return UNTOLD
+
+
+def _general(share: float) -> Verdict:
+    """Of something that is seen in this share of the SAEs."""
+    return HOLDS if share >= MOST else FAILS if share <= 1 - MOST else UNTOLD
+
+
+# ---------------------------------------------------------------- the rules
+
+
+@_claim("error_regression", "Nonlinear FVU is nearly flat in width while FVU falls.", "flat from 2¹⁴ to 2²⁰ latents")
+def _flat(tables: Tables) -> tuple[Verdict, str]:
+    parts, fit = tables["error_regression"]["breakdown"], tables["error_regression"]["fit"].iloc[0]
+    steps = np.log2(parts["width"])
+    span = 2 ** (steps.max() - steps.min())
+    fall = -float(np.polyfit(steps, parts["fvu"], 1)[0])  # of FVU per doubling
+    seen = f"FVU falls from {parts['fvu'].iloc[0]:.3f} to {parts['fvu'].iloc[-1]:.3f} over {span:.3g}× in width"
+    if len(parts) < 4 or fall <= 0 or parts["fvu"].iloc[-1] > 0.9 * parts["fvu"].iloc[0]:
+        return UNTOLD, f"{seen}: too few widths, or too small a fall, to compare with"
+    falls = [-slope * fit["level_value"] / fall for slope in (fit["level_slope_high"], fit["level_slope"], fit["level_slope_low"])]
+    seen += f", nonlinear FVU from {parts['nonlinear_fvu'].iloc[0]:.3f} to {parts['nonlinear_fvu'].iloc[-1]:.3f}: per doubling it falls by "
+    seen += f"{falls[1]:.0%} [{falls[0]:.0%}, {falls[2]:.0%}] of FVU's own fall (at most {FLAT:.0%} counts as flat)"
+    return _between(falls[0], falls[2], FLAT, above=False), seen
+
+
+@_claim("error_regression", "About half of the error is a linear function of the activation, also once undertraining is ruled out.", "R² about 0.5")
+def _half(tables: Tables) -> tuple[Verdict, str]:
+    table = tables["error_regression"]["regressions"]
+    medians = {"": table["r2_error"].median(), "after the best rescaling ": table["r2_error_rescaled"].median()}
+    trained = tables["error_regression"].get("half_trained")
+    if trained is not None:
+        medians["of SAEs trained on half the tokens "] = trained["r2_error_half"].median()
+    shown = ", ".join(f"{name}{value:.2f}" for name, value in medians.items())
+    seen = f"median R² (mean over dimensions) {shown}; over SAEs {table['r2_error'].min():.2f} to {table['r2_error'].max():.2f}"
+    inside = [HALF[0] <= value <= HALF[1] for value in medians.values()]
+    if not any(inside):
+        return FAILS, seen
+    if trained is None:
+        return UNTOLD, f"{seen}; the control with half the training tokens is missing"
+    return (HOLDS if all(inside) else UNTOLD), seen
+
+
+@_claim("error_regression", "The squared norm of the error is predicted from the activation almost perfectly.", "R² 0.86 to 0.95")
+def _norm(tables: Tables) -> tuple[Verdict, str]:
+    table = tables["error_regression"]["regressions"]
+    low, value, high = (float(table[f"r2_error_norm{end}"].median()) for end in ("_low", "", "_high"))
+    seen = f"median R² {value:.2f} [{low:.2f}, {high:.2f}], over SAEs {table['r2_error_norm'].min():.2f} to {table['r2_error_norm'].max():.2f}"
+    return _between(low, high, LEAST_NORM_R2), seen
+
+
+@_claim("error_regression", "The activation says more of ‖e‖² than the token, its loss, L0 or ‖x‖² do.", "x is the best predictor")
+def _baselines(tables: Tables) -> tuple[Verdict, str]:
+    table = tables["error_regression"]["regressions"]
+    names = [f"r2_error_norm_from_{by}" for by in BASELINES if f"r2_error_norm_from_{by}" in table]
+    better = table["r2_error_norm_low"] > table[[f"{name}_high" for name in names]].fillna(-np.inf).max(axis=1)
+    medians = ", ".join(f"{BASELINES[name.removeprefix('r2_error_norm_from_')]} {table[name].median():.2f}" for name in names).replace(
+        "-0.00", "0.00"
+    )
+    return _general(
+        better.mean()
+    ), f"median R² from x {table['r2_error_norm'].median():.2f}, from {medians}; x is clearly ahead for {better.mean():.0%}"
+
+
+@_claim("error_regression", "‖ε‖² is predicted less well than ‖e‖²: ε holds fewer not yet learned features.", "ε has the lowest R²")
+def _nonlinear_norm(tables: Tables) -> tuple[Verdict, str]:
+    table = tables["error_regression"]["regressions"]
+    lower = table["r2_norm_nonlinear_high"] < table["r2_error_norm_low"]
+    seen = f"median R² of ‖ε‖² {table['r2_norm_nonlinear'].median():.2f}, of ‖e‖² {table['r2_error_norm'].median():.2f}; clearly lower for "
+    return _general(lower.mean()), f"{seen}{lower.mean():.0%} of {len(table)} SAEs"
+
+
+@_claim("per_token_scaling", "Larger SAEs fail on the same tokens as smaller ones.", "error norms of small SAEs predict those of large ones")
+def _same_tokens(tables: Tables) -> tuple[Verdict, str]:
+    pairs = tables["per_token_scaling"]["pairs"]
+    if not len(pairs):
+        return UNTOLD, "there is only one width"
+    worst = pairs.loc[pairs["r2"].idxmin()]
+    seen = f"R² of ‖e_large‖ from ‖e_small‖ is {pairs['r2'].mean():.2f} on average, least {worst['r2']:.2f} [{worst['r2_low']:.2f}, "
+    seen += f"{worst['r2_high']:.2f}] for {int(worst['small_width']):,} → {int(worst['large_width']):,}"
+    return _between(worst["r2_low"], worst["r2_high"], SAME_TOKENS), seen
+
+
+@_claim("introduced_error", "The estimates tell dense from introduced error.", "correlations large on the diagonal, small off it")
+def _told_apart(tables: Tables) -> tuple[Verdict, str]:
+    seen, verdicts = [], []
+    for name, key in (("on the SAE", "correlations"), ("on the synthetic model", "synthetic_correlations")):
+        table = tables["introduced_error"][key].set_index("noise")
+        own = table.loc["sigma_x", "linear"], table.loc["sigma_r", "nonlinear"]
+        other = table.loc["sigma_x", "nonlinear"], table.loc["sigma_r", "linear"]
+        verdicts.append(min(own) > DIAGONAL and max(map(abs, other)) < OFF_DIAGONAL)
+        seen.append(f"{name} {own[0]:.2f} and {own[1]:.2f} on the diagonal, {other[0]:.2f} and {other[1]:.2f} off it")
+    return (HOLDS if all(verdicts) else FAILS), "; ".join(seen)
+
+
+@_claim("downstream_loss", "The nonlinear part's share of the cross-entropy is proportional to its share of the error.", "about as much as its norm")
+def _proportional(tables: Tables) -> tuple[Verdict, str]:
+    table = tables["downstream_loss"]["downstream"].dropna(subset=["recovered_nonlinear"])
+    if table.empty:
+        return UNTOLD, "no SAE costs the model 0.01 nats"
+    ends = {end: float((table[f"recovered_nonlinear{end}"] / table["variance_share_nonlinear"]).median()) for end in ("_low", "", "_high")}
+    seen = f"median: putting ε back recovers {table['recovered_nonlinear'].median():.0%} of the lost cross-entropy; ε is "
+    seen += f"{table['variance_share_nonlinear'].median():.0%} of the error's variance and {table['norm_share_nonlinear'].median():.0%} of its norm; "
+    seen += f"share of cross-entropy / share of variance {ends['']:.2f} [{ends['_low']:.2f}, {ends['_high']:.2f}]"
+    if ends["_low"] >= PROPORTIONAL[0] and ends["_high"] <= PROPORTIONAL[1]:
+        return HOLDS, seen
+    return (FAILS if ends["_high"] < PROPORTIONAL[0] or ends["_low"] > PROPORTIONAL[1] else UNTOLD), seen
+
+
+@_claim("error_saes", "SAEs trained on ε reconstruct worse than SAEs trained on ê.", "worse on ε")
+def _worse(tables: Tables) -> tuple[Verdict, str]:
+    table = tables["error_saes"]["error_saes"].set_index("kind")
+    row = table.loc["nonlinear"]
+    seen = f"FVU on ε {row['fvu']:.3f}, on ê {table.loc['linear', 'fvu']:.3f}, on e {table.loc['error', 'fvu']:.3f}: {row['worse']:+.0%} "
+    seen += f"[{row['worse_low']:+.0%}, {row['worse_high']:+.0%}]. How interpretable they are was not measured"
+    return _between(row["worse_low"], row["worse_high"], 0.0), seen
+
+
+@_claim("pursuit", "A better choice of latents removes little of the nonlinear error.", "a few per cent")
+def _little(tables: Tables) -> tuple[Verdict, str]:
+    table = tables["pursuit"]["pursuit"]
+    low, value, high = (float((table[f"encoder_error{end}"] / table["nonlinear_fvu"]).median()) for end in ("_low", "", "_high"))
+    seen = (
+        f"pursuit removes {value:.1%} [{low:.1%}, {high:.1%}] of the nonlinear FVU (median over {len(table)} SAEs; {FEW_PER_CENT:.0%} is the border)"
+    )
+    return _between(low, high, FEW_PER_CENT, above=False), seen
+
+
+@_claim("earlier_layers", "Reconstructions at earlier places predict part of ε, more than pursuit removes.", "more than pursuit")
+def _earlier(tables: Tables) -> tuple[Verdict, str]:
+    table = tables["earlier_layers"]["earlier_layers"]
+    found = table[(table["part"] == "reconstruction") & (table["target"] == "ε")]
+    elsewhere = found[found["source"] != found["hook_point"]]
+    if elsewhere.empty:
+        return UNTOLD, "there is no SAE at an earlier place"
+    best = elsewhere.loc[elsewhere["r2_weighted"].idxmax()]
+    seen = f"best from {best['source']}: {best['r2_weighted']:.1%} [{best['r2_weighted_low']:.1%}, {best['r2_weighted_high']:.1%}] of ε's variance"
+    pursued = tables["pursuit"]["pursuit"]
+    share = pursued["encoder_error"] / pursued["nonlinear_fvu"]
+    seen += f"; pursuit removes {share.median():.1%}"
+    return _between(best["r2_weighted_low"], best["r2_weighted_high"], max(0.0, float(share.median()))), seen
+
+
+RULES = (
+    _flat, _half, _norm, _baselines, _nonlinear_norm, _same_tokens, _told_apart, _proportional, _worse, _little, _earlier,
+)  # fmt: skip

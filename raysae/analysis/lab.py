@@ -1,0 +1,474 @@
+"""What every analysis job shares: the SAEs under analysis, one recorded set of activations, parts that run as Ray tasks and are kept, MLflow.
+
+Everything lies in OUTPUT/STUDY/analysis:
+
+    activations/  recorded once per stream and hook point (`activations.collect`)
+    parts/        what a part has found, under the digest of all it depends on: whoever asks for it again, in whatever job, reads it
+    ANALYSIS/     tables and figures
+    tracking/     an outbox per MLflow run
+
+So a job that was killed goes on with the parts it lacks. SAEs that an analysis needs and the sweep lacks are trained by the ordinary sweep, which
+goes on from its checkpoints likewise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pandas as pd
+import ray
+import torch
+
+from raysae.analysis.activations import StreamActivations, collect
+from raysae.analysis.figures import save
+from raysae.cli import from_flat
+from raysae.config import ActivationSpec, AnalysisConfig, ErrorsConfig, ModelConfig, SweepConfig, UserError, digest, error_kind
+from raysae.lm.facts import hook_width
+from raysae.lm.model import LanguageModel
+from raysae.sae.base import SAE
+from raysae.sae.files import OWN
+from raysae.sae.importers import FILES, load_any, require_width
+from raysae.stream.producer import ENVIRONMENT
+from raysae.stream.shard import ShardMaker
+from raysae.sweep import cluster
+from raysae.sweep.place import absolute, saved_config
+from raysae.sweep.preflight import Plan, plan
+from raysae.text.contexts import Contexts
+from raysae.tracking.find import TrackedSAE, find_saes, study_params
+from raysae.tracking.runs import Study
+
+MIB = 2**20
+TRAINED_AT = 4  # hook points at most, of SAEs that an analysis trains: their held-out rows lie in the object store
+DEFINITION = 1  # of the parts' results; raising it makes them anew
+ROWS_PER_DIMENSION = 256  # of each split, by default: R² on other rows then suffers by about 1/256 from the fit
+FEWEST_ROWS, MOST_ROWS = 20_000, 150_000  # of each split, by default (the paper's is the latter)
+
+
+# ---------------------------------------------------------------- what is analysed
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An SAE under analysis. `where` is its folder, file or URL; `run_id`, `params` and `metrics` are MLflow's, where it has them."""
+
+    name: str
+    where: str
+    hook_point: str
+    width: int
+    content: str  # digest
+    run_id: str | None
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+    def load(self) -> SAE:
+        """The folded SAE, on the GPU that Ray has given this process, if any."""
+        return load_any(self.where, self.hook_point).sae.to(device())
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Recorded activations as a task can be told of them: files that it maps itself."""
+
+    folder: Path
+    hook_points: tuple[str, ...]
+    first_position: int
+
+    def open(self) -> StreamActivations:
+        return StreamActivations(self.folder, self.hook_points, self.first_position, token_loss=True)
+
+    def contexts(self, split: str) -> np.ndarray:
+        """Indices of the contexts of a split, in the order of its chunks."""
+        return np.load(self.folder / "context.npy")[np.load(self.folder / "split.npy") == "ABC".index(split)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of work: `function(*arguments)`, in a process of its own. Its result is kept under `analysis` and the digest of `key`, which names all
+    that it depends on. `whole_machine`: it uses every core; `gpus` that it reserves (unset: resources.trainer_gpus); `contexts`: its first argument
+    is the held-out contexts, which go to it through the object store."""
+
+    analysis: str
+    key: object
+    function: Callable[..., Any]
+    arguments: tuple
+    whole_machine: bool = False
+    gpus: float | None = None
+    contexts: bool = False
+
+    @property
+    def file(self) -> str:
+        return f"{self.analysis}-{digest([DEFINITION, self.analysis, self.key])}.pickle"
+
+
+def _found(config: AnalysisConfig) -> list[tuple[str, TrackedSAE | None]]:
+    """Where the SAEs are, and what MLflow knows of them."""
+    if not config.sae:
+        return [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, config.sweep)]
+    found: list[tuple[str, TrackedSAE | None]] = []
+    for name in config.sae:
+        if "://" in name or Path(name).expanduser().exists():
+            found.append((name if "://" in name else str(Path(name).expanduser().resolve()), None))
+        else:
+            try:
+                found += [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, name)]
+            except UserError as error:
+                raise UserError(f"--sae {name} is neither a file or folder, nor in MLflow: {error}") from None
+    return found
+
+
+def _subjects(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | None]]) -> tuple[Subject, ...]:
+    subjects: dict[str, Subject] = {}
+    given = config.hook_points[0] if len(config.hook_points) == 1 and config.sae else None
+    for where, tracked in found:
+        if tracked:
+            hook_point, width, name = tracked.params["hook_point"], int(tracked.params["width"]), tracked.name
+        else:
+            loaded = load_any(where, given)
+            hook_point, width, name = loaded.sae.config.hook_point, loaded.sae.n, loaded.name
+        if config.hook_points and hook_point not in config.hook_points:
+            continue
+        if error_kind(hook_point)[0]:
+            raise UserError(f"{name} was trained on an error, {hook_point}: analyses take SAEs of activations; error_saes.py compares such SAEs")
+        while name in subjects:
+            name += "+"
+        params = tracked.params if tracked else {"hook_point": hook_point, "width": str(width), "where": where}
+        run_id, metrics = (tracked.run_id, tracked.metrics) if tracked else (None, {})
+        subjects[name] = Subject(name, where, hook_point, width, _content(where), run_id, params, metrics)
+    if not subjects:
+        there = sorted({tracked.params["hook_point"] for _, tracked in found if tracked})
+        others = f", there are some of {', '.join(there)}" if there else ""
+        raise UserError(f"hook_points is {', '.join(config.hook_points)}: no SAE is of it{others}")
+    return tuple(subjects.values())
+
+
+def _content(where: str) -> str:
+    """What tells an SAE's files from others: our description of them, which has their checksums, or their names, sizes and times."""
+    files, path = fsspec.core.url_to_fs(where)
+    folder = path if files.isdir(path) else path.rpartition("/")[0]
+    if files.exists(f"{folder}/{OWN}"):
+        return hashlib.sha256(files.cat_file(f"{folder}/{OWN}")).hexdigest()[:16]
+    facts = [files.info(f"{folder}/{name}") for name in FILES if files.exists(f"{folder}/{name}")]
+    return digest([[str(fact.get(key)) for key in ("name", "size", "mtime", "ETag", "LastModified")] for fact in facts])
+
+
+def _settings(config: AnalysisConfig, given: Mapping[str, Any], found: Sequence[tuple[str, TrackedSAE | None]]) -> tuple[str, SweepConfig, bool]:
+    """The study's name, its sweep's config, with model, text and stream as `given` on the command line, and whether there was a sweep."""
+    tracked = [sae for _, sae in found if sae]
+    if len({sae.study for sae in tracked}) > 1:
+        raise UserError(f"--sae names SAEs of {len({sae.study for sae in tracked})} sweeps: name those of one, since they share model and text")
+    if tracked:
+        name, sweep = tracked[0].study, from_flat(SweepConfig, study_params(tracked[0]))
+    else:
+        name = f"saes-{digest(sorted(where for where, _ in found))[:8]}"
+        sweep = SweepConfig(model=config.model, text=config.text, stream=config.stream)
+    changed: dict[str, dict] = {}
+    for knob in given:
+        section, _, field = knob.partition(".")
+        if section in ("model", "text", "stream"):
+            changed.setdefault(section, {})[field] = getattr(getattr(config, section), field)
+    sections = {section: getattr(sweep, section).model_copy(update=fields) for section, fields in changed.items()}
+    sections |= {"resources": config.resources, "tracking": config.tracking, "output": config.output}
+    return name, sweep.model_copy(update=sections), bool(tracked)
+
+
+def _stream_of(found: Sequence[tuple[str, TrackedSAE | None]]) -> set[str]:
+    """Hashes of the streams that the SAEs say they were trained on."""
+    hashes = set()
+    for where, _ in found:
+        files, path = fsspec.core.url_to_fs(where)
+        if files.exists(f"{path}/cfg.json"):
+            metadata = json.loads(files.cat_file(f"{path}/cfg.json")).get("metadata") or {}
+            hashes |= {metadata["activation_spec"]} if "activation_spec" in metadata else set()
+    return hashes
+
+
+# ---------------------------------------------------------------- the lab
+
+
+class _AbsentError(Exception):
+    """Activations are not recorded yet."""
+
+
+class Lab:
+    """The SAEs of a study, and what the analyses of them share. Opening it finds the SAEs and settles model and text; Ray is connected by the first
+    part that has to be worked out.
+
+    `given` are the knobs that the command line or a file has set: they go before the sweep's own.
+
+    Raises:
+        UserError: no such sweep or SAE, SAEs that do not fit the model, too little held-out text.
+    """
+
+    def __init__(self, config: AnalysisConfig, given: Mapping[str, Any] = {}) -> None:
+        config = config.model_copy(update={"tracking": absolute(SweepConfig(tracking=config.tracking)).tracking})
+        found = _found(config)
+        self.study, sweep, swept = _settings(config, given, found)
+        self.config, self.sweep = config, absolute(sweep)
+        self.saes = {sae.name: sae for sae in _subjects(config, found)}
+        self.plan = self._plan(swept)
+        facts = self.plan.facts
+        for sae in self.saes.values():
+            d = hook_width(sae.hook_point, facts)
+            if not sae.run_id:
+                require_width(load_any(sae.where, sae.hook_point), d)
+        self.folder = Path(self.sweep.output) / self.study / "analysis"
+        self.replicates, self.seed = config.replicates, config.seed
+        streams = _stream_of(found)
+        self.warning = None
+        if streams and self.plan.training.hash not in streams:
+            self.warning = (
+                "The SAEs were trained on another stream than these settings give: the model's weights or the text have changed since, or the "
+                "command line changes them."
+            )
+            print(f"Warning: {self.warning}", file=sys.stderr)
+
+    def _plan(self, swept: bool) -> Plan:
+        update: dict[str, Any] = {"hook_points": self.hook_points}
+        if not swept:  # nothing is trained unless an analysis asks for it
+            update["train"] = self.sweep.train.model_copy(update={"tokens": 1})
+            tokens = self.config.tokens if self.sweep.text.source.startswith("hf:") else None  # of a dataset, as much text as is needed is read
+            update["evaluation"] = self.sweep.evaluation.model_copy(update={"rows": tokens or 1})
+        return plan(self.sweep.model_copy(update=update))
+
+    @property
+    def hook_points(self) -> list[str]:
+        """Of the SAEs, in the order of their coming."""
+        return list(dict.fromkeys(sae.hook_point for sae in self.saes.values()))
+
+    def of(self, hook_point: str) -> dict[str, Subject]:
+        return {name: sae for name, sae in self.saes.items() if sae.hook_point == hook_point}
+
+    @cached_property
+    def shards(self) -> int:
+        """How many held-out shards are recorded."""
+        spec = self.plan.evaluation
+        widest = max(self.plan.widths.values())
+        usual = 3 * min(max(ROWS_PER_DIMENSION * widest, FEWEST_ROWS), MOST_ROWS)
+        shards = -(-self.config.tokens // spec.rows_per_shard) if self.config.tokens else max(1, round(usual / spec.rows_per_shard))
+        if self.config.tokens and shards > spec.shards:
+            raise UserError(
+                f"tokens is {self.config.tokens} and the held-out text yields {spec.rows:,}: lower tokens, raise text.evaluation_fraction or give "
+                "more text"
+            )
+        return min(shards, spec.shards)
+
+    # ---------------------------------------------------------------- activations
+
+    def record(self, hook_points: Sequence[str]) -> Recorded:
+        """The held-out activations at these hook points, recorded where they are not there yet, by a task that loads the language model."""
+        spec, folder, settled = self.plan.evaluation, self.folder / "activations", self.plan
+
+        def absent(missing: list[str]) -> ShardMaker:
+            raise _AbsentError
+
+        with suppress(_AbsentError):
+            there = collect(folder, spec, settled.contexts["evaluation"], hook_points, absent, self.shards, seed=self.seed)
+            return Recorded(there.folder, tuple(hook_points), spec.skip_positions)
+        part = Part(
+            "activations", [spec.hash, self.shards, self.seed, *sorted(hook_points)], _record,
+            (folder, spec, list(hook_points), self.shards, self.seed, self.plan.config.model, self.plan.config.stream.block_mib),
+            whole_machine=True, gpus=self.config.resources.producer_gpus, contexts=True,
+        )  # fmt: skip
+        (self.folder / "parts" / part.file).unlink(missing_ok=True)  # of files that somebody has removed
+        return Recorded(self.run([part])[0], tuple(hook_points), spec.skip_positions)
+
+    def key(self, *saes: Subject, **more: object) -> list:
+        """What a part depends on that reads these SAEs and the recorded activations: everything but its analysis."""
+        spec = self.plan.evaluation
+        return [spec.hash, self.shards, self.seed, self.replicates, [[sae.name, sae.content, sae.hook_point] for sae in saes], more]
+
+    # ---------------------------------------------------------------- parts
+
+    def run(self, parts: Sequence[Part]) -> list[Any]:
+        """The parts' results, in order; those that are not there yet are worked out on the cluster, one core each.
+
+        Raises:
+            UserError: a part's own; whatever a part raises, when the others that were under way have been given up.
+        """
+        folder = self.folder / "parts"
+        missing = [part for part in parts if not (folder / part.file).exists()]
+        if missing:
+            folder.mkdir(parents=True, exist_ok=True)
+            connect(self)
+            self._work(folder, missing, len(parts))
+        return [pickle.loads((folder / part.file).read_bytes()) for part in parts]
+
+    def kept(self, parts: Sequence[Part]) -> list[Any] | None:
+        """The parts' results where all of them are there already."""
+        return self.run(parts) if all((self.folder / "parts" / part.file).exists() for part in parts) else None
+
+    def _work(self, folder: Path, missing: Sequence[Part], total: int) -> None:
+        began = time.monotonic()
+        cores = int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")))
+        contexts = ray.put(self.plan.contexts["evaluation"]) if any(part.contexts for part in missing) else None
+        waiting: dict[ray.ObjectRef, Part] = {}
+        for part in missing:
+            gpus = self.config.resources.trainer_gpus if part.gpus is None else part.gpus
+            cpus = cores if part.whole_machine and not gpus else 1
+            task = _work_task.options(num_cpus=cpus, num_gpus=gpus, runtime_env=ENVIRONMENT)
+            waiting[task.remote(str(folder / part.file), part, cpus, *([contexts] if part.contexts else []))] = part
+        left = list(waiting)
+        try:
+            while left:
+                done, left = ray.wait(left, num_returns=1)
+                ray.get(done)
+                finished = total - len(left)
+                print(f"  {waiting[done[0]].analysis}: {finished} of {total} parts, {time.monotonic() - began:.0f} s", flush=True)
+        except BaseException:
+            for task in left:
+                ray.cancel(task, force=True)
+            raise
+
+    # ---------------------------------------------------------------- SAEs that the sweep lacks
+
+    def train(
+        self, purpose: str, hook_points: Sequence[str], widths: Sequence[int], k: int, tokens: int, errors: ErrorsConfig | None = None
+    ) -> dict[str, Subject]:
+        """TopK SAEs of every width at every hook point, by name, trained by one sweep with the settings of the study's own; kept beside the study."""
+        rate = self.sweep.learning_rates[0]
+        train = self.sweep.train.model_copy(update={"tokens": tokens, "reports": 2})
+        config = self.sweep.model_copy(
+            update={
+                "hook_points": list(hook_points), "architectures": ["topk"], "widths": list(widths), "k": [k], "learning_rates": [rate], "seeds": [0],
+                "search": "grid", "scheduler": "none", "train": train, "errors": errors or ErrorsConfig(),
+                "evaluation": self.sweep.evaluation.model_copy(update={"predicted_tokens": 0}),
+            }
+        )  # fmt: skip
+        wanted = {sae.name: sae for sae in config.saes()}
+        key = digest([self.plan.training.hash, config.model_dump(include={"errors", "train"}), sorted(wanted)])[:8]
+        config = config.model_copy(update={"study": f"{self.study}-{purpose}-{key}"})
+        folder = Path(config.output) / config.study
+        if not all((folder / "saes" / name / "outcome.json").exists() for name in wanted):
+            from raysae.sweep.run import run_sweep
+
+            connect(self)
+            again = (folder / "config.yaml").exists()
+            print(f"{purpose}: {len(wanted)} SAEs to train" + (", going on with what was begun" if again else ""), flush=True)
+            code = run_sweep(saved_config(config.output, config.study) if again else config, config.study if again else None, made_for=self.study)
+            if code:
+                raise KeyboardInterrupt if code == 130 else RuntimeError(f"the SAEs for {purpose} could not all be trained: see above")
+        return {
+            name: Subject(name, str(folder / "saes" / name), sae.hook_point, sae.width, _content(str(folder / "saes" / name)), None, {}, {})
+            for name, sae in wanted.items()
+        }
+
+    @property
+    def train_tokens(self) -> int:
+        return self.config.train_tokens or self.sweep.train.tokens
+
+    # ---------------------------------------------------------------- results
+
+    def save(self, analysis: str, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Any]) -> list[Path]:
+        """Writes an analysis's tables (CSV and Parquet) and figures (PNG) to its folder; returns the files."""
+        folder = self.folder / analysis
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for name, table in tables.items():
+            files += [folder / f"{name}.csv", folder / f"{name}.parquet"]
+            table.to_csv(files[-2], index=False)
+            table.to_parquet(files[-1], index=False)
+        for name, figure in figures.items():
+            files += save(figure, folder / name)
+        return files
+
+    def track(self, analysis: str, key: object, numbers: Mapping[str, float], per_sae: pd.DataFrame, files: Sequence[Path]) -> None:
+        """Logs an analysis to MLflow: a run with its `numbers` and `files`, below it a run per SAE with the numbers of `per_sae` (column `sae`).
+
+        The run is that of this analysis of these SAEs with these settings (`key`): logging again what is there changes nothing.
+        """
+        name = f"{self.study} {analysis} {digest([DEFINITION, analysis, key])[:8]}"
+        config = {"analysis": analysis, "sweep": self.study, **self.config.model_dump(exclude={"sweep", "sae", "model", "text", "stream"})}
+        config |= self.sweep.model_dump(include={"model", "text", "stream"})
+        outbox = self.folder / "tracking" / f"{name.replace(' ', '-')}.db"
+        run = Study(outbox, self.sweep.tracking, name, config, analysis=True)
+        try:
+            read = [self.saes[sae] for sae in per_sae["sae"] if sae in self.saes] or list(self.saes.values())
+            run.tag(None, {"raysae.sweep": self.study, "raysae.saes": ", ".join(sae.run_id or sae.where for sae in read)})
+            run.metrics(None, _finite(numbers), step=0)
+            for row in per_sae.to_dict("records"):
+                sae = self.saes[row["sae"]]
+                run.child(sae.name, {**sae.params, "analysis": analysis, "sweep": self.study})
+                run.tag(sae.name, {"raysae.sweep": self.study, "raysae.source_run": sae.run_id or sae.where})
+                run.metrics(sae.name, _finite(row), step=int(sae.metrics.get("tokens", 0)))
+                run.end(sae.name, "FINISHED")
+            for file in files:
+                run.artifact(None, file, "tables" if file.suffix in (".csv", ".parquet") else "figures" if file.suffix == ".png" else "")
+            run.end(None, "FINISHED")
+            if unsent := run.flush(60):
+                print(f"MLflow:  {unsent} entries wait in {outbox}: python -m raysae.tracking.send {outbox}", file=sys.stderr)
+        finally:
+            run.close()
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in values.items() if isinstance(value, (int, float, np.number)) and np.isfinite(value)}
+
+
+# ---------------------------------------------------------------- Ray
+
+
+def connect(lab: Lab) -> None:
+    """To Ray, once. UserError: the cluster has several machines that do not share the results' folder."""
+    if ray.is_initialized():
+        return
+    settled = lab.plan
+    item = 2 if settled.config.model.dtype == "bfloat16" else 4
+    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * TRAINED_AT * max(settled.widths.values())
+    tokens = sum(contexts.tokens.nbytes for contexts in settled.contexts.values())
+    cluster.connect(lab.config.resources.address, int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + 4 * tokens) + 256 * MIB)
+    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    if len(machines) > 1 and not lab.config.resources.shared_storage:
+        raise UserError(
+            f"output is the folder '{lab.sweep.output}' and the cluster has {len(machines)} machines: name a folder that they share, and say so with "
+            "--resources.shared_storage true"
+        )
+
+
+@ray.remote(max_retries=3)
+def _work_task(path: str, part: Part, threads: int, *contexts: Contexts) -> None:
+    """Works a part out and keeps its result, which appears whole or not at all."""
+    torch.set_num_threads(threads)
+    result = part.function(*contexts, *part.arguments)
+    temporary = f"{path}.{uuid.uuid4().hex}.part"
+    try:
+        with open(temporary, "wb") as file:
+            pickle.dump(result, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _record(
+    contexts: Contexts, folder: Path, spec: ActivationSpec, hook_points: list[str], shards: int, seed: int, model: ModelConfig, block_mib: float
+) -> Path:
+    """Records activations; the folder they are in."""
+
+    def load(missing: list[str]) -> ShardMaker:
+        return ShardMaker(language_model(model), contexts, spec, missing, block_mib)
+
+    return collect(folder, spec, contexts, hook_points, load, shards, seed=seed).folder
+
+
+def language_model(config: ModelConfig) -> LanguageModel:
+    """The language model, on the GPU that Ray has given this process, if any."""
+    return LanguageModel.load(config, device())
+
+
+def device() -> str:
+    return "cuda" if ray.is_initialized() and ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,363 @@
+"""Autoencoders that others have trained, brought into raysae's form; `load_any` knows a file or folder by what is in it.
+
+| format | recognised by | encoder's input |
+| --- | --- | --- |
+| raysae | raysae.json | x − b_dec |
+| SAELens | cfg.json + sae_weights.safetensors | x − b_dec, or x |
+| sparsify | cfg.json + sae.safetensors | x − b_dec |
+| Gemma Scope | params.npz (Gemma 2), params.safetensors (Gemma 3) | x |
+| dictionary_learning | ae.pt + config.json | x − b_dec, or x (JumpReLU, AutoEncoderNew) |
+
+What is loaded reconstructs as its owner's code does, up to rounding. Where the encoder takes x itself, W_enc·b_dec goes into b_enc. Norms of decoder
+rows go into the encoder where that changes nothing (not for TopK, whose choice of latents depends on them), so that W_dec's rows have norm 1.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import fsspec
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from raysae.config import SAEConfig, TrainConfig, UserError
+from raysae.sae.base import SAE
+from raysae.sae.files import CONFIG, OWN, TRANSFORMER_LENS, WEIGHTS, load_sae
+
+SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG = "sae.safetensors", "params.npz", "params.safetensors", "ae.pt", "config.json"
+FILES = (OWN, CONFIG, WEIGHTS, SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG)
+
+
+class NamedSAE(NamedTuple):
+    """A folded autoencoder for raw activations; `name` tells it from others and is safe as a file name."""
+
+    name: str
+    sae: SAE
+
+
+def load_any(where: str | Path, hook_point: str | None = None) -> NamedSAE:
+    """The autoencoder in a folder or weight file, local or at a URL (s3://…, hf://…).
+
+    Args:
+        hook_point: where its activations come from, e.g. `resid_post.3`; goes before what the files say, and is needed where they say nothing.
+
+    Raises:
+        UserError: nothing there, not an SAE, of an architecture that raysae lacks, tensors missing, damaged or of shapes that do not fit each other,
+            or no hook point known.
+    """
+    where = str(where)
+    if "://" in where:
+        with tempfile.TemporaryDirectory() as folder:
+            _fetch(where, Path(folder))
+            return _load(_Source(Path(folder), where, _places(where.split("://")[1])), hook_point)
+    path = Path(where).expanduser()
+    if not path.exists():
+        raise UserError(f"{where}: there is no such file or folder")
+    return _load(_Source(path.parent if path.is_file() else path, where, _places(path.resolve())), hook_point)
+
+
+def require_width(named: NamedSAE, width: int) -> None:
+    """UserError where the autoencoder does not take activations of `width`, its hook point's."""
+    if named.sae.d != width:
+        raise UserError(
+            f"{named.name} takes activations {named.sae.d} wide, but {named.sae.config.hook_point} of this model is {width} wide: name the hook "
+            "point and the model that it was trained on"
+        )
+
+
+# ---------------------------------------------------------------- files
+
+
+def _fetch(url: str, folder: Path) -> None:
+    files, path = fsspec.core.url_to_fs(url)
+    if not files.exists(path):
+        raise UserError(f"{url}: there is no such file or folder")
+    source = PurePosixPath(path) if files.isdir(path) else PurePosixPath(path).parent
+    for name in FILES:
+        if files.exists(str(source / name)):
+            files.get_file(str(source / name), str(folder / name))
+
+
+def _places(path: str | Path) -> tuple[str, ...]:
+    return tuple(part for part in PurePosixPath(path).parts if part not in FILES and part != "/")
+
+
+def _load(source: _Source, hook_point: str | None) -> NamedSAE:
+    has = {name for name in FILES if (source.folder / name).exists()}
+    if OWN in has:
+        sae = load_sae(source.folder)
+        if hook_point is not None:
+            sae.config = sae.config.model_copy(update={"hook_point": hook_point})
+        return NamedSAE(sae.config.name, sae)
+    for needed, read, depth in READERS:
+        if needed <= has:
+            name = "_".join(re.sub(r"[^\w.-]", "-", place) for place in source.places[-depth:])
+            return NamedSAE(name, _assemble(read(source), source.where, hook_point))
+    raise UserError(
+        f"{source.where} is not a saved SAE: it has neither {OWN}, nor {CONFIG} with {WEIGHTS} (SAELens) or {SPARSIFY} (sparsify), nor {GEMMA_2} or "
+        f"{GEMMA_3} (Gemma Scope), nor {DICTIONARY} with {DICTIONARY_CONFIG} (dictionary_learning)"
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Reads files of a folder."""
+
+    folder: Path
+    where: str  # what the user called it
+    places: tuple[str, ...]  # the folder's path from the top, as its owner laid it out
+
+    def json(self, name: str) -> dict:
+        try:
+            content = json.loads((self.folder / name).read_text())
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise UserError(f"{self.where}: {name} is damaged: it is not a JSON object")
+        return content
+
+    def optional_json(self, name: str) -> dict:
+        return self.json(name) if (self.folder / name).exists() else {}
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        path = self.folder / name
+        try:
+            if name.endswith(".safetensors"):
+                return load_file(path)
+            if name.endswith(".npz"):
+                with np.load(path) as arrays:
+                    return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
+            raise UserError(f"{self.where}: {name} is damaged, or holds more than tensors ({str(error).strip().splitlines()[0][:100]})") from None
+        if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+            raise UserError(f"{self.where}: {name} does not hold an SAE's tensors by name")
+        return content
+
+    def refused(self, what: str) -> UserError:
+        return UserError(f"{self.where}: {what}")
+
+
+# ---------------------------------------------------------------- formats
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """An autoencoder as its owner wrote it, weights latent-major."""
+
+    architecture: str  # relu, topk or jumprelu
+    tensors: Mapping[str, Tensor | None]  # W_enc (n, d), W_dec (n, d), b_enc (n,), b_dec (d,), threshold (n,) for jumprelu; None where missing
+    names: Mapping[str, str]  # what the owner calls them, for messages
+    subtracts_b_dec: bool  # from the encoder's input
+    hook_point: str | None
+    k: int | None = None
+    by_decoder_norm: bool = False  # topk chooses by pre-activation times the norm of the decoder row, and decodes with rows of norm 1
+
+
+def _saelens(source: _Source) -> _Parts:
+    config, tensors = source.json(CONFIG), source.tensors(WEIGHTS)
+    metadata = config.get("metadata") or {}
+    architecture = config.get("architecture", "standard")
+    activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))  # up to version 5
+    arguments = config.get("activation_fn_kwargs") or {}
+    k = config.get("k", arguments.get("k"))
+    if architecture == "standard" and activation == "topk":
+        architecture = "topk"
+    elif architecture == "standard" and activation != "relu":
+        raise source.refused(f"its activation function is {activation}; raysae has relu and topk")
+    known = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+    if architecture not in known:
+        raise source.refused(f"its architecture is {architecture}; raysae loads {', '.join(known)} from SAELens")
+    normalised = config.get("normalize_activations") or "none"
+    if normalised not in ("none", False):
+        raise source.refused(f"it normalises activations ({normalised}), which is not folded into its weights: fold it in SAELens and save it again")
+    if "scaling_factor" in tensors or "finetuning_scaling_factor" in tensors:
+        raise source.refused("it has a fine-tuning scaling factor, which raysae does not apply")
+    hook_name = metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point")
+    return _Parts(
+        known[architecture],
+        *_named(tensors, {name: name for name in _needed(architecture)}, transposed=("W_enc",)),
+        subtracts_b_dec=config.get("apply_b_dec_to_input", True),
+        hook_point=_from_transformer_lens(hook_name),
+        k=k,
+        by_decoder_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
+    )
+
+
+def _sparsify(source: _Source) -> _Parts:
+    config, tensors = source.json(CONFIG), source.tensors(SPARSIFY)
+    if config.get("transcode") or config.get("skip_connection") or "W_skip" in tensors:
+        raise source.refused("it is a transcoder (it predicts one place from another), not an autoencoder")
+    if config.get("activation", "topk") != "topk" or config.get("signed"):
+        activation = "signed topk" if config.get("signed") else config["activation"]
+        raise source.refused(f"its activation is {activation}; raysae loads topk from sparsify")
+    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
+    hook_point = _from_module_path(
+        PurePosixPath(source.where).name if not source.where.endswith(SPARSIFY) else PurePosixPath(source.where).parent.name
+    )
+    return _Parts("topk", *_named(tensors, names), subtracts_b_dec=True, hook_point=hook_point, k=config.get("k"))
+
+
+def _gemma_scope(source: _Source) -> _Parts:
+    file = GEMMA_2 if (source.folder / GEMMA_2).exists() else GEMMA_3
+    tensors = {("W" + name[1:] if name.startswith("w_") else name): tensor for name, tensor in source.tensors(file).items()}
+    config = source.optional_json(DICTIONARY_CONFIG)
+    if config.get("architecture", "jump_relu") != "jump_relu":
+        raise source.refused(f"its architecture is {config['architecture']}; raysae loads jump_relu from Gemma Scope")
+    if "affine_skip_connection" in tensors or config.get("hf_hook_point_out", config.get("hf_hook_point_in")) != config.get("hf_hook_point_in"):
+        raise source.refused("it is a transcoder (it predicts one place from another), not an autoencoder")
+    spelt = str if file == GEMMA_2 else str.lower
+    parts, names = _named(tensors, {name: name for name in _needed("jumprelu")}, transposed=("W_enc",))
+    return _Parts(
+        "jumprelu", parts, {name: spelt(given) for name, given in names.items()}, subtracts_b_dec=False, hook_point=_from_gemma(source, config)
+    )
+
+
+def _dictionary_learning(source: _Source) -> _Parts:
+    trainer, tensors = source.json(DICTIONARY_CONFIG).get("trainer") or {}, source.tensors(DICTIONARY)
+    kind = trainer.get("dict_class")
+    linear = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "b_dec"}
+    plain = {name: name for name in _needed("jumprelu")}
+    known = {
+        "AutoEncoder": ("relu", linear | {"b_dec": "bias"}, ("W_dec",), True),
+        "AutoEncoderNew": ("relu", linear | {"b_dec": "decoder.bias"}, ("W_dec",), False),
+        "AutoEncoderTopK": ("topk", linear, ("W_dec",), True),
+        "BatchTopKSAE": ("jumprelu", linear | {"threshold": "threshold"}, ("W_dec",), True),
+        "MatryoshkaBatchTopKSAE": ("jumprelu", plain, ("W_enc",), True),
+        "JumpReluAutoEncoder": ("jumprelu", plain, ("W_enc",), False),
+    }
+    if kind not in known:
+        raise source.refused(f"its dict_class is {kind}; raysae loads {', '.join(known)} from dictionary_learning")
+    architecture, names, transposed, subtracts = known[kind]
+    if "threshold" in names and "threshold" in tensors and tensors["threshold"].ndim == 0 and names["b_enc"] in tensors:
+        tensors["threshold"] = tensors["threshold"].expand_as(tensors[names["b_enc"]])  # BatchTopK has one for all latents
+    k = trainer.get("k", tensors["k"].item() if "k" in tensors else None)
+    layer, place = trainer.get("layer"), str(trainer.get("submodule_name") or "resid_post")
+    kinds = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out", "attention": "attn_out"}
+    found = next((ours for theirs, ours in kinds.items() if place.startswith(theirs)), None)
+    hook_point = f"{found}.{layer}" if found and isinstance(layer, int) else None
+    return _Parts(architecture, *_named(tensors, names, transposed), subtracts_b_dec=subtracts, hook_point=hook_point, k=k)
+
+
+# files that tell the format, its reader, and how many trailing parts of the path make a name
+READERS: tuple[tuple[set[str], Callable[[_Source], _Parts], int], ...] = (
+    ({CONFIG, WEIGHTS}, _saelens, 1),
+    ({CONFIG, SPARSIFY}, _sparsify, 2),
+    ({GEMMA_2}, _gemma_scope, 3),
+    ({GEMMA_3}, _gemma_scope, 2),
+    ({DICTIONARY, DICTIONARY_CONFIG}, _dictionary_learning, 2),
+)
+
+
+def _needed(architecture: str) -> tuple[str, ...]:
+    return ("W_enc", "W_dec", "b_enc", "b_dec", *(("threshold",) if architecture == "jumprelu" else ()))
+
+
+def _named(
+    tensors: Mapping[str, Tensor], names: Mapping[str, str], transposed: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor | None], Mapping[str, str]]:
+    """Our name → tensor (None where missing), and our name → the owner's."""
+    found = {ours: tensors.get(theirs) for ours, theirs in names.items()}
+    return {ours: tensor.T if ours in transposed and tensor is not None else tensor for ours, tensor in found.items()}, names
+
+
+# ---------------------------------------------------------------- hook points
+
+
+def _from_transformer_lens(name: str | None) -> str | None:
+    """`blocks.3.hook_resid_post` → `resid_post.3`; raysae's own names stay."""
+    for kind, pattern in TRANSFORMER_LENS.items():
+        if match := re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + rf"|{kind}\.(\d+)", name or ""):
+            return f"{kind}.{match[1] or match[2]}"
+    return None
+
+
+def _from_module_path(name: str) -> str | None:
+    """`layers.5` → `resid_post.5`, `h.5.mlp` → `mlp_out.5`: what a module returns."""
+    match = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(mlp|attn|self_attn|attention))?", name)
+    if match is None:
+        return None
+    return {None: "resid_post", "mlp": "mlp_out"}.get(match[2], "attn_out") + f".{match[1]}"
+
+
+def _from_gemma(source: _Source, config: dict) -> str | None:
+    """From Gemma 3's config.json, or from the names of the repository's folders, e.g. gemma-scope-2b-pt-att/layer_20/…"""
+    modules = {
+        r"model\.layers\.(\d+)\.output": "resid_post",
+        r"model\.layers\.(\d+)\.self_attn\.o_proj\.input": "attn_z",
+        r"model\.layers\.(\d+)\.post_feedforward_layernorm\.output": "mlp_out",
+    }
+    for pattern, kind in modules.items():
+        if match := re.fullmatch(pattern, str(config.get("hf_hook_point_in"))):
+            return f"{kind}.{match[1]}"
+    repository, layer = "/".join(source.places), re.search(r"layer_(\d+)", "/".join(source.places[-3:]))
+    places = {r"-res/|/resid_post/": "resid_post", r"-att/|/attn_out/": "attn_z", r"-mlp/|/mlp_out/": "mlp_out"}
+    kinds = [kind for pattern, kind in places.items() if re.search(pattern, repository)]
+    return f"{kinds[0]}.{layer[1]}" if len(kinds) == 1 and layer else None
+
+
+# ---------------------------------------------------------------- assembly
+
+
+@torch.no_grad()
+def _assemble(parts: _Parts, where: str, hook_point: str | None) -> SAE:
+    missing = [parts.names[name] for name, tensor in parts.tensors.items() if tensor is None]
+    if missing:
+        raise UserError(f"{where} lacks the tensor{'s' * (len(missing) > 1)} {', '.join(missing)}, which {parts.architecture} SAEs have")
+    tensors = {name: tensor.float().clone() for name, tensor in parts.tensors.items()}
+    _check_shapes(tensors, parts.names, where)
+    hook_point = hook_point or parts.hook_point
+    if hook_point is None:
+        raise UserError(f"{where} does not say where its activations come from in words that raysae knows: name its hook point, e.g. resid_post.3")
+    n, d = tensors["W_dec"].shape
+    if parts.architecture == "topk" and (not isinstance(parts.k, int) or not 0 < parts.k <= n):
+        raise UserError(f"{where}: k is {parts.k}; a topk SAE of {n} latents needs a number from 1 to {n}")
+
+    if not parts.subtracts_b_dec:
+        tensors["b_enc"] = tensors["b_enc"].double() + tensors["W_enc"].double() @ tensors["b_dec"].double()
+    if parts.architecture != "topk" or parts.by_decoder_norm:
+        norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1, dtype=torch.float64)
+        tensors["W_dec"].div_(norms.where(norms > 0, 1).unsqueeze(1))
+        if parts.architecture != "topk":  # a latent without a direction is active for its owner too; topk gives it a pre-activation of 0
+            norms[norms == 0] = 1
+        tensors["W_enc"].mul_(norms.unsqueeze(1))
+        for name in ("b_enc", "threshold"):
+            if name in tensors:
+                tensors[name] = tensors[name] * norms
+    if parts.architecture == "jumprelu":
+        tensors["threshold"] = tensors["threshold"].clamp_min(0)  # owners apply ReLU as well
+        tensors["log_threshold"] = tensors["threshold"].log()
+
+    level = (
+        {"k": parts.k} if parts.architecture == "topk" else {"sparsity": 0}
+    )  # coefficient and learning rate belong to training, they have no use here
+    config = SAEConfig(architecture=parts.architecture, hook_point=hook_point, width=n, learning_rate=1, **level)
+    sae = SAE.build(config, d, TrainConfig()).requires_grad_(False)
+    own = sae.state_dict()
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+    return sae
+
+
+def _check_shapes(tensors: dict[str, Tensor], names: Mapping[str, str], where: str) -> None:
+    if tensors["W_dec"].ndim != 2:
+        raise UserError(f"{where}: {names['W_dec']} has {tensors['W_dec'].ndim} dimensions; a decoder has 2")
+    n, d = tensors["W_dec"].shape
+    for name, shape in {"W_enc": (n, d), "b_enc": (n,), "b_dec": (d,), "threshold": (n,)}.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            found = " × ".join(map(str, tensors[name].shape)) or "a single number"
+            raise UserError(f"{where}: {names[name]} is {found}, which does not fit a decoder of {n} latents and {d} dimensions")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}: {names[name]} has numbers that are not finite")

@@ -1,0 +1,59 @@
+"""Small activations and autoencoders for the tests of analyses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from raysae.analysis.activations import ArrayActivations
+from raysae.config import SAEConfig, TrainConfig
+from raysae.sae.base import SAE
+
+HOOK = "resid_post.0"
+D, PER_CONTEXT = 12, 20
+
+
+def sae(width: int = 32, k: int | None = 4, d: int = D, seed: int = 0, bias: float = 0.3) -> SAE:
+    """An untrained topk SAE, or a relu one where k is None, with biases that matter."""
+    kind = {"architecture": "topk", "k": k} if k else {"architecture": "relu", "sparsity": 1.0}
+    made = SAE.build(SAEConfig(hook_point=HOOK, width=width, learning_rate=1e-3, seed=seed, **kind), d, TrainConfig()).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed + 1)
+    made.b_dec.copy_(bias * torch.randn(d, generator=generator))
+    made.b_enc.copy_(0.1 * torch.randn(width, generator=generator))
+    return made
+
+
+def linear_sae(weight: Tensor) -> SAE:
+    """A relu SAE with Sae(x) = x·weight exactly: a pair of latents ±xᵢ per dimension."""
+    d = len(weight)
+    made = sae(2 * d, None, d)
+    made.W_enc.copy_(torch.cat([torch.eye(d), -torch.eye(d)]))
+    made.W_dec.copy_(torch.cat([weight, -weight]))
+    made.b_enc.zero_()
+    made.b_dec.zero_()
+    return made
+
+
+def rows(n: int, d: int = D, seed: int = 0) -> Tensor:
+    """Correlated, skewed rows far from the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(d, d, generator=generator)
+    return (torch.rand(n, d, generator=generator) ** 2 @ mixing) + 3 * torch.randn(d, generator=generator)
+
+
+def activations(contexts: int = 150, d: int = D, seed: int = 0, x: Tensor | None = None, chunk_rows: int = 500) -> ArrayActivations:
+    """Contexts of PER_CONTEXT rows, with tokens and losses."""
+    n = contexts * PER_CONTEXT
+    generator = torch.Generator().manual_seed(seed + 7)
+    return ArrayActivations(
+        {HOOK: rows(n, d, seed) if x is None else x},
+        context=torch.arange(contexts).repeat_interleave(PER_CONTEXT),
+        token=torch.randint(0, 40, (n,), generator=generator),
+        token_loss=torch.rand(n, generator=generator),
+        chunk_rows=chunk_rows,
+    )
+
+
+def gathered(source: ArrayActivations, split: str, field: str = "x") -> Tensor:
+    """A whole split: its activations (n, d), or another field of its chunks."""
+    return torch.cat([chunk.x[HOOK] if field == "x" else getattr(chunk, field) for chunk in source.chunks(split)])

@@ -1,0 +1,106 @@
+"""Verdicts on tables whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from raysae.analysis.claims import FAILS, HOLDS, RULES, UNTOLD, decide
+from raysae.analysis.fits import breakdown, fit_power_law, nonlinear_level
+
+WIDTHS = np.array([256, 512, 1024, 2048, 4096, 8192])
+
+
+def verdict(tables: dict, beginning: str) -> str:
+    return next(claim.verdict for claim in decide(tables) if claim.text.startswith(beginning))
+
+
+def scaling(nonlinear: np.ndarray, fvu: np.ndarray | None = None) -> dict:
+    table = pd.DataFrame({"width": WIDTHS, "fvu": 0.1 + 8 * WIDTHS**-0.8 if fvu is None else fvu, "nonlinear_fvu": nonlinear})
+    law, level = fit_power_law(table["width"], table["fvu"]), nonlinear_level(table["width"], table["nonlinear_fvu"], table["fvu"])
+    return {"error_regression": {"breakdown": breakdown(table, law), "fit": pd.DataFrame([{f"level_{k}": v for k, v in vars(level).items()}])}}
+
+
+def test_without_any_analysis_nothing_can_be_told() -> None:
+    claims = decide({})
+    assert len(claims) == len(RULES)
+    assert all(claim.verdict == UNTOLD and "was not measured" in claim.evidence for claim in claims)
+
+
+def test_flat_in_width() -> None:
+    noise = 0.001 * np.array([1, -1, 0.5, -0.5, 1, -1])
+    assert verdict(scaling(0.08 + noise), "Nonlinear FVU is nearly flat") == HOLDS
+    falling = 0.08 * (1 + 0.9 * np.log2(8192 / WIDTHS)) + noise
+    assert verdict(scaling(falling), "Nonlinear FVU is nearly flat") == FAILS
+    assert verdict(scaling(0.08 + 40 * noise), "Nonlinear FVU is nearly flat") == UNTOLD
+    assert verdict(scaling(0.08 + noise, fvu=np.full(6, 0.2) - 1e-4 * np.arange(6)), "Nonlinear FVU is nearly flat") == UNTOLD
+
+
+def regressions(**columns: float) -> pd.DataFrame:
+    values = {"r2_error": 0.5, "r2_error_rescaled": 0.5, "r2_error_norm": 0.9, "r2_norm_nonlinear": 0.5, "r2_error_norm_from_token": 0.3} | columns
+    row = {}
+    for name, value in values.items():
+        row |= {name: value, f"{name}_low": value - 0.02, f"{name}_high": value + 0.02}
+    return pd.DataFrame([row] * 4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "half", "expected"),
+    [
+        ({}, 0.5, HOLDS),
+        ({}, None, UNTOLD),  # the control is missing
+        ({"r2_error_rescaled": 0.1}, 0.5, UNTOLD),  # it was shrinkage
+        ({}, 0.9, UNTOLD),  # it was short training
+        ({"r2_error": 0.1, "r2_error_rescaled": 0.1}, 0.1, FAILS),
+    ],
+)
+def test_about_half_needs_both_controls(columns: dict, half: float | None, expected: str) -> None:
+    tables = {"regressions": regressions(**columns)}
+    if half is not None:
+        tables["half_trained"] = pd.DataFrame({"r2_error_half": [half]})
+    assert verdict({"error_regression": tables}, "About half") == expected
+
+
+def test_norms() -> None:
+    for value, expected in ((0.9, HOLDS), (0.6, FAILS), (0.86, UNTOLD)):
+        assert verdict({"error_regression": {"regressions": regressions(r2_error_norm=value)}}, "The squared norm of the error") == expected
+    for value, expected in ((0.5, HOLDS), (0.9, FAILS)):
+        assert verdict({"error_regression": {"regressions": regressions(r2_norm_nonlinear=value)}}, "‖ε‖² is predicted less") == expected
+    for value, expected in ((0.5, HOLDS), (0.95, FAILS)):
+        assert verdict({"error_regression": {"regressions": regressions(r2_error_norm_from_token=value)}}, "The activation says more") == expected
+
+
+def test_introduced_error() -> None:
+    good = pd.DataFrame({"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.2, 0.95]})
+    bad = good.assign(nonlinear=[0.7, 0.95])
+    for own, expected in ((good, HOLDS), (bad, FAILS)):
+        tables = {"introduced_error": {"correlations": own, "synthetic_correlations": good}}
+        assert verdict(tables, "The estimates tell") == expected
+
+
+def interval(**values: tuple[float, float, float]) -> dict[str, float]:
+    return {f"{name}{end}": value for name, ends in values.items() for end, value in zip(("_low", "", "_high"), ends, strict=True)}
+
+
+def test_downstream() -> None:
+    shares = {"variance_share_nonlinear": 0.5, "norm_share_nonlinear": 0.7}
+    for ends, expected in (((0.45, 0.5, 0.55), HOLDS), ((0.1, 0.15, 0.2), FAILS), ((0.3, 0.45, 0.6), UNTOLD)):
+        table = pd.DataFrame([shares | interval(recovered_nonlinear=ends)])
+        assert verdict({"downstream_loss": {"downstream": table}}, "The nonlinear part's share") == expected
+    nothing_lost = pd.DataFrame([shares | interval(recovered_nonlinear=(np.nan, np.nan, np.nan))])
+    assert verdict({"downstream_loss": {"downstream": nothing_lost}}, "The nonlinear part's share") == UNTOLD
+
+
+def test_error_saes_pursuit_and_earlier_layers() -> None:
+    for ends, expected in (((0.1, 0.2, 0.3), HOLDS), ((-0.3, -0.2, -0.1), FAILS), ((-0.1, 0.0, 0.1), UNTOLD)):
+        table = pd.DataFrame([{"kind": kind, "fvu": 0.3, **interval(worse=ends)} for kind in ("error", "linear", "nonlinear")])
+        assert verdict({"error_saes": {"error_saes": table}}, "SAEs trained on ε") == expected
+    for ends, expected in (((0.001, 0.002, 0.003), HOLDS), ((0.03, 0.04, 0.05), FAILS), ((0.005, 0.01, 0.015), UNTOLD)):
+        pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=ends)])
+        assert verdict({"pursuit": {"pursuit": pursued}}, "A better choice") == expected
+    for ends, expected in (((0.2, 0.25, 0.3), HOLDS), ((0.01, 0.02, 0.03), FAILS)):
+        row = {"part": "reconstruction", "target": "ε", "hook_point": "resid_post.2", **interval(r2_weighted=ends)}
+        table = pd.DataFrame([row | {"source": "resid_post.2", "r2_weighted": 0.9}, row | {"source": "mlp_out.2"}])
+        pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=(0.009, 0.01, 0.011))])
+        assert verdict({"earlier_layers": {"earlier_layers": table}, "pursuit": {"pursuit": pursued}}, "Reconstructions at earlier") == expected

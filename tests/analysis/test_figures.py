@@ -1,0 +1,111 @@
+"""Figures from small tables: what is drawn is what the tables say, axes are named, files are written."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from raysae.analysis import figures
+from raysae.analysis.error_regression import BASELINES, NORMS, error_regression
+from raysae.analysis.fits import breakdown, fit_power_law, nonlinear_level
+from raysae.analysis.introduced_error import introduced_error
+from raysae.analysis.per_token_scaling import per_token_scaling, token_lines
+from raysae.config import UserError
+from tests.analysis.planted import HOOK, activations, sae
+
+WIDTHS = np.array([256, 512, 1024, 2048, 4096, 8192])
+SAES = {"narrow": sae(16, seed=2), "middle": sae(32, seed=3), "wide": sae(64, seed=1)}
+
+
+@pytest.fixture(scope="module")
+def results():
+    return error_regression(activations(), HOOK, SAES, replicates=5)
+
+
+def labelled(figure) -> None:
+    """Every panel but colour bars and the correlation table names its x axis."""
+    panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>" and ax.axison and not ax.get_title().startswith("correlation")]
+    assert panels
+    assert all(ax.get_xlabel() for ax in panels)
+
+
+@pytest.mark.parametrize("pursuit", [True, False])
+def test_breakdown(tmp_path, pursuit):
+    table = pd.DataFrame({"width": WIDTHS, "fvu": 0.09 + 3 * WIDTHS**-0.6, "nonlinear_fvu": np.linspace(0.1, 0.07, 6)})
+    if pursuit:
+        table["pursuit_nonlinear_fvu"] = table["nonlinear_fvu"] - 0.01
+    law = fit_power_law(table["width"], table["fvu"])
+    parts = breakdown(table, law)
+    assert 0 < parts["stacks"].sum() < 6
+    figure = figures.breakdown(parts, law, nonlinear_level(WIDTHS, table["nonlinear_fvu"], table["fvu"]), "planted")
+    bars = [bar for container in figure.axes[1].containers for bar in container]
+    tops = {}
+    for bar in bars:
+        tops[bar.get_x()] = max(tops.get(bar.get_x(), 0), bar.get_y() + bar.get_height())
+    np.testing.assert_allclose(sorted(tops.values(), reverse=True), parts["fvu"], rtol=1e-6)
+    names = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert ("encoder error" in names) == pursuit
+    assert "linear or absent (not told apart)" in names
+    labelled(figure)
+    files = figures.save(figure, tmp_path / "deep" / "breakdown", pdf=True)
+    assert [file.suffix for file in files] == [".png", ".pdf"]
+    assert all(file.stat().st_size > 5000 for file in files)
+
+
+def test_a_warning_is_on_the_figure():
+    table = pd.DataFrame({"width": WIDTHS[:4], "fvu": 0.05 + 3 * WIDTHS[:4] ** -0.6, "nonlinear_fvu": 0.03})
+    law = fit_power_law(table["width"], table["fvu"])
+    figure = figures.breakdown(breakdown(table, law), law, nonlinear_level(table["width"], table["nonlinear_fvu"], table["fvu"]))
+    assert "4 widths over 8×" in figure.get_supxlabel()
+
+
+def test_contours():
+    width, l0 = (values.ravel() for values in np.meshgrid(WIDTHS, [8, 16, 32]))
+    table = pd.DataFrame({"width": width, "l0": l0, "nonlinear_fvu": 1 / l0, "r2_error": 1 / width, "r2_error_norm": 0.5 + 1 / width})
+    figure = figures.contours(table)
+    labelled(figure)
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["8", "16", "32"]
+    with pytest.raises(UserError, match="at least two widths"):
+        figures.contours(table[table["l0"] == 8])
+
+
+def test_layers():
+    table = pd.DataFrame({"layer": [0, 0, 1], "r2_error": [0.2, 0.4, 0.5], "r2_error_norm": [0.8, 0.6, 0.9]})
+    ax = figures.r2_per_layer(table).axes[0]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in ax.get_lines()}
+    assert lines["R² of ‖e‖² from x"] == pytest.approx([0.7, 0.9])
+    assert lines["R² of e from x (mean over dimensions)"] == pytest.approx([0.3, 0.5])
+
+
+def test_norm_prediction_and_loadings(results):
+    table = pd.DataFrame([result.row() for result in results.values()])
+    figure = figures.norm_prediction(table.drop(columns="r2_error_norm_from_token_loss"))
+    left, right = figure.axes
+    assert [tick.get_text() for tick in left.get_xticklabels()] == list(NORMS)
+    assert [tick.get_text() for tick in right.get_xticklabels()] == [name for name in BASELINES if name != "token loss"]
+    labelled(figure)
+    scatter = figures.loadings(results).axes
+    assert len(scatter) == 3
+    assert len(scatter[2].collections[0].get_offsets()) == int((results["wide"].active_rows > 0).sum())
+
+
+def test_lines_and_pairs(results, tmp_path):
+    probes = {name: result.probe for name, result in results.items()}
+    lines = token_lines(activations(), HOOK, SAES, probes, tokens=18)
+    figure = figures.token_lines(lines, [" a", "\n", "$x$", *["w"] * 15], magnified=(0, 4))
+    assert [tick.get_text() for tick in figure.axes[3].get_xticklabels()] == ["␣a", "⏎", r"\$x\$", "w"]
+    np.testing.assert_allclose(figure.axes[0].get_lines()[0].get_ydata(), lines[lines["sae"] == "narrow"]["error"])
+    figures.save(figure, tmp_path / "lines")
+    pairs = per_token_scaling(activations(), HOOK, SAES, probes, replicates=5)
+    shown = figures.pair_maps(pairs).axes[0].images[0].get_array()
+    assert shown[0, 1] == pytest.approx(pairs[(pairs["small"] == "narrow") & (pairs["large"] == "wide")]["r2"].item())
+    assert np.ma.getmaskarray(shown)[1, 0] or np.isnan(shown[1, 0])
+
+
+def test_introduced_error(tmp_path):
+    found = introduced_error(activations(), HOOK, SAES["wide"], ablated=(0.0, 0.5))
+    figure = figures.introduced_error(found.grid, found.table, found.unit)
+    shown = figure.axes[0].images[0].get_array()
+    cell = found.grid[(found.grid["ablated"] == 0) & (found.grid["sigma_x"] == 4) & (found.grid["sigma_r"] == 1)]
+    assert shown[1, 4] == pytest.approx(cell["linear"].item())
+    labelled(figure)
+    assert figures.save(figure, tmp_path / "introduced")[0].exists()

@@ -1,0 +1,190 @@
+"""Finding the SAEs of a study, going on with the parts that are there, and a sentence for every mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from raysae.analysis.experiments import regressions
+from raysae.analysis.lab import Lab, Part
+from raysae.cli import from_flat
+from raysae.config import AnalysisConfig, SAEConfig, SweepConfig, TrainConfig, UserError
+from raysae.sae.base import SAE
+from raysae.sae.files import save_sae
+from raysae.tracking.runs import flatten
+
+D, HOOK = 64, "resid_post.2"  # of stories260K
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init("local", include_dashboard=False, num_cpus=2, object_store_memory=128 * 2**20, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def saved(folder: Path, width: int, d: int = D, hook_point: str = HOOK) -> str:
+    """An untrained SAE's folder."""
+    sae = SAE.build(SAEConfig(hook_point=hook_point, width=width, k=8, learning_rate=1e-3), d, TrainConfig())
+    save_sae(sae, folder / f"w{width}")
+    return str(folder / f"w{width}")
+
+
+@pytest.fixture(scope="session")
+def text_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("text")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, shared_data: Path, stories_model: Path, text_cache: Path) -> dict:
+    """Of an analysis of SAEs of stories260K on the first 3,000 stories."""
+    stories = str(shared_data / "text/tinystories/train_head.txt")
+    text = {"source": stories, "delimiter": "<|endoftext|>", "max_documents": 3000, "cache": str(text_cache)}
+    return {
+        "model": {"name": str(stories_model)},
+        "text": text,
+        "stream": {"context_length": 64},
+        "tokens": 12_000,
+        "output": str(tmp_path / "runs"),
+        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        "replicates": 20,
+    }
+
+
+def lab_of(settings: dict, **changes: object) -> Lab:
+    return Lab(AnalysisConfig.model_validate(settings | changes))
+
+
+# ---------------------------------------------------------------- finding
+
+
+def test_saes_in_folders_take_model_and_text_from_the_settings(settings: dict, tmp_path: Path) -> None:
+    folders = [saved(tmp_path, 96), saved(tmp_path, 128)]
+    lab = lab_of(settings, sae=folders)
+    assert [sae.width for sae in lab.saes.values()] == [96, 128]
+    assert lab.hook_points == [HOOK]
+    assert lab.plan.evaluation.context_length == 64
+    assert lab.study == lab_of(settings, sae=folders[::-1]).study, "the same SAEs are the same study"
+    assert lab.study != lab_of(settings, sae=folders[:1]).study
+    loaded = next(iter(lab.saes.values())).load()
+    assert (loaded.n, loaded.d) == (96, D)
+
+
+def test_of_several_hook_points_those_named(settings: dict, tmp_path: Path) -> None:
+    folders = [saved(tmp_path, 96), saved(tmp_path, 128, hook_point="mlp_out.1")]
+    assert lab_of(settings, sae=folders).hook_points == [HOOK, "mlp_out.1"]
+
+
+def test_a_sweeps_parameters_give_its_config_back() -> None:
+    config = SweepConfig.model_validate(
+        {
+            "model": {"name": "m", "modules": {"blocks": "transformer.h", "attn": "attn"}},
+            "text": {"separator": "\n\n", "delimiter": "<|endoftext|>", "max_documents": 7},
+            "stream": {"context_length": 128, "block_mib": 0.5},
+            "hook_points": ["resid_post.1", "mlp_out.1"], "k": [8], "learning_rates": [1e-3, 3e-4], "train": {"tokens": 12345}, "study": "s",
+        }
+    )  # fmt: skip
+    params = flatten(config.model_dump()) | {"a.knob.of.another.version": "5"}
+    assert from_flat(SweepConfig, params) == config
+
+
+def test_a_parameter_that_does_not_fit_is_told() -> None:
+    with pytest.raises(UserError, match=r"train\.tokens is -5"):
+        from_flat(SweepConfig, {"train.tokens": "-5"})
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sae": ["/nowhere/sae"]}, ["/nowhere/sae", "neither a file or folder, nor in MLflow"]),
+        ({"sweep": "nothing"}, ["tracking.uri", "no such database"]),
+        ({}, ["tracking.uri", "no such database"]),
+        ({"tokens": 10**9}, ["tokens is 1000000000", "held-out text yields"]),
+        ({"hook_points": ["resid_post.1", "mlp_out.1"]}, ["hook_points is resid_post.1, mlp_out.1", "no SAE is of it"]),
+        ({"stream": {"context_length": 100_000}}, ["stream.context_length", "512"]),
+        ({"model": {"name": "/nowhere/model"}}, ["model.name", "/nowhere/model"]),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(settings: dict, tmp_path: Path, changes: dict, words: list[str]) -> None:
+    sources = {} if "sweep" in changes or not changes else {"sae": [saved(tmp_path, 96)]}
+    with pytest.raises(UserError) as caught:
+        lab_of(settings, **sources | changes).shards  # noqa: B018 (the number of tokens is looked at when it is needed)
+    sentence = str(caught.value)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence
+
+
+def test_an_sae_of_another_width_is_refused(settings: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"32 wide, but resid_post.2 of this model is 64 wide"):
+        lab_of(settings, sae=[saved(tmp_path, 96, d=32)])
+
+
+def test_saes_of_an_error_are_refused(settings: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"was trained on an error, resid_post\.2\.nonlinear"):
+        lab_of(settings, sae=[saved(tmp_path, 96, hook_point=f"{HOOK}.nonlinear")])
+
+
+def test_a_sweep_and_saes_exclude_each_other(settings: dict) -> None:
+    with pytest.raises(ValueError, match="name a sweep, or SAEs"):
+        AnalysisConfig.model_validate(settings | {"sweep": "a", "sae": ["b"]})
+
+
+# ---------------------------------------------------------------- parts
+
+
+def noted(folder: Path, name: str, fail_unless: Path | None = None) -> str:
+    """Leaves a line for every time it works; fails where a file is missing."""
+    with (folder / "worked").open("a") as file:
+        file.write(f"{name}\n")
+    if fail_unless and not fail_unless.exists():
+        raise UserError(f"{fail_unless} is not there yet")
+    return name
+
+
+def test_a_job_goes_on_with_the_parts_it_lacks(settings: dict, tmp_path: Path, cluster: None) -> None:
+    folder = saved(tmp_path, 96)
+    signal = tmp_path / "signal"
+    parts = [Part("test", name, noted, (tmp_path, name, signal if name == "b" else None)) for name in "ac"]
+    last = Part("test", "b", noted, (tmp_path, "b", signal))
+    assert lab_of(settings, sae=[folder]).run(parts) == ["a", "c"]
+    with pytest.raises(UserError, match="is not there yet"):
+        lab_of(settings, sae=[folder]).run([*parts, last])
+    assert lab_of(settings, sae=[folder]).kept([*parts, last]) is None
+    signal.touch()
+    lab = lab_of(settings, sae=[folder])
+    assert lab.run([*parts, last]) == ["a", "c", "b"]
+    assert lab.kept([*parts, last]) == ["a", "c", "b"]
+    assert sorted((tmp_path / "worked").read_text().split()) == ["a", "b", "b", "c"]
+    assert not list((lab.folder / "parts").glob("*.part"))
+
+
+def test_activations_are_recorded_once_and_parts_depend_on_the_saes(settings: dict, tmp_path: Path, cluster: None) -> None:
+    lab = lab_of(settings, sae=[saved(tmp_path, 96)])
+    recorded = lab.record([HOOK])
+    file = recorded.folder / f"{HOOK}.npy"
+    before = file.stat().st_mtime_ns
+    assert lab.record([HOOK]) == recorded
+    wider = lab.record([HOOK, "mlp_out.2"])
+    assert wider.folder == recorded.folder
+    assert file.stat().st_mtime_ns == before
+    activations = wider.open()
+    assert activations.widths == {HOOK: D, "mlp_out.2": D}
+    rows = {split: activations.rows(split) for split in "ABC"}
+    assert all(count > 0 for count in rows.values())
+    assert rows["C"] == len(wider.contexts("C")) * (64 - 8)
+    chunk = next(activations.chunks("C"))
+    assert torch.equal(chunk.context.unique_consecutive(), torch.from_numpy(wider.contexts("C"))[: len(chunk.context.unique_consecutive())])
+
+    (first,) = regressions(lab, HOOK, lab.saes).values()
+    count = len(list((lab.folder / "parts").glob("error_regression-*")))
+    again = lab_of(settings, sae=[saved(tmp_path, 96)])  # the same SAE, written anew
+    (second,) = regressions(again, HOOK, again.saes).values()
+    assert first.row() == second.row()
+    assert len(list((lab.folder / "parts").glob("error_regression-*"))) == count == 1

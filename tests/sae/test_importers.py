@@ -1,0 +1,381 @@
+"""Other people's autoencoders: files as they write them, reconstructions equal to their formulas, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raysae.config import UserError
+from raysae.sae.base import Codes
+from raysae.sae.files import save_sae
+from raysae.sae.importers import load_any, require_width
+from tests.sae.test_base import briefly_trained
+
+D, N, K = 12, 40, 5
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    """Latent-major, decoder rows of several norms, a dead row, biases that matter, thresholds some of which are below 0."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    W_dec = normal(N, D) * torch.linspace(0.5, 2, N).unsqueeze(1) / D**0.5
+    W_dec[3] = 0
+    return {"W_enc": normal(N, D) / D**0.5, "W_dec": W_dec, "b_enc": 0.3 * normal(N), "b_dec": normal(D), "threshold": normal(N).add(0.5) * 0.4}
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return 2 * torch.randn(300, D, generator=torch.Generator().manual_seed(1)) + 1
+
+
+def top(codes: Tensor) -> Tensor:
+    """The K largest of each row, others 0."""
+    values, indices = codes.topk(K)
+    return torch.zeros_like(codes).scatter(1, indices, values)
+
+
+def active(sae, x: Tensor) -> Tensor:
+    codes = sae.encode(x)
+    return (codes.values if isinstance(codes, Codes) else codes).gt(0).sum(1)
+
+
+def check(where, name: str, hook_point: str, x: Tensor, codes: Tensor, reconstruction: Tensor) -> None:
+    """Loaded from `where`: what its owner's formulas gave, in float64."""
+    loaded = load_any(where)
+    assert (loaded.name, loaded.sae.config.hook_point) == (name, hook_point)
+    torch.testing.assert_close(loaded.sae(x).double(), reconstruction, rtol=1e-5, atol=1e-5)
+    assert torch.equal(active(loaded.sae, x), (codes > 0).sum(1))
+    assert codes.gt(0).any()
+
+
+# ---------------------------------------------------------------- SAELens
+
+
+def write_saelens(folder: Path, tensors: dict[str, Tensor], **config) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "sae_weights.safetensors")
+    base = {
+        "architecture": "standard", "d_in": D, "d_sae": N, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+        "normalize_activations": "none", "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.54.12", "model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_out", "context_size": 128},
+    }  # fmt: skip
+    (folder / "cfg.json").write_text(json.dumps({**base, **config}))
+    return folder
+
+
+def saelens_tensors(jumprelu: bool = False) -> dict[str, Tensor]:
+    w = weights()
+    return {
+        "W_enc": w["W_enc"].T,
+        "W_dec": w["W_dec"],
+        "b_enc": w["b_enc"],
+        "b_dec": w["b_dec"],
+        **({"threshold": w["threshold"]} if jumprelu else {}),
+    }
+
+
+@pytest.mark.parametrize("subtracted", [True, False])
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "topk by norm"])
+def test_saelens(architecture, subtracted, x, tmp_path):
+    """SAELens 6: standard_sae.py, jumprelu_sae.py, topk_sae.py."""
+    config = {"architecture": architecture.split()[0], "apply_b_dec_to_input": subtracted}
+    if "topk" in architecture:
+        config |= {"k": K, "rescale_acts_by_decoder_norm": "norm" in architecture}
+    tensors = saelens_tensors(architecture == "jumprelu")
+    write_saelens(tmp_path / "run" / "my sae", tensors, **config)
+    W_enc, W_dec, b_enc, b_dec = (tensors[name].double() for name in ("W_enc", "W_dec", "b_enc", "b_dec"))
+    pre = (x.double() - b_dec * subtracted) @ W_enc + b_enc
+    if architecture == "standard":
+        codes = pre.relu()
+        reconstruction = codes @ W_dec + b_dec
+    elif architecture == "jumprelu":
+        codes = pre.relu() * (pre > tensors["threshold"])
+        reconstruction = codes @ W_dec + b_dec
+    elif architecture == "topk":
+        codes = top(pre).relu()
+        reconstruction = codes @ W_dec + b_dec
+    else:
+        norms = W_dec.norm(dim=1)
+        codes = top(pre * norms).relu()
+        reconstruction = codes / norms.where(norms > 0, 1) @ W_dec + b_dec
+    check(tmp_path / "run" / "my sae", "my-sae", "mlp_out.3", x, codes, reconstruction)
+    check(tmp_path / "run" / "my sae" / "cfg.json", "my-sae", "mlp_out.3", x, codes, reconstruction)
+
+
+def test_saelens_before_version_6(x, tmp_path):
+    tensors = saelens_tensors()
+    write_saelens(tmp_path / "old", tensors)
+    old = {"d_in": D, "d_sae": N, "dtype": "torch.float32", "hook_point": "blocks.2.attn.hook_z", "activation_fn_str": "topk",
+           "activation_fn_kwargs": {"k": K}, "normalize_activations": False}  # fmt: skip
+    (tmp_path / "old" / "cfg.json").write_text(json.dumps(old))
+    codes = top((x.double() - tensors["b_dec"]) @ tensors["W_enc"].double() + tensors["b_enc"]).relu()
+    check(tmp_path / "old", "old", "attn_z.2", x, codes, codes @ tensors["W_dec"].double() + tensors["b_dec"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architecture": "gated"}, "architecture is gated"),
+        ({"normalize_activations": "layer_norm"}, "layer_norm"),
+        ({"activation_fn": "tanh-relu"}, "tanh-relu"),
+        ({"architecture": "topk"}, "k is None"),
+        ({"architecture": "topk", "k": 41}, "k is 41"),
+        ({"architecture": "jumprelu"}, "lacks the tensor threshold"),
+        ({"metadata": {"hook_name": "blocks.0.ln1.hook_normalized"}}, "name its hook point"),
+    ],
+)
+def test_saelens_refused(config, message, tmp_path):
+    write_saelens(tmp_path, saelens_tensors(), **config)
+    with pytest.raises(UserError, match=message) as error:
+        load_any(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_saelens_fine_tuned_is_refused(tmp_path):
+    write_saelens(tmp_path, saelens_tensors() | {"scaling_factor": torch.ones(N)})
+    with pytest.raises(UserError, match="scaling factor"):
+        load_any(tmp_path)
+
+
+# ---------------------------------------------------------------- Gemma Scope
+
+
+def gemma_reconstruction(x: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The JumpReLU of Gemma Scope's tutorial: encode takes x itself."""
+    pre = x.double() @ w["W_enc"].double().T + w["b_enc"]
+    codes = (pre > w["threshold"]) * pre.relu()
+    return codes, codes @ w["W_dec"].double() + w["b_dec"]
+
+
+@pytest.mark.parametrize(("suffix", "hook_point"), [("res", "resid_post.20"), ("att", "attn_z.20"), ("mlp", "mlp_out.20")])
+def test_gemma_scope_2(suffix, hook_point, x, tmp_path):
+    w = weights()
+    folder = tmp_path / f"gemma-scope-2b-pt-{suffix}" / "layer_20" / "width_16k" / "average_l0_71"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{name: (tensor.T if name == "W_enc" else tensor).numpy() for name, tensor in w.items()})
+    for where in (folder, folder / "params.npz", f"file://{folder}", f"file://{folder}/params.npz"):
+        check(where, "layer_20_width_16k_average_l0_71", hook_point, x, *gemma_reconstruction(x, w))
+    assert load_any(folder, hook_point="resid_post.1").sae.config.hook_point == "resid_post.1"
+
+
+def write_gemma_3(folder: Path, **extra: Tensor) -> dict[str, Tensor]:
+    w = weights()
+    folder.mkdir(parents=True)
+    lower = {"w_enc": w["W_enc"].T, "w_dec": w["W_dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"], "threshold": w["threshold"], **extra}
+    save_file({name: tensor.contiguous() for name, tensor in lower.items()}, folder / "params.safetensors")
+    return w
+
+
+@pytest.mark.parametrize(("place", "module", "hook_point"), [
+    ("resid_post", "output", "resid_post.7"),
+    ("attn_out", "self_attn.o_proj.input", "attn_z.7"),
+    ("mlp_out", "post_feedforward_layernorm.output", "mlp_out.7"),
+])  # fmt: skip
+def test_gemma_scope_3(place, module, hook_point, x, tmp_path):
+    folder = tmp_path / "gemma-scope-2-1b-pt" / place / "layer_7_width_16k_l0_small"
+    w = write_gemma_3(folder)
+    check(folder, f"{place}_layer_7_width_16k_l0_small", hook_point, x, *gemma_reconstruction(x, w))
+    (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", "hf_hook_point_in": f"model.layers.8.{module}"}))
+    check(folder, f"{place}_layer_7_width_16k_l0_small", hook_point.replace("7", "8"), x, *gemma_reconstruction(x, w))
+
+
+def test_gemma_transcoders_are_refused(tmp_path):
+    write_gemma_3(tmp_path / "a", affine_skip_connection=torch.zeros(D, D))
+    with pytest.raises(UserError, match="transcoder"):
+        load_any(tmp_path / "a", hook_point="mlp_out.3")
+    write_gemma_3(tmp_path / "b")
+    places = {
+        "hf_hook_point_in": "model.layers.7.pre_feedforward_layernorm.output",
+        "hf_hook_point_out": "model.layers.7.post_feedforward_layernorm.output",
+    }
+    (tmp_path / "b" / "config.json").write_text(json.dumps({"architecture": "jump_relu", **places}))
+    with pytest.raises(UserError, match="transcoder"):
+        load_any(tmp_path / "b")
+
+
+def test_gemma_scope_of_unknown_place_needs_a_hook_point(tmp_path):
+    folder = tmp_path / "downloads"
+    w = write_gemma_3(folder)
+    with pytest.raises(UserError, match="name its hook point"):
+        load_any(folder)
+    assert load_any(folder, hook_point="resid_post.4").sae.config.hook_point == "resid_post.4"
+    save_file({"w_enc": w["W_enc"].T.contiguous()}, folder / "params.safetensors")
+    with pytest.raises(UserError, match="lacks the tensors w_dec, b_enc, b_dec, threshold"):
+        load_any(folder, hook_point="resid_post.4")
+
+
+# ---------------------------------------------------------------- sparsify
+
+
+def write_sparsify(folder: Path, dtype: torch.dtype = torch.float32, extra: dict[str, Tensor] | None = None, **config) -> dict[str, Tensor]:
+    w = {name: tensor.to(dtype) for name, tensor in weights().items()}
+    folder.mkdir(parents=True)
+    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"], **(extra or {})}
+    save_file(tensors, folder / "sae.safetensors")
+    base = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": N, "k": K, "multi_topk": False,
+            "skip_connection": False, "transcode": False, "d_in": D}  # fmt: skip
+    (folder / "cfg.json").write_text(json.dumps({**base, **config}))
+    return w
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hookpoint", "hook_point"), [("layers.5", "resid_post.5"), ("layers.5.mlp", "mlp_out.5"), ("h.2.attn", "attn_out.2")])
+def test_sparsify(hookpoint, hook_point, dtype, x, tmp_path):
+    """SparseCoder.encode and decode: b_dec is subtracted, ReLU, then the k largest."""
+    w = {name: tensor.double() for name, tensor in write_sparsify(tmp_path / "sae-pythia" / hookpoint, dtype).items()}
+    codes = top(((x.double() - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]).relu())
+    check(tmp_path / "sae-pythia" / hookpoint, f"sae-pythia_{hookpoint}", hook_point, x, codes, codes @ w["W_dec"] + w["b_dec"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"transcode": True}, "transcoder"),
+        ({"skip_connection": True}, "transcoder"),
+        ({"activation": "groupmax"}, "groupmax"),
+        ({"signed": True}, "signed"),
+    ],
+)
+def test_sparsify_refused(config, message, tmp_path):
+    write_sparsify(tmp_path / "layers.5", **config)
+    with pytest.raises(UserError, match=message):
+        load_any(tmp_path / "layers.5")
+
+
+# ---------------------------------------------------------------- dictionary_learning
+
+
+def write_dictionary(folder: Path, dict_class: str, tensors: dict[str, Tensor], **trainer) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, folder / "ae.pt")
+    base = {"dict_class": dict_class, "activation_dim": D, "dict_size": N, "layer": 8, "lm_name": "EleutherAI/pythia-70m",
+            "submodule_name": "resid_post_layer_8", "lr": 1e-4}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps({"trainer": {**base, **trainer}, "buffer": {"ctx_len": 128, "d_submodule": D}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "dict_class", ["AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"]
+)
+def test_dictionary_learning(dict_class, x, tmp_path):
+    """dictionary.py and trainers/{top_k, batch_top_k, matryoshka_batch_top_k}.py."""
+    w = weights()
+    linear = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T}
+    plain = {"W_enc": w["W_enc"].T, "b_enc": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    counts = {"k": torch.tensor(K), "threshold": torch.tensor(0.6)}
+    tensors = {
+        "AutoEncoder": {**linear, "bias": w["b_dec"]},
+        "AutoEncoderNew": {**linear, "decoder.bias": w["b_dec"]},
+        "AutoEncoderTopK": {**linear, "b_dec": w["b_dec"], **counts},
+        "BatchTopKSAE": {**linear, "b_dec": w["b_dec"], **counts},
+        "MatryoshkaBatchTopKSAE": {**plain, **counts, "group_sizes": torch.tensor([10, 30])},
+        "JumpReluAutoEncoder": {**plain, "threshold": w["threshold"]},
+    }[dict_class]
+    folder = write_dictionary(tmp_path / "pythia" / "trainer_0", dict_class, tensors, **({"k": K} if "TopK" in dict_class else {}))
+    w = {name: tensor.double() for name, tensor in w.items()}
+    subtracted = dict_class not in ("AutoEncoderNew", "JumpReluAutoEncoder")
+    pre = (x.double() - w["b_dec"] * subtracted) @ w["W_enc"].T + w["b_enc"]
+    if dict_class == "AutoEncoderTopK":
+        codes = top(pre.relu())
+    elif "Batch" in dict_class:
+        codes = pre.relu() * (pre.relu() > 0.6)
+    elif dict_class == "JumpReluAutoEncoder":
+        codes = (pre * (pre > w["threshold"])).relu()
+    else:
+        codes = pre.relu()
+    check(folder, "pythia_trainer_0", "resid_post.8", x, codes, codes @ w["W_dec"] + w["b_dec"])
+
+
+@pytest.mark.parametrize(
+    ("dict_class", "trainer", "message"),
+    [("GatedAutoEncoder", {}, "GatedAutoEncoder"), ("AutoEncoderTopK", {"submodule_name": "embed"}, "name its hook point"), (None, {}, "None")],
+)
+def test_dictionary_learning_refused(dict_class, trainer, message, tmp_path):
+    w = weights()
+    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T, "b_dec": w["b_dec"]}
+    write_dictionary(tmp_path, dict_class, tensors, k=K, **trainer)
+    with pytest.raises(UserError, match=message):
+        load_any(tmp_path)
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    write_dictionary(tmp_path, "AutoEncoder", {})
+    torch.save({"encoder.weight": Path("x")}, tmp_path / "ae.pt")
+    with pytest.raises(UserError, match=r"ae\.pt is damaged, or holds more than tensors"):
+        load_any(tmp_path)
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def test_own_saes(tmp_path):
+    sae, x = briefly_trained("topk")
+    save_sae(sae, tmp_path / "sae", {})
+    loaded = load_any(tmp_path / "sae")
+    assert loaded.name == sae.config.name
+    assert torch.equal(loaded.sae(x), sae.folded()(x))
+    assert load_any(f"file://{tmp_path}/sae", hook_point="mlp_out.1").sae.config.hook_point == "mlp_out.1"
+    (tmp_path / "sae" / "raysae.json").unlink()  # as SAELens would have written it
+    assert torch.equal(load_any(tmp_path / "sae").sae(x), sae.folded()(x))
+
+
+def test_latents_have_norm_one_where_that_changes_nothing(tmp_path):
+    write_saelens(tmp_path, saelens_tensors(True), architecture="jumprelu")
+    norms = load_any(tmp_path).sae.decoder().norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(N).where(torch.arange(N) != 3, 0))
+
+
+def test_width_of_the_hook_point(tmp_path):
+    loaded = load_any(write_saelens(tmp_path / "sae", saelens_tensors()))
+    require_width(loaded, D)
+    with pytest.raises(UserError, match=r"sae takes activations 12 wide, but mlp_out.3 of this model is 64 wide"):
+        require_width(loaded, 64)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "file:///nowhere/at/all"])
+def test_nothing_there(where):
+    with pytest.raises(UserError, match="no such file or folder"):
+        load_any(where)
+
+
+def test_not_an_sae(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a saved SAE"):
+        load_any(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("W_enc", torch.zeros(D, N + 1), "W_enc is 41 × 12"),
+        ("b_dec", torch.zeros(D + 1), "b_dec is 13"),
+        ("W_dec", torch.zeros(N), "W_dec has 1 dimension"),
+        ("b_enc", torch.full((N,), torch.nan), "not finite"),
+    ],
+)
+def test_shapes_that_do_not_fit(name, tensor, message, tmp_path):
+    write_saelens(tmp_path, saelens_tensors() | {name: tensor})
+    with pytest.raises(UserError, match=message):
+        load_any(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_damaged_files(name, tmp_path):
+    write_saelens(tmp_path, saelens_tensors())
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:50])
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        load_any(tmp_path)
+    np.savez(tmp_path / "params.npz", W_enc=np.zeros(3))
+    (tmp_path / "cfg.json").unlink()
+    (tmp_path / "params.npz").write_bytes((tmp_path / "params.npz").read_bytes()[:50])
+    with pytest.raises(UserError, match=r"params\.npz is damaged"):
+        load_any(tmp_path)
