@@ -176,7 +176,7 @@ def _worse(tables: Tables) -> tuple[Verdict, str]:
     table = tables["error_saes"]["error_saes"].set_index("kind")
     row = table.loc["nonlinear"]
     seen = f"FVU on ε {row['fvu']:.3f}, on ê {table.loc['linear', 'fvu']:.3f}, on e {table.loc['error', 'fvu']:.3f}: {row['worse']:+.0%} "
-    seen += f"[{row['worse_low']:+.0%}, {row['worse_high']:+.0%}]. How interpretable they are was not measured"
+    seen += f"[{row['worse_low']:+.0%}, {row['worse_high']:+.0%}]. How interpretable they are is left open"
     return _between(row["worse_low"], row["worse_high"], 0.0), seen
 
 

@@ -185,15 +185,30 @@ def _settings(config: AnalysisConfig, given: Mapping[str, Any], found: Sequence[
     return name, sweep.model_copy(update=sections), bool(tracked)
 
 
-def _stream_of(found: Sequence[tuple[str, TrackedSAE | None]]) -> set[str]:
-    """Hashes of the streams that the SAEs say they were trained on."""
-    hashes = set()
+def _check_origin(found: Sequence[tuple[str, TrackedSAE | None]], settled: Plan, swept: bool) -> str | None:
+    """A warning, where a sweep's SAEs were trained on another stream than the settings give now.
+
+    Raises:
+        UserError: on other weights than the model has.
+    """
+    streams = set()
     for where, _ in found:
         files, path = fsspec.core.url_to_fs(where)
-        if files.exists(f"{path}/cfg.json"):
-            metadata = json.loads(files.cat_file(f"{path}/cfg.json")).get("metadata") or {}
-            hashes |= {metadata["activation_spec"]} if "activation_spec" in metadata else set()
-    return hashes
+        if not files.exists(f"{path}/cfg.json"):
+            continue
+        origin = json.loads(files.cat_file(f"{path}/cfg.json")).get("metadata") or {}
+        if origin.get("model_digest", settled.facts.digest) != settled.facts.digest:
+            raise UserError(
+                f"model.name is {settled.config.model.name}, whose weights are not those that {where} was trained on: name that model, or train the "
+                "SAEs again"
+            )
+        streams.add(origin.get("activation_spec"))
+    if not swept or settled.training.hash in streams or streams <= {None}:
+        return None
+    return (
+        "These SAEs were trained on another stream than their sweep's settings give now: the text has changed since, or the command line changes it, "
+        "or, if they are of a version that did not note the model's weights, those have changed and nothing here counts."
+    )
 
 
 # ---------------------------------------------------------------- the lab
@@ -227,13 +242,8 @@ class Lab:
                 require_width(load_any(sae.where, sae.hook_point), d)
         self.folder = Path(self.sweep.output) / self.study / "analysis"
         self.replicates, self.seed = config.replicates, config.seed
-        streams = _stream_of(found)
-        self.warning = None
-        if streams and self.plan.training.hash not in streams:
-            self.warning = (
-                "The SAEs were trained on another stream than these settings give: the model's weights or the text have changed since, or the "
-                "command line changes them."
-            )
+        self.warning = _check_origin(found, self.plan, swept)
+        if self.warning:
             print(f"Warning: {self.warning}", file=sys.stderr)
 
     def _plan(self, swept: bool) -> Plan:

@@ -117,7 +117,7 @@ def start_stream(
         widths=dict(widths),
         threads=threads,
     )
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # soft, Ray would put it elsewhere now and then
     queue = ray.remote(StreamQueue).options(name=name, num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(
         production,
         cap=shards_in_flight(stream, training, widths),

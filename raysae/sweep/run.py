@@ -26,6 +26,7 @@ from rich.console import Console
 from raysae.config import SweepConfig, error_kind
 from raysae.stream.client import patiently
 from raysae.stream.queue import start_stream
+from raysae.stream.room import machine_of
 from raysae.stream.state import StreamError
 from raysae.sweep.cluster import connect
 from raysae.sweep.handle import Leave, Over, Rungs, follow, track
@@ -63,17 +64,17 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
     for sae in settled.saes:
         study.child(sae.name, sae.model_dump(exclude_none=True) | {"model": settled.config.model.name})
     print(f"Study {place.name}: {len(settled.saes)} SAEs in {len(banks)} bank{'s' * (len(banks) > 1)}, {place.folder}", flush=True)
-    with _interruptible():
+    with _interruptible() as interruptions:
         try:
-            results, stream = _train_and_evaluate(settled, banks, study, place, allow)
+            results, stream = _train_and_evaluate(settled, banks, study, place, allow, interruptions)
             return _finish(settled, results, stream, study, place, time.monotonic() - began)
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
+            told = "Interrupted" if interrupted else "The sweep broke off"
+            print(f"\n{told}; checkpoints are kept. To go on: {go_on(settled.config, place)}", file=sys.stderr)
             study.end(None, "KILLED" if interrupted else "FAILED")
             study.flush(20)
             study.close()
-            told = "Interrupted" if interrupted else "The sweep broke off"
-            print(f"\n{told}; checkpoints are kept. To go on: {go_on(settled.config, place)}", file=sys.stderr)
             if interrupted:
                 return INTERRUPTED
             if isinstance(error, StuckError):
@@ -95,8 +96,10 @@ def _store_bytes(settled: Plan) -> int:
     return int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + tokens) + 256 * MIB
 
 
-def _train_and_evaluate(settled: Plan, banks: list[Bank], study: Study, place: Place, allow: frozenset[str]) -> tuple[pd.DataFrame, dict]:
-    """The results of all SAEs, and the stream's statistics."""
+def _train_and_evaluate(
+    settled: Plan, banks: list[Bank], study: Study, place: Place, allow: frozenset[str], interruptions: list[int]
+) -> tuple[pd.DataFrame, dict]:
+    """The results of all SAEs, and the stream's statistics. `interruptions`: see `_interruptible`."""
     config = settled.config
     name = f"raysae-{place.name}-{time.time_ns()}"
     queue = start_stream(
@@ -120,8 +123,9 @@ def _train_and_evaluate(settled: Plan, banks: list[Bank], study: Study, place: P
             _evaluate(settled, queue, trainer_of, results, study, place, watch)
         return results, patiently(lambda: ray.get(queue.stats.remote()), config.faults.queue_seconds)
     except (KeyboardInterrupt, StuckError):
-        with suppress(Exception):  # whatever state the actors are in, the newest checkpoints count
-            ray.get([trainer.stop.remote() for trainer in trainers.values()], timeout=config.faults.stop_seconds + 15)
+        if len(interruptions) < 2:
+            with suppress(Exception):  # whatever state the actors are in, the newest checkpoints count
+                ray.get([trainer.stop.remote() for trainer in trainers.values() if machine_of(trainer)], timeout=config.faults.stop_seconds + 15)
         raise
     finally:
         for actor in (*trainers.values(), queue):  # Ray Tune keeps handles of them: they would outlive the sweep where its process goes on
@@ -322,14 +326,20 @@ def _how_to_open(config: SweepConfig) -> str:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM counts as Ctrl-C: trainers checkpoint and runs are closed."""
+def _interruptible() -> Iterator[list[int]]:
+    """SIGTERM counts as Ctrl-C: trainers checkpoint and runs are closed. Yields the list of such signals so far: at the second nobody wants to wait
+    for checkpoints any more."""
+    interruptions: list[int] = []
 
-    def interrupt(*_) -> None:
+    def interrupt(number: int, frame: object) -> None:
+        interruptions.append(number)
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    # A job in the background of a shell ignores Ctrl-C, and goes on doing so.
+    numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
-        yield
+        yield interruptions
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -215,4 +215,5 @@ class Trainer:
             "prepend_bos": True,
             "skipped_positions": spec.skip_positions,
             "activation_spec": spec.hash,
+            "model_digest": spec.model,
         }

@@ -14,7 +14,7 @@ from raysae.analysis.lab import Lab, Part
 from raysae.cli import from_flat
 from raysae.config import AnalysisConfig, SAEConfig, SweepConfig, TrainConfig, UserError
 from raysae.sae.base import SAE
-from raysae.sae.files import save_sae
+from raysae.sae.files import load_sae, save_sae
 from raysae.tracking.runs import flatten
 
 D, HOOK = 64, "resid_post.2"  # of stories260K
@@ -124,6 +124,17 @@ def test_mistakes_are_told_in_one_sentence(settings: dict, tmp_path: Path, chang
 def test_an_sae_of_another_width_is_refused(settings: dict, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"32 wide, but resid_post.2 of this model is 64 wide"):
         lab_of(settings, sae=[saved(tmp_path, 96, d=32)])
+
+
+def test_saes_of_other_weights_are_refused(settings: dict, tmp_path: Path) -> None:
+    folder = saved(tmp_path, 96)
+    digest = lab_of(settings, sae=[folder]).plan.facts.digest
+    sae = load_sae(folder)
+    save_sae(sae, folder, {"model_digest": digest})
+    assert lab_of(settings, sae=[folder]).warning is None
+    save_sae(sae, folder, {"model_digest": "0123456789abcdef"})
+    with pytest.raises(UserError, match=r"model\.name is .*whose weights are not those"):
+        lab_of(settings, sae=[folder])
 
 
 def test_saes_of_an_error_are_refused(settings: dict, tmp_path: Path) -> None:

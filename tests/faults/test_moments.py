@@ -30,7 +30,8 @@ def bits(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cluster: None) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("undisturbed")
-    trainer = trainer_on(folder, array_queue(), saes=(WIDE,))
+    queue = array_queue()
+    trainer = trainer_on(folder, queue, saes=(WIDE,))
     until_ended(trainer, WIDE.name)
     ray.kill(trainer)
     return folder
@@ -107,7 +108,8 @@ def test_while_a_checkpoint_is_written(tmp_path: Path, undisturbed: Path) -> Non
 
 
 def test_while_the_finished_sae_is_written(tmp_path: Path, undisturbed: Path) -> None:
-    trainer = trainer_on(tmp_path, array_queue(), saes=(WIDE,))
+    queue = array_queue()  # an actor lives as long as somebody knows it
+    trainer = trainer_on(tmp_path, queue, saes=(WIDE,))
     pid = ray.get(trainer.process.remote())
     kill_while((tmp_path / "saes" / WIDE.name).exists, pid)
     wait_for(lambda: not os.path.exists(f"/proc/{pid}"))

@@ -35,7 +35,7 @@ def assert_interrupted(sweep: Sweep) -> None:
 
 
 def test_sigterm_and_a_second_ctrl_c(sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep]) -> None:
-    one = sweep()
+    one = sweep(faults__stop_seconds=2 * PATIENCE)
     one.until_share(0.2)
     one.driver.send_signal(signal.SIGTERM)
     assert_interrupted(one)
@@ -49,9 +49,7 @@ def test_sigterm_and_a_second_ctrl_c(sweep: Callable[..., Sweep], undisturbed: C
         time.sleep(8)
         assert one.driver.poll() is None, one.log()
         one.driver.send_signal(signal.SIGINT)
-        told = time.monotonic()
-        assert_interrupted(one)
-        assert time.monotonic() - told < 45, "it did not wait for the trainer any more"
+        assert_interrupted(one)  # in less time than trainers have
     finally:
         with suppress(ProcessLookupError):  # Ray has ended it with its driver
             os.kill(silent, signal.SIGKILL)

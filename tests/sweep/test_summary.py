@@ -126,3 +126,14 @@ def test_importing_the_summary_imports_no_matplotlib():
 
 def test_short_numbers():
     assert [short(n) for n in (950, 40_000, 1_000_448, 2.5e9)] == ["950", "40k", "1M", "2.5B"]
+
+
+def test_a_sweep_of_which_no_sae_has_a_number(tmp_path: Path) -> None:
+    """Its activation stream never began, say."""
+    metrics = ["fvu", "l0", "dead_fraction", "ce_recovered", "kl", "cosine", "norm_ratio"]
+    results = results_of(SweepConfig(hook_points=["resid_post.2"])).drop(columns=metrics).assign(status="failed", reason="no producers")
+    files = write_summary(results, tmp_path, "m")
+    assert [file.name for file in files] == ["summary.csv", "summary.md"]
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(summary_table(results))
+    assert "18 SAEs without a final result" in console.export_text()

@@ -123,8 +123,8 @@ def test_gradients_are_clipped_to_the_global_norm_of_their_own_sae():
         step = member.adam.step
         member.adam.step = lambda member=member, step=step: (seen.append(float(member._gradient_norm())), step())
     train(bank, 0, 3)
-    assert seen == pytest.approx([1e-3] * 6, rel=1e-4)
-    assert bank.members[a.name].sums["gradient_norm"] > 3e-3  # as it was before clipping
+    assert seen == pytest.approx([1e-3 * D**0.5] * 6, rel=1e-4)
+    assert bank.members[a.name].sums["gradient_norm"] > 3e-3 * D**0.5  # as it was before clipping
 
 
 def test_small_gradients_are_left_as_they_are():
