@@ -68,7 +68,7 @@ def write_summary(results: pd.DataFrame, folder: Path, model: str) -> list[Path]
 def split(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(SAEs with a final result, the others), each ordered by hook point, architecture, sparsity and width."""
     ordered = results.sort_values([column for column in ("hook_point", "architecture", "k", "sparsity", "width") if column in results], kind="stable")
-    finished = ordered["status"].isin(EVALUATED) & ordered.get("fvu", pd.Series(index=ordered.index, dtype=float)).notna()
+    finished = ordered["status"].isin(EVALUATED) & (ordered["fvu"].notna() if "fvu" in ordered else False)
     return ordered[finished], ordered[~finished]
 
 
