@@ -155,6 +155,7 @@ class Sweep:
     def until(self, true: Callable[[], object], seconds: float = PATIENCE, otherwise: str = "nothing happened") -> object:
         give_up = time.monotonic() + seconds
         while not (value := true()):
+            assert self.driver.poll() is None, f"the driver has ended with {self.driver.returncode} before that:\n{self.log()[-3000:]}"
             assert time.monotonic() < give_up, f"{otherwise} after {seconds:g} s:\n{self.log()[-3000:]}"
             time.sleep(0.02)
         return value

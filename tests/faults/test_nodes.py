@@ -15,13 +15,14 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from tests.faults.harness import Sweep, assert_same
+from tests.faults.harness import SHARD_ROWS, Sweep, assert_same
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
 QUICK = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 500, "failure_threshold": 6}  # the death of a machine is seen within seconds
 STORE = 150 * 2**20
 # GPUs in name alone: where there is none, trainers compute on the CPU. Ray keeps producers off a machine with GPUs while there is room on another.
 NEEDS = {"resources__trainer_gpus": 0.5, "resources__trainer_cpus": 0.5, "resources__producer_cpus": 1}
+LONG = {"train__tokens": 16 * SHARD_ROWS, "stream__epochs": 2}  # so that all machines have died before the end, on a fast one too
 ROOM = {"trainers": {"num_cpus": 1, "num_gpus": 1}, "producers": {"num_cpus": 1}, "both": {"num_cpus": 2, "num_gpus": 1}}
 
 
@@ -95,8 +96,8 @@ def test_machines_die(machines: Machines, sweep: Callable[..., Sweep], undisturb
     """The one with the producers, then the one with the trainers, then the one that has taken up both; another stands ready each time."""
     producers, trainers = machines.add("producers"), machines.add("trainers")
     machines.cluster.wait_for_nodes()
-    ours = sweep()
-    ours.until_share(0.1)
+    ours = sweep(**LONG)
+    ours.until_share(0.05)
     assert ours.nodes("producer") == {producers}
     assert ours.nodes("trainer") == {trainers}
     both = machines.add("both")
@@ -110,15 +111,15 @@ def test_machines_die(machines: Machines, sweep: Callable[..., Sweep], undisturb
     ours.until(lambda: ours.nodes("trainer") == ours.nodes("producer") == {last})
     ours.finish()
     machines.kill(last)
-    assert_same(ours, undisturbed())
+    assert_same(ours, undisturbed(**LONG))
 
 
 def test_a_machine_is_drained(machines: Machines, sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep]) -> None:
     """Before the deadline its trainers have written checkpoints and left, its producers have moved; then it dies, and nothing is on it."""
     drained = machines.add("both")
     machines.cluster.wait_for_nodes()
-    ours = sweep(train__checkpoint_seconds=10_000)  # no checkpoint but those of the leaving
-    ours.until_share(0.1)
+    ours = sweep(**LONG, train__checkpoint_seconds=10_000)  # no checkpoint but those of the leaving
+    ours.until_share(0.05)
     assert not list((ours.place / "checkpoints").glob("*/*.safetensors"))
     staying = machines.add("both")
     at = dict(ours.progress())
@@ -139,4 +140,4 @@ def test_a_machine_is_drained(machines: Machines, sweep: Callable[..., Sweep], u
     ours.finish()
     machines.kill(staying)
     assert min(at.values()) > 0
-    assert_same(ours, undisturbed())
+    assert_same(ours, undisturbed(**LONG))
