@@ -4,6 +4,7 @@ Ray must not connect by itself either: a thread that outlives its test's Ray and
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 os.environ.update(
     RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_AUTO_CONNECT="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
 )
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # drivers must hear Ctrl-C also where a shell's background job runs the tests
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -33,6 +33,7 @@ SHARD_ROWS = 256 * (CONTEXT - SKIPPED)
 ACTORS = {"producer": "Producer", "trainer": "Trainer", "queue": "StreamQueue", "trial": "ImplicitFunc"}  # kind of process → class of its Ray actor
 MEASURED = ("time", "tokens_per_second", "waited_share", "step_seconds")  # in seconds: no two runs agree
 WORK = ("stream/", "minutes")  # metrics of a study that count the work done, repeated work included
+LONG = {"train__tokens": 12 * SHARD_ROWS, "stream__epochs": 2}  # knobs of a sweep that lasts for several faults, on a fast machine too
 PATIENCE = 600.0  # on a machine that is busy with other things; nothing takes nearly as long on a quiet one
 
 

@@ -15,14 +15,13 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from tests.faults.harness import SHARD_ROWS, Sweep, assert_same
+from tests.faults.harness import LONG, Sweep, assert_same
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
 QUICK = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 500, "failure_threshold": 6}  # the death of a machine is seen within seconds
 STORE = 150 * 2**20
 # GPUs in name alone: where there is none, trainers compute on the CPU. Ray keeps producers off a machine with GPUs while there is room on another.
 NEEDS = {"resources__trainer_gpus": 0.5, "resources__trainer_cpus": 0.5, "resources__producer_cpus": 1}
-LONG = {"train__tokens": 16 * SHARD_ROWS, "stream__epochs": 2}  # so that all machines have died before the end, on a fast one too
 ROOM = {"trainers": {"num_cpus": 1, "num_gpus": 1}, "producers": {"num_cpus": 1}, "both": {"num_cpus": 2, "num_gpus": 1}}
 
 

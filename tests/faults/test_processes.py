@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import ray
 
-from tests.faults.harness import PATIENCE, Sweep, assert_same
+from tests.faults.harness import LONG, PATIENCE, Sweep, assert_same
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
 Start = Callable[..., Sweep]
@@ -19,73 +19,53 @@ Start = Callable[..., Sweep]
 @pytest.fixture
 def moment(request: pytest.FixtureRequest) -> float:
     """A random share of the run, by the name of the test: another name, another moment, and the same one when it is repeated."""
-    return random.Random(request.node.name).uniform(0.1, 0.5)
+    return random.Random(request.node.name).uniform(0.05, 0.4)
 
 
 def checkpoints(sweep: Sweep) -> int:
     return len(list((sweep.place / "checkpoints").glob("*/*.safetensors")))
 
 
-def test_producer(sweep: Start, undisturbed: Start, moment: float) -> None:
-    """At the first shard, at a random moment, and its replacement as soon as it is there."""
-    ours = sweep()
+def test_killed(sweep: Start, undisturbed: Start, moment: float) -> None:
+    """A producer at its first shard, a trainer before its first checkpoint; at a random moment the queue, and again while consumers rejoin; both
+    trials' handles, and the one that takes their place; then a producer and a trainer, and who takes their places as soon as it is there."""
+    ours = sweep(**LONG, train__checkpoint_seconds=2)
     ours.kill("producer")
+    trainer = ours.wait_for("trainer")
+    assert not checkpoints(ours)
+    ours.kill("trainer", trainer)
     ours.until_share(moment)
-    first = ours.kill("producer")
-    second = ours.kill("producer", ours.wait_for("producer", {first}))
-    ours.wait_for("producer", {first, second})
+    queue = ours.kill("queue")
+    again = ours.kill("queue", ours.wait_for("queue", {queue}))
+    ours.wait_for("queue", {queue, again})
+    trials = {ours.kill("trial", pid) for pid in ours.pids("trial")}
+    assert trials
+    ours.kill("trial", ours.wait_for("trial", trials))
+    producer = ours.kill("producer")
+    next_producer = ours.kill("producer", ours.wait_for("producer", {producer}))
+    ours.wait_for("producer", {producer, next_producer})
+    before = set(ours.pids("trainer"))
+    trainer = ours.kill("trainer", min(before))
+    next_trainer = ours.kill("trainer", ours.wait_for("trainer", before))
+    ours.wait_for("trainer", {*before, next_trainer})
     ours.finish()
-    assert_same(ours, undisturbed())
+    assert_same(ours, undisturbed(**LONG))
 
 
-def test_hung_producer(sweep: Start, undisturbed: Start, moment: float) -> None:
-    """Stopped, so that it is alive and silent: it is replaced, and its process does not stay."""
-    ours = sweep(faults__hang_seconds=8)
+def test_hung(sweep: Start, undisturbed: Start, moment: float) -> None:
+    """Stopped, so that they are alive and silent: the producer is replaced and its process does not stay; the trainer is restarted from its
+    checkpoints."""
+    ours = sweep(**LONG, faults__hang_seconds=8)
     ours.until_share(moment)
     hung = ours.wait_for("producer")
     os.kill(hung, signal.SIGSTOP)
     ours.wait_for("producer", {hung}, seconds=60)
     ours.until(lambda: not os.path.exists(f"/proc/{hung}"), 30, "the hung process is still there")
-    ours.finish()
-    assert_same(ours, undisturbed())
-
-
-def test_trainer(sweep: Start, undisturbed: Start, moment: float) -> None:
-    """Before its first checkpoint, at a random moment, and the one that takes its place as soon as it is there."""
-    ours = sweep(train__checkpoint_seconds=2)
-    first = ours.wait_for("trainer")
-    assert not checkpoints(ours)
-    ours.kill("trainer", first)
-    ours.until_share(moment)
-    second = ours.kill("trainer")
-    third = ours.kill("trainer", ours.wait_for("trainer", {first, second, *ours.pids("trainer")}))
-    ours.wait_for("trainer", {first, second, third})
-    ours.finish()
-    assert_same(ours, undisturbed())
-
-
-def test_hung_trainer(sweep: Start, undisturbed: Start, moment: float) -> None:
-    """Stopped: it is restarted from its checkpoints."""
-    ours = sweep(faults__hang_seconds=8)
-    ours.until_share(moment)
     before = set(ours.pids("trainer"))
     os.kill(min(before), signal.SIGSTOP)
     ours.wait_for("trainer", before, seconds=60)
     ours.finish()
-    assert_same(ours, undisturbed())
-
-
-def test_queue_and_trial(sweep: Start, undisturbed: Start, moment: float) -> None:
-    """The queue at a random moment and again while consumers rejoin; both trials' handles, and the one that takes their place."""
-    ours = sweep()
-    ours.until_share(moment)
-    first = ours.kill("queue")
-    second = ours.kill("queue", ours.wait_for("queue", {first}))
-    ours.wait_for("queue", {first, second})
-    trials = {ours.kill("trial", pid) for pid in ours.pids("trial")}
-    ours.kill("trial", ours.wait_for("trial", trials))
-    ours.finish()
-    assert_same(ours, undisturbed())
+    assert_same(ours, undisturbed(**LONG))
 
 
 def test_driver(sweep: Start, undisturbed: Start, moment: float) -> None:
@@ -116,12 +96,12 @@ def test_no_room_is_said_within_bounded_time(kind: str, sentence: str, sweep: St
     blocker = ray.remote(num_cpus=3.5)(Blocker).remote()
     ray.get(blocker.here.remote())
     needs = {"resources__producer_cpus": 0.1, "resources__trainer_cpus": 0.1} | {f"resources__{kind}_cpus": 1.5}
-    ours = sweep(**needs, faults__start_seconds=30)
+    ours = sweep(**needs, faults__start_seconds=12)
     assert ours.driver.wait(PATIENCE) == 1, ours.log()
     ray.kill(blocker)
     words = " ".join(ours.log().split())
     assert f"no machine has had {sentence}" in words
-    assert "for 30 s: 1.5 CPUs on one machine are needed, free are 0." in words
+    assert "for 12 s: 1.5 CPUs on one machine are needed, free are 0." in words
     assert "of 4 CPUs" in words
     assert "python jobs/scaling_sweep.py --output" in words
 
