@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Architecture = Literal["topk", "batchtopk", "relu", "tied", "jumprelu"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -90,7 +91,8 @@ class StreamConfig(Strict):
     cache_gib: float = Field(4, gt=0, description="size of the activation cache per pass, in GiB: it keeps a prefix of the pass")
     cache_dir: str = Field("~/.cache/raysae/activations", description="folder or s3:// URL of the activation cache")
     bad_shards: Literal["stop", "skip"] = Field(
-        "stop", description="a shard that cannot be produced, or holds NaN or infinite activations, ends the sweep, or is skipped by every SAE alike"
+        "stop",
+        description="a shard that cannot be produced, or holds NaN or infinite activations, stops the SAEs that come to it, or all skip it alike",
     )
 
     @model_validator(mode="after")
@@ -266,8 +268,15 @@ class FaultsConfig(Strict):
 
 
 class TrackingConfig(Strict):
-    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
+    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI: a database or a server")
     experiment: str = Field("raysae", description="MLflow experiment of the study")
+
+    @field_validator("uri")
+    @classmethod
+    def _known(cls, uri: str) -> str:
+        if not re.match(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://|databricks", uri):
+            raise ValueError("MLflow keeps runs in a database (sqlite:///mlflow.db, postgresql://…) or on a server (http://…)")
+        return uri
 
 
 class SweepConfig(Strict):

@@ -16,6 +16,14 @@ PARTIAL = ".partial"  # ending of a file that is being written
 SEAL = "sha256"  # key of a JSON file's own checksum
 
 
+def open_location(field: str, location: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a folder or URL, and the path in it. UserError, naming the config's `field`: there is no such kind of storage here."""
+    try:
+        return fsspec.core.url_to_fs(os.path.expanduser(location))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{field} is '{location}', which cannot be opened ({error}): name a folder or an s3:// URL") from error
+
+
 def sealed(content: dict) -> bytes:
     """`content` as JSON with a checksum of its own in it."""
     return json.dumps({**content, SEAL: _checksum(content)}).encode()

@@ -45,7 +45,7 @@ from raysae.sae.importers import FILES, load_any, require_width
 from raysae.stream.producer import ENVIRONMENT
 from raysae.stream.shard import ShardMaker
 from raysae.sweep import cluster
-from raysae.sweep.place import absolute, saved_config
+from raysae.sweep.place import saved_config, with_absolute_paths
 from raysae.sweep.preflight import Plan, plan
 from raysae.text.contexts import Contexts
 from raysae.tracking.find import TrackedSAE, find_saes, study_params
@@ -229,10 +229,10 @@ class Lab:
     """
 
     def __init__(self, config: AnalysisConfig, given: Mapping[str, Any] = {}) -> None:
-        config = config.model_copy(update={"tracking": absolute(SweepConfig(tracking=config.tracking)).tracking})
+        config = config.model_copy(update={"tracking": with_absolute_paths(SweepConfig(tracking=config.tracking)).tracking})
         found = _found(config)
         self.study, sweep, swept = _settings(config, given, found)
-        self.config, self.sweep = config, absolute(sweep)
+        self.config, self.sweep = config, with_absolute_paths(sweep)
         self.saes = {sae.name: sae for sae in _subjects(config, found)}
         self.plan = self._plan(swept)
         facts = self.plan.facts
@@ -359,7 +359,9 @@ class Lab:
             }
         )  # fmt: skip
         wanted = {sae.name: sae for sae in config.saes()}
-        key = digest([self.plan.training.hash, config.model_dump(include={"errors", "train"}), sorted(wanted)])[:8]
+        # by content: the probe's file has one name and is written anew by every run
+        of = [_content(errors.sae), hashlib.sha256(Path(errors.probe).read_bytes()).hexdigest()] if errors else None
+        key = digest([self.plan.training.hash, train.model_dump(), of, sorted(wanted)])[:8]
         config = config.model_copy(update={"study": f"{self.study}-{purpose}-{key}"})
         folder = Path(config.output) / config.study
         if not all((folder / "saes" / name / "outcome.json").exists() for name in wanted):

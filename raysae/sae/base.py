@@ -38,7 +38,6 @@ class StepInfo:
 
     sparsity_factor: float = 1.0  # warm-up of the penalty's coefficient, 0 … 1
     dead: Tensor | None = None  # (n,) bool: the latents that count as dead, for AuxK
-    tokens: int = 0  # rows seen before this step
 
 
 class SAE(nn.Module):

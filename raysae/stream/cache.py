@@ -13,17 +13,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from raysae.config import ActivationSpec, StreamConfig, UserError, digest
+from raysae.config import ActivationSpec, StreamConfig, digest
+from raysae.storage import open_location
 from raysae.stream.blocks import WIRE_DTYPES, bytes_per_shard
 
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -42,10 +41,7 @@ class BlockCache:
     """A prefix of a pass at the hook points of `widths` (hook point → width), at most `limit` bytes in all."""
 
     def __init__(self, location: str, spec: ActivationSpec, widths: Mapping[str, int], limit: int, numerics: Mapping[str, object] | None = None):
-        try:
-            self.fs, root = fsspec.core.url_to_fs(os.path.expanduser(location))
-        except (ImportError, ValueError) as error:
-            raise UserError(f"stream.cache_dir is '{location}', which cannot be opened ({error}): name a folder or an s3:// URL") from error
+        self.fs, root = open_location("stream.cache_dir", location)
         self.spec = spec
         self.widths = dict(widths)
         self.folder = f"{root.rstrip('/')}/{digest([spec.hash, dict(numerics or {})])}"

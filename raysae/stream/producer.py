@@ -77,16 +77,14 @@ class Producer:
         """The process id and the machine's id, once the model is loaded."""
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
-    def produce(self, stream: str, shard: int) -> list:
+    def produce(self, stream: str, shard: int, tolerant: bool = False) -> list:
         """[meta, *blocks of the first hook point, *blocks of the second, …]: a pure function of its arguments, so that any producer can repeat it.
 
-        ValueError: some activation is NaN or infinite. No SAE could learn from it.
+        ValueError: some activation is NaN or infinite, unless `tolerant`: then meta says at which hook points, and the others can be used.
         """
         meta, blocks = self.makers[stream].make(shard)
-        if meta["nonfinite"]:
-            raise ValueError(
-                f"activations at {', '.join(meta['nonfinite'])} are NaN or infinite in contexts {', '.join(map(str, meta['nonfinite_contexts']))}"
-            )
+        if meta["nonfinite"] and not tolerant:
+            raise ValueError(nonfinite(meta))
         return [meta, *(block for hook in self.production.widths for block in blocks[hook])]
 
     def evaluate(self, stream: str, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int) -> dict[str, dict]:
@@ -116,6 +114,11 @@ class Producer:
                 loaded = {name: _where_rows_are(load_sae(folder)) for name, folder in group.items()}
                 results |= downstream_metrics(self.lm, tokens, hook_point, loaded, mean, spec.skip_positions).finish()
         return results
+
+
+def nonfinite(meta: Mapping[str, object]) -> str:
+    """What is wrong with a shard, in words."""
+    return f"activations at {', '.join(meta['nonfinite'])} are NaN or infinite in contexts {', '.join(map(str, meta['nonfinite_contexts']))}"
 
 
 def _in_groups(saes: Mapping[str, str], size: int) -> Iterator[dict[str, str]]:

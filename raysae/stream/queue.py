@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysae.config import ActivationSpec, FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
 from raysae.stream.pool import Job, ProducerPool, one_line
-from raysae.stream.producer import ENVIRONMENT, Producer, Production
+from raysae.stream.producer import ENVIRONMENT, Producer, Production, nonfinite
 from raysae.stream.skipped import Skipped
 from raysae.stream.state import StreamError, StreamState
 
@@ -225,7 +226,7 @@ class StreamQueue:
 
         Raises:
             NotJoinedError: `consumer` is unknown.
-            StreamError: the shard is none of the consumer's, or it could not be produced, or there are no producers any more.
+            StreamError: the shard is none of the consumer's, or it could not be produced at its hook point, or there are no producers any more.
         """
         await self.acknowledge(consumer, done_shards)
         began = time.monotonic()
@@ -238,8 +239,9 @@ class StreamQueue:
             self._count("consumer_wait_seconds", time.monotonic() - began)
         if shard in self.state.skipped:
             return None, {}
-        self._count("blocks_served", 1)
         meta, refs = self._shards[shard]
+        self._check_finite(meta, TRAIN, shard, self._hook_point[consumer])
+        self._count("blocks_served", 1)
         return refs[self._offsets[TRAIN][self._hook_point[consumer]] + block], meta["numerics"]
 
     async def evaluation_block(self, hook_point: str, shard: int, block: int) -> list[ray.ObjectRef | None]:
@@ -250,9 +252,10 @@ class StreamQueue:
         future = self._evaluation.get(shard)
         if future is None or (future.done() and future.exception()):
             future = self._evaluation[shard] = self._errand("produce", (EVALUATION, shard), self._returns[EVALUATION])
-        _, refs = await self._result(future)
+        meta, refs = await self._result(future)
         if not refs:
             return [None]
+        self._check_finite(meta, EVALUATION, shard, hook_point)
         self._count("blocks_served", 1)
         return [refs[self._offsets[EVALUATION][hook_point] + block]]
 
@@ -312,7 +315,7 @@ class StreamQueue:
                 self._settle()
                 self._peak_bytes = max(self._peak_bytes, self._bytes)
                 return Job(
-                    "produce", (TRAIN, shard), self._returns[TRAIN],
+                    "produce", (TRAIN, shard, self._tolerant(self.state.last_attempt(shard))), self._returns[TRAIN],
                     done=lambda meta, refs: self._produced(shard, meta, refs),
                     failed=lambda error, died: self._failed(shard, error),
                     seconds=self._patience(),
@@ -324,6 +327,8 @@ class StreamQueue:
         self._count("shards_from_cache", int(meta["from_cache"]))
         self._count("contexts_forwarded", meta["contexts_forwarded"])
         self._note_seconds(meta)
+        if meta["nonfinite"]:
+            self._note_failure(TRAIN, shard, ValueError(nonfinite(meta)))
         if self.state.produced(shard):
             self._shards[shard] = meta, refs
         self._settle()
@@ -333,6 +338,15 @@ class StreamQueue:
         if self.state.fail(shard, reason) and self._skip(TRAIN, shard, reason):
             self.state.skip(shard)
         self._settle()
+
+    def _tolerant(self, last_attempt: bool) -> bool:
+        """Whether activations that are not finite are taken as they are: at the last attempt, so that the other hook points go on. Where bad shards
+        are skipped they are skipped by all SAEs alike."""
+        return last_attempt and self.production.stream.bad_shards == "stop"
+
+    def _check_finite(self, meta: Mapping[str, object], stream: str, shard: int, hook_point: str) -> None:
+        if hook_point in meta["nonfinite"]:
+            raise StreamError(f"shard {shard} of the {stream} stream cannot be used: {self._reason(stream, shard, ValueError(nonfinite(meta)))}")
 
     def _note_seconds(self, meta: Mapping[str, object]) -> None:
         if meta["contexts_forwarded"]:
@@ -347,11 +361,14 @@ class StreamQueue:
         self._count("shards_failed", 1)
         if isinstance(error, TimeoutError):
             self._longest *= 2  # if it was not hung but slow, there will be time enough for it soon
-        contexts = self.production.specs[stream].contexts_of(shard)
-        named = ", ".join(map(str, contexts[:CONTEXTS_NAMED]))
-        reason = f"{one_line(error)}; its contexts are {named} and {max(0, len(contexts) - CONTEXTS_NAMED)} more"
+        reason = self._reason(stream, shard, error)
         log.warning("shard %d of the %s stream: %s", shard, stream, reason)
         return reason
+
+    def _reason(self, stream: str, shard: int, error: Exception) -> str:
+        contexts = self.production.specs[stream].contexts_of(shard)
+        named = ", ".join(map(str, contexts[:CONTEXTS_NAMED]))
+        return f"{one_line(error)}; its contexts are {named} and {max(0, len(contexts) - CONTEXTS_NAMED)} more"
 
     def _skip(self, stream: str, shard: int, reason: str) -> bool:
         """Whether the bad shard is skipped from now on."""
@@ -367,6 +384,9 @@ class StreamQueue:
         attempts = itertools.count(1)
         produce = method == "produce"
 
+        def arguments(attempt: int) -> tuple:
+            return (*args, self._tolerant(attempt >= self.faults.shard_attempts)) if produce else args
+
         def done(result: object, refs: list[ray.ObjectRef]) -> None:
             if produce:
                 self._count("evaluation_contexts_forwarded", result["contexts_forwarded"])
@@ -376,8 +396,8 @@ class StreamQueue:
 
         def failed(error: Exception, died: bool) -> None:
             reason = self._note_failure(*args, error) if produce else one_line(error)
-            if (died or produce) and next(attempts) < self.faults.shard_attempts:
-                self._errands.append(job)
+            if (died or produce) and (attempt := next(attempts)) < self.faults.shard_attempts:
+                self._errands.append(replace(job, args=arguments(attempt + 1)))
             elif produce and self._skip(*args, reason):
                 future.set_result((None, []))
             elif produce:
@@ -388,7 +408,7 @@ class StreamQueue:
                 future.set_exception(error)
             self._notify()
 
-        job = Job(method, args, returns, done, failed, seconds=self._patience() if produce else self.faults.hang_seconds)
+        job = Job(method, arguments(1), returns, done, failed, seconds=self._patience() if produce else self.faults.hang_seconds)
         self._errands.append(job)
         self._notify()
         return future

@@ -180,6 +180,10 @@ class StreamState:
         self._bad[shard] = reason
         return True
 
+    def last_attempt(self, shard: int) -> bool:
+        """Whether the shard is bad if it fails once more."""
+        return self._failures.get(shard, 0) + 1 >= self.attempts
+
     def skip(self, shard: int) -> None:
         """Nobody gets this bad shard: its consumers pass over it."""
         self._bad.pop(shard, None)

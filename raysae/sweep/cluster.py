@@ -12,7 +12,10 @@ from raysae.config import UserError
 
 def connect(address: str | None, store_bytes: int) -> None:
     """To the cluster of `address` (resources.address) or RAY_ADDRESS (set inside `ray job submit`), else start Ray on this machine, with an object
-    store of `store_bytes`. Where this process is connected already, nothing happens."""
+    store of `store_bytes`. Where this process is connected already, nothing happens.
+
+    UserError: no cluster answers there; this machine has no such store.
+    """
     address = address or os.environ.get("RAY_ADDRESS")
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # interruptions are handled by the driver, so that trainers checkpoint
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -26,7 +29,15 @@ def connect(address: str | None, store_bytes: int) -> None:
     _stay_on_loopback()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this machine's users can reach it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init("local", include_dashboard=False, object_store_memory=store_bytes, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
+    try:
+        ray.init(
+            "local", include_dashboard=False, object_store_memory=store_bytes, log_to_driver=False, logging_level="error", ignore_reinit_error=True
+        )
+    except ValueError as error:
+        raise UserError(
+            f"the activations in flight (stream.mib_in_flight), the held-out ones (evaluation.rows × hook_points) and the tokens take "
+            f"{store_bytes / 2**30:.1f} GiB of shared memory, which this machine does not have ({str(error).splitlines()[0]}): choose less of them"
+        ) from error
 
 
 def _stay_on_loopback() -> None:

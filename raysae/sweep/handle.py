@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-METRICS = (
-    "fvu", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "tokens", "tokens_per_second", "learning_rate",
-    "ce_recovered", "ce_recovered_zero", "kl",
-)  # fmt: skip
+METRICS = ("fvu", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "tokens", "tokens_per_second", "learning_rate")
 LOST = "lost"  # in a trial's last report: its trainer is gone
 
 

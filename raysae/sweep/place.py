@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +32,27 @@ class Place:
         return f"{self.folder}/saes/{name}"
 
 
-def absolute(config: SweepConfig) -> SweepConfig:
-    """`config` with absolute paths for what the sweep writes."""
+def with_absolute_paths(config: SweepConfig) -> SweepConfig:
+    """`config` with absolute paths for what the sweep writes and for what it reads, so that it goes on from any folder.
+
+    In a Ray job only for what it writes: what it reads came with the job, into another folder on each machine.
+    """
     output, uri = config.output.rstrip("/"), config.tracking.uri
     if "://" not in output:
         output = str(_base() / Path(output).expanduser())
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         _base().mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{_base() / uri.removeprefix('sqlite:///')}"
-    return config.model_copy(update={"output": output, "tracking": config.tracking.model_copy(update={"uri": uri})})
+    config = config.model_copy(update={"output": output, "tracking": config.tracking.model_copy(update={"uri": uri})})
+    if _in_ray_job():
+        return config
+    model, text, errors = config.model, config.text, config.errors.model_dump()
+    if Path(model.name).expanduser().exists():
+        model = model.model_copy(update={"name": _absolute(model.name)})
+    if text.source != "stdlib" and not text.source.startswith("hf:"):
+        text = text.model_copy(update={"source": ",".join(_absolute(part.strip()) for part in text.source.split(",") if part.strip())})
+    errors = {field: _absolute(value) if value and "://" not in value else value for field, value in errors.items()}
+    return config.model_copy(update={"model": model, "text": text, "errors": config.errors.model_copy(update=errors)})
 
 
 def new_place(config: SweepConfig, resume: str | None) -> Place:
@@ -77,4 +90,12 @@ def saved_config(output: str, study: str) -> SweepConfig:
 
 def _base() -> Path:
     """What relative paths are relative to: the working directory, except in a Ray job, which runs in a copy of it that is thrown away: ~/raysae."""
-    return Path.home() / "raysae" if "_ray_pkg_" in str(Path.cwd()) else Path.cwd()
+    return Path.home() / "raysae" if _in_ray_job() else Path.cwd()
+
+
+def _in_ray_job() -> bool:
+    return "_ray_pkg_" in str(Path.cwd())
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

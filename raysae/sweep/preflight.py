@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import ray
@@ -14,6 +15,7 @@ import ray
 from raysae.config import ActivationSpec, SAEConfig, SweepConfig, UserError, error_kind
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.lm.tokenizer import load_tokenizer, tokenizer_digest
+from raysae.storage import open_location
 from raysae.stream.queue import shards_in_flight
 from raysae.text.contexts import Contexts, build_contexts, check_enough
 
@@ -63,6 +65,9 @@ def plan(config: SweepConfig) -> Plan:
     Raises:
         UserError: model or file not found, unknown hook point, context too long, too little text, too little room for a shard.
     """
+    if config.model.device_map and find_spec("accelerate") is None:
+        raise UserError(f"model.device_map is {config.model.device_map}, which needs the package accelerate: pip install 'raysae[multi-gpu]'")
+    open_location("stream.cache_dir", config.stream.cache_dir)
     facts = model_facts(config.model)
     hooks = config.hook_points or [f"resid_post.{facts.layers // 2 - 1 if facts.layers > 1 else 0}"]
     for hook in hooks:
@@ -80,9 +85,7 @@ def plan(config: SweepConfig) -> Plan:
     config = config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream})
     tokenizer = load_tokenizer(config.model)
     enough = _enough(config) if config.text.source.startswith("hf:") else None
-    contexts = {
-        split: build_contexts(config.text, tokenizer, tokenizer_digest(tokenizer), length, split, enough) for split in ("train", "evaluation")
-    }
+    contexts = build_contexts(config.text, tokenizer, tokenizer_digest(tokenizer), length, enough)
 
     def spec(split: str, epochs: int) -> ActivationSpec:
         return ActivationSpec(

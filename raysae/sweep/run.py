@@ -30,7 +30,7 @@ from raysae.stream.room import machine_of
 from raysae.stream.state import StreamError
 from raysae.sweep.cluster import connect
 from raysae.sweep.handle import Leave, Over, Rungs, follow, track
-from raysae.sweep.place import Place, absolute, new_place, saved_config
+from raysae.sweep.place import Place, new_place, saved_config, with_absolute_paths
 from raysae.sweep.preflight import Bank, Plan, check_cluster, pack, plan
 from raysae.sweep.summary import summary_table, write_summary
 from raysae.sweep.table import ENDED
@@ -55,7 +55,7 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
     began = time.monotonic()
     if resume:
         config = saved_config(config.output, resume)
-    settled = plan(absolute(config))
+    settled = plan(with_absolute_paths(config))
     connect(settled.config.resources.address, _store_bytes(settled))
     banks = pack(settled.saes, check_cluster(settled), settled.widths)
     settled = _fixed(settled, len(banks))
@@ -66,8 +66,8 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
     print(f"Study {place.name}: {len(settled.saes)} SAEs in {len(banks)} bank{'s' * (len(banks) > 1)}, {place.folder}", flush=True)
     with _interruptible() as interruptions:
         try:
-            results, stream = _train_and_evaluate(settled, banks, study, place, allow, interruptions)
-            return _finish(settled, results, stream, study, place, time.monotonic() - began)
+            results, unmeasured, stream = _train_and_evaluate(settled, banks, study, place, allow, interruptions)
+            return _finish(settled, results, unmeasured, stream, study, place, time.monotonic() - began)
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             told = "Interrupted" if interrupted else "The sweep broke off"
@@ -98,8 +98,8 @@ def _store_bytes(settled: Plan) -> int:
 
 def _train_and_evaluate(
     settled: Plan, banks: list[Bank], study: Study, place: Place, allow: frozenset[str], interruptions: list[int]
-) -> tuple[pd.DataFrame, dict]:
-    """The results of all SAEs, and the stream's statistics. `interruptions`: see `_interruptible`."""
+) -> tuple[pd.DataFrame, list[str], dict]:
+    """The results of all SAEs, what could not be measured, and the stream's statistics. `interruptions`: see `_interruptible`."""
     config = settled.config
     name = f"raysae-{place.name}-{time.time_ns()}"
     queue = start_stream(
@@ -120,8 +120,8 @@ def _train_and_evaluate(
         with Watch(settled, queue, trainers, study) as watch:
             tuner(settled, trainer_of, place, watch).fit()
             results = _results(settled, trainer_of, study, watch)
-            _evaluate(settled, queue, trainer_of, results, study, place, watch)
-        return results, patiently(lambda: ray.get(queue.stats.remote()), config.faults.queue_seconds)
+            unmeasured = _evaluate(settled, queue, trainer_of, results, study, place, watch)
+        return results, unmeasured, patiently(lambda: ray.get(queue.stats.remote()), config.faults.queue_seconds)
     except (KeyboardInterrupt, StuckError):
         if len(interruptions) < 2:
             with suppress(Exception):  # whatever state the actors are in, the newest checkpoints count
@@ -206,12 +206,13 @@ def _answer(question: ray.ObjectRef, watch: Watch) -> Any:
 def _evaluate(
     settled: Plan, queue: ActorHandle, trainer_of: Mapping[str, ActorHandle], results: pd.DataFrame, study: Study, place: Place,
     watch: Watch,
-) -> None:  # fmt: skip
-    """Adds cross-entropy and KL to `results`: one clean pass per hook point, then one partial pass per SAE, in the producers."""
+) -> list[str]:  # fmt: skip
+    """Adds cross-entropy and KL to `results`: one clean pass per hook point, then one partial pass per SAE, in the producers. Returns a sentence for
+    each hook point at which that failed."""
     predicted = settled.config.evaluation.predicted_tokens
     if not predicted:
-        return
-    calls = []
+        return []
+    calls, unmeasured = [], []
     for hook, group in results[results["status"].isin(("done", "stopped"))].groupby("hook_point"):
         if error_kind(hook)[0]:  # an error has no place in the model that something else could take
             continue
@@ -224,13 +225,14 @@ def _evaluate(
             answer = partial(_evaluated, queue, question, begun)
             evaluated = patiently(answer, settled.config.faults.queue_seconds)
         except (ray.exceptions.RayError, StreamError) as error:
-            print(f"Cross-entropy and KL could not be measured: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+            unmeasured.append(f"Cross-entropy and KL at {question[0]} could not be measured: {str(error).strip().splitlines()[-1]}")
             continue
         for name, metrics in evaluated.items():
             known = {key: value for key, value in metrics.items() if value is not None}
             row = results.index[results["name"] == name][0]
             results.loc[row, list(known)] = list(known.values())
             study.metrics(name, known, step=int(results.loc[row, "tokens"]))
+    return unmeasured
 
 
 def _evaluated(queue: ActorHandle, question: tuple, begun: list[ray.ObjectRef]) -> dict:
@@ -238,7 +240,7 @@ def _evaluated(queue: ActorHandle, question: tuple, begun: list[ray.ObjectRef]) 
     return ray.get(begun.pop() if begun else queue.evaluate.remote(*question))
 
 
-def _finish(settled: Plan, results: pd.DataFrame, stream: dict, study: Study, place: Place, seconds: float) -> int:
+def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream: dict, study: Study, place: Place, seconds: float) -> int:
     """Close the runs, write and print the summary; the exit code."""
     console, config = Console(), settled.config
     for row in results.itertuples():
@@ -256,6 +258,8 @@ def _finish(settled: Plan, results: pd.DataFrame, stream: dict, study: Study, pl
         study.artifact(None, rungs, "summary")
     if skipped := stream["shards_skipped"]:
         study.tag(None, {"raysae.skipped_shards": "; ".join(f"{of}: {', '.join(shards)}" for of, shards in skipped.items())})
+    if unmeasured:
+        study.tag(None, {"raysae.unmeasured": "; ".join(unmeasured)})
     failed = int((~results["status"].isin(("done", "stopped"))).sum())
     study.metrics(None, _headlines(results, stream) | {"saes": len(results), "saes_failed": failed, "minutes": seconds / 60}, step=0)
     study.end(None, "FAILED" if failed == len(results) else "FINISHED")
@@ -273,8 +277,11 @@ def _finish(settled: Plan, results: pd.DataFrame, stream: dict, study: Study, pl
     for of, shards in skipped.items():
         for shard, noted in shards.items():
             console.print(f"Skipped: shard {shard} of the {of} stream, {noted['reason']}", highlight=False, soft_wrap=True)
-    if failed:
-        console.print(f"SAEs that have not come to their end go on with: {go_on(config, place)}", highlight=False, soft_wrap=True)
+    for sentence in unmeasured:
+        console.print(sentence, highlight=False, soft_wrap=True)
+    if failed or unmeasured:
+        what = "SAEs that have not come to their end go on" if failed else "It is tried again"
+        console.print(f"{what} with: {go_on(config, place)}", highlight=False, soft_wrap=True)
     unsent = study.flush(60)
     study.close()
     console.print(f"SAEs:    {place.folder}/saes\nSummary: {place.local / 'summary'}", highlight=False, soft_wrap=True)
@@ -284,7 +291,7 @@ def _finish(settled: Plan, results: pd.DataFrame, stream: dict, study: Study, pl
         console.print(
             f"MLflow:  experiment '{config.tracking.experiment}' at {config.tracking.uri}: {_how_to_open(config)}", highlight=False, soft_wrap=True
         )
-    return 1 if failed else 0
+    return 1 if failed or unmeasured else 0
 
 
 def _headlines(results: pd.DataFrame, stream: dict) -> dict[str, float]:

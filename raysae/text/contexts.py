@@ -63,9 +63,9 @@ class Contexts:
 
 
 def build_contexts(
-    text: TextConfig, tokenizer: Any, tokenizer_digest: str, context_length: int, split: Split, enough: Mapping[Split, int] | None = None
-) -> Contexts:
-    """The contexts of a split, from the cache in `text.cache` or tokenised now (both splits in one pass over the source).
+    text: TextConfig, tokenizer: Any, tokenizer_digest: str, context_length: int, enough: Mapping[Split, int] | None = None
+) -> dict[Split, Contexts]:
+    """The contexts of both splits, from the cache in `text.cache` or tokenised now, in one pass over the source.
 
     `enough` says how many contexts of each split will do: reading stops once both have that many, so that a sweep over a dataset of terabytes begins
     soon. It is part of what the contexts are; unset, the source is read to its end.
@@ -81,11 +81,11 @@ def build_contexts(
         "context_length": context_length,
     } | ({"enough": dict(enough)} if enough else {})
     folder = Path(text.cache).expanduser() / digest(key)
-    contexts = _open_split(folder, split)
-    if contexts is None:
+    contexts = {split: _open_split(folder, split) for split in SPLITS}
+    if None in contexts.values():
         _write_splits(folder, text, tokenizer, context_length, enough)
-        contexts = _open_split(folder, split)
-        if contexts is None:
+        contexts = {split: _open_split(folder, split) for split in SPLITS}
+        if None in contexts.values():
             raise OSError(f"tokenised text written to {folder} could not be read back")
     return contexts
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time as clock
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ def _milliseconds(seconds: float | None = None) -> int:
     return round(1000 * (clock.time() if seconds is None else seconds))
 
 
+@cache
 def _provenance() -> dict[str, str]:
     """Who ran which program from which commit, under the tags that MLflow's run table shows."""
     tags = {"mlflow.source.name": Path(sys.argv[0]).name or "python", "mlflow.source.type": "LOCAL"}

@@ -156,11 +156,6 @@ class Trainer:
         """The reports of every SAE here from number `since[name]` on, without waiting."""
         return {sae.name: self.loop.reports(sae.name, since[sae.name])[0] for sae in self.plan.saes}
 
-    def join(self, sae: SAEConfig) -> None:
-        """Take in another SAE of the same hook point: it is trained from row 0 in a pass of its own, after the present one."""
-        self._check()
-        self.loop.add(sae)
-
     def leave(self, name: str, reason: str = "stopped early by the scheduler", tokens: int = 0) -> None:
         """See `Loop.leave`."""
         self.loop.leave(name, reason, tokens)
@@ -170,10 +165,6 @@ class Trainer:
         with self._changed:
             self._changed.wait_for(lambda: self.error or self.loop.reports(name)[1], POLL_SECONDS)
         return np.array(self.loop.mean(name), dtype=np.float32)
-
-    def checkpoint_now(self) -> None:
-        """Have checkpoints of all SAEs written after the present step."""
-        self.loop.checkpoint()
 
     @ray.method(max_task_retries=0)  # repeated after a restart it would stop the new process
     def stop(self) -> bool:

@@ -74,7 +74,6 @@ class Member:
         info = StepInfo(
             sparsity_factor=sparsity_factor(self.steps_done, self.train.steps, self.train.sparsity_warmup),
             dead=self.quiet >= self.dead_after,
-            tokens=self.next_row,
         )
         terms = self.sae.loss_and_grads(x, info)
         self.sae.after_grads()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import torch
 
 from raysae.config import ActivationSpec, EvaluationConfig, SAEConfig, TrainConfig
 from raysae.numerics import Seen, together, told
+from raysae.stream.state import StreamError
 from raysae.train.bank import Bank, Member
 from raysae.train.checkpoint import Checkpoint, CheckpointStore, check_fingerprint, fingerprint
 from raysae.train.evaluation import reconstruction_metrics
@@ -107,8 +109,8 @@ class Loop:
         allow: facts of the fingerprint that may differ from a checkpoint's, see `check_fingerprint`.
         on_change: called from the loop's thread whenever a report or a state is new.
 
-    `run` works in one thread. `add`, `leave`, `checkpoint`, `stop`, `status` and `reports` may be called from any other: they leave a request that
-    the loop takes up between two steps, or read what it shows.
+    `run` works in one thread. `add`, `leave`, `stop`, `status` and `reports` may be called from any other: they leave a request that the loop takes
+    up between two steps, or read what it shows.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Loop:
         self.progress: dict[str, Progress] = {}
         self.cadence = Cadence(train.checkpoint_seconds, clock)
         self.report_steps = set(report_steps(train))
+        self._ending = threading.Lock()  # an SAE's files go as it ends, in one move: no wish may be written among them meanwhile
         self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._reader: Reader | None = None
@@ -151,14 +154,11 @@ class Loop:
 
         Once this has returned it holds, whatever dies: it is on disk.
         """
-        progress = self.progress.get(name)
-        if progress is not None and not progress.ended:
-            self._store(name).wish_leave({"reason": reason, "tokens": max(tokens, progress.tokens)})
-            self._requests.put(lambda: self._leave(name))
-
-    def checkpoint(self) -> None:
-        """Write checkpoints of all SAEs after the present step."""
-        self._requests.put(self._checkpoint)
+        with self._ending:
+            progress = self.progress.get(name)
+            if progress is not None and not progress.ended:
+                self._store(name).wish_leave({"reason": reason, "tokens": max(tokens, progress.tokens)})
+                self._requests.put(lambda: self._leave(name))
 
     def stop(self) -> None:
         """End `run` after the present step, with checkpoints of all SAEs, and any later one at once."""
@@ -169,7 +169,8 @@ class Loop:
 
     def status(self) -> list[dict]:
         """name, state, tokens, tokens_per_second, fvu, l0, waited_share and message of every SAE, in the order of their coming."""
-        blocked = self._blocked_since is not None and self.clock() - self._blocked_since > BLOCKED_SECONDS
+        since = self._blocked_since  # read once: the loop's thread clears it
+        blocked = since is not None and self.clock() - since > BLOCKED_SECONDS
         rate, waited = self._rates()
         rows = []
         for name, progress in list(self.progress.items()):
@@ -254,10 +255,12 @@ class Loop:
             x = reader.next()
             self._note_numerics(cohort)
             return x
-        except Exception:
+        except Exception as error:
             if self._stopping:
                 return None
             self._checkpoint()  # the stream is broken, the SAEs are not
+            if isinstance(error, StreamError):
+                raise StreamError(f"at step {cohort[0].steps_done}: {error}") from None
             raise
         finally:
             self._blocked_since = None
@@ -343,9 +346,10 @@ class Loop:
             metadata = self.metadata | facts | {"fingerprint": self._fingerprint(progress.config) | told(progress.numerics)}
         mean = member.mean.tolist()
         self.outcomes.save(member.name, Outcome(state, member.next_row, mean, message, progress.reports), sae, metadata)
-        self._store(member.name).clear()
         del self.bank.members[member.name]
-        progress.member, progress.mean, progress.message, progress.state = None, mean, message, state
+        with self._ending:
+            self._store(member.name).clear()
+            progress.member, progress.mean, progress.message, progress.state = None, mean, message, state
         self.on_change()
 
     def _rates(self) -> tuple[float, float]:
@@ -386,8 +390,9 @@ class Loop:
             return
         if outcome := self.outcomes.load(name):
             progress.tokens, progress.mean, progress.message, progress.reports = outcome.tokens, outcome.mean, outcome.message, outcome.reports
-            progress.state = outcome.state
-            self._store(name).clear()  # what a process that died right after the outcome has left
+            with self._ending:
+                self._store(name).clear()  # what a process that died right after the outcome has left
+                progress.state = outcome.state
         elif checkpoint := self._store(name).load(self._fingerprint(progress.config), self.allow):
             progress.member = self.bank.add(name, progress.config, (checkpoint.tensors, checkpoint.header["member"]))
             progress.tokens = progress.saved_row = progress.member.next_row
@@ -402,9 +407,7 @@ class Loop:
     def _leave(self, name: str) -> None:
         """Take up the wish that the SAE end early, if there is one."""
         progress = self.progress[name]
-        if progress.member is None:
-            self._store(name).clear()  # it has ended meanwhile
-        elif wish := self._store(name).wished_leave():
+        if progress.member is not None and (wish := self._store(name).wished_leave()):
             progress.message, progress.leave_at = wish["reason"], wish["tokens"]
             if progress.member.next_row >= progress.leave_at:
                 self._leave_now(progress)

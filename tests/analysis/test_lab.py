@@ -12,7 +12,7 @@ import torch
 from raysae.analysis.experiments import regressions
 from raysae.analysis.lab import Lab, Part
 from raysae.cli import from_flat
-from raysae.config import AnalysisConfig, SAEConfig, SweepConfig, TrainConfig, UserError
+from raysae.config import AnalysisConfig, ErrorsConfig, SAEConfig, SweepConfig, TrainConfig, UserError
 from raysae.sae.base import SAE
 from raysae.sae.files import load_sae, save_sae
 from raysae.tracking.runs import flatten
@@ -145,6 +145,46 @@ def test_saes_of_an_error_are_refused(settings: dict, tmp_path: Path) -> None:
 def test_a_sweep_and_saes_exclude_each_other(settings: dict) -> None:
     with pytest.raises(ValueError, match="name a sweep, or SAEs"):
         AnalysisConfig.model_validate(settings | {"sweep": "a", "sae": ["b"]})
+
+
+# ---------------------------------------------------------------- SAEs that the sweep lacks
+
+
+@pytest.fixture
+def swept(monkeypatch: pytest.MonkeyPatch) -> list[SweepConfig]:
+    """The sweeps that labs have run; each leaves untrained SAEs."""
+    configs: list[SweepConfig] = []
+
+    def run_sweep(config: SweepConfig, resume: str | None = None, made_for: str | None = None) -> int:
+        configs.append(config)
+        for sae in config.saes():
+            folder = Path(config.output) / config.study / "saes" / sae.name
+            save_sae(SAE.build(sae, D, TrainConfig()), folder)
+            (folder / "outcome.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr("raysae.sweep.run.run_sweep", run_sweep)
+    monkeypatch.setattr("raysae.analysis.lab.connect", lambda lab: None)
+    return configs
+
+
+def test_saes_on_errors_are_trained_anew_where_the_probe_is_another(settings: dict, tmp_path: Path, swept: list[SweepConfig]) -> None:
+    folder = saved(tmp_path, 96)
+    lab, probe = lab_of(settings, sae=[folder]), tmp_path / "probe.safetensors"
+
+    def train() -> str:
+        (made,) = lab.train("errors", [f"{HOOK}.linear"], [96], 8, 1000, ErrorsConfig(sae=folder, probe=str(probe))).values()
+        return made.where
+
+    probe.write_bytes(b"one")
+    first = train()
+    assert train() == first
+    assert len(swept) == 1
+    probe.write_bytes(b"two")  # as another run writes it, with other tokens
+    assert train() != first
+    save_sae(SAE.build(load_sae(folder).config.model_copy(update={"seed": 1}), D, TrainConfig()), folder)
+    train()
+    assert len({config.study for config in swept}) == 3
 
 
 # ---------------------------------------------------------------- parts

@@ -42,8 +42,8 @@ class Producer:
     def ping(self) -> tuple[int, str]:
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
-    def produce(self, stream: str, shard: int) -> list:
-        meta = {"index": shard, "contexts_forwarded": CONTEXTS, "seconds": 0.1, "from_cache": False, "numerics": {}}
+    def produce(self, stream: str, shard: int, tolerant: bool) -> list:
+        meta = {"index": shard, "contexts_forwarded": CONTEXTS, "seconds": 0.1, "from_cache": False, "nonfinite": [], "numerics": {}}
         return [meta, *cut(rows_of(stream, shard), "float32", BLOCK_MIB)]
 
 

@@ -13,8 +13,12 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from raysae.cli import parse
+from raysae.config import SweepConfig
 from raysae.sae.files import load_sae
+from raysae.sweep.preflight import plan
 from tests.integration.job import arguments, run, start
 
 
@@ -69,12 +73,20 @@ def test_mlflow_holds_every_sae_under_the_study(swept: Path) -> None:
         assert history[-1].step == 118 * 1024
 
 
-def test_saved_saes_reconstruct_raw_activations_as_reported(swept: Path) -> None:
-    name = "topk_w512_k16_resid_post.2_lr0.001_s0"
-    sae = load_sae(swept / "runs/test/saes" / name)
-    assert (sae.n, sae.d) == (512, 64)
-    norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
-    torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-5, rtol=0)
+def test_saved_saes_reconstruct_raw_activations_as_reported(swept: Path, shared_data: Path) -> None:
+    """Held-out contexts through plain transformers: neither the stream nor the loop has a part in it."""
+    settled = plan(parse(SweepConfig, arguments(shared_data, swept / "plan"), "")[0])
+    lm = AutoModelForCausalLM.from_pretrained(settled.config.model.name, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = lm(torch.from_numpy(settled.contexts["evaluation"][:400]), output_hidden_states=True).hidden_states[3]  # after block 2
+        x = hidden[:, settled.evaluation.skip_positions :].flatten(0, 1).double()
+        for name, row in pd.read_csv(swept / "runs/test/summary/summary.csv").set_index("name").iterrows():
+            sae = load_sae(swept / "runs/test/saes" / name)
+            error = x - sae(x.float()).double()
+            fvu = error.square().sum() / (x - x.mean(0)).square().sum()
+            assert float(fvu) == pytest.approx(row["fvu"], rel=0.03), name  # other held-out rows, as many
+            norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
+            torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-5, rtol=0)
 
 
 def test_resuming_after_the_driver_was_killed_gives_the_same_bits(swept: Path, shared_data: Path, tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def rows_of(stream: str, hook_point: str, shard: int) -> np.ndarray:
 
 
 class FakeProducer:
-    """Fails as its `model.name` says: 'slow' takes its time, 'poison:i' raises on shard i, 'hang' never comes back from its first shard."""
+    """Fails as its `model.name` says: 'slow' takes its time, 'poison:i' raises on shard i, 'nan:i' has NaN at mlp_out.1 there, 'hang' never comes
+    back from its first shard."""
 
     def __init__(self, production: Production):
         self.production = production
@@ -52,7 +53,7 @@ class FakeProducer:
     def ping(self) -> tuple[int, str]:
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
-    def produce(self, stream: str, shard: int) -> list:
+    def produce(self, stream: str, shard: int, tolerant: bool) -> list:
         if self.mode == "slow":
             time.sleep(0.3)
         if self.mode in ("poison", f"poison:{shard}"):
@@ -60,7 +61,10 @@ class FakeProducer:
         if self.mode.startswith("hang:") and not os.path.exists(self.mode[5:]):
             open(self.mode[5:], "w").close()
             time.sleep(3600)
-        meta = {"index": shard, "contexts_forwarded": CONTEXTS, "seconds": 0.01, "from_cache": False, "numerics": {"threads": 1}}
+        broken = {"nonfinite": ["mlp_out.1"], "nonfinite_contexts": [7]} if self.mode == f"nan:{shard}" else {"nonfinite": []}
+        if broken["nonfinite"] and not tolerant:
+            raise ValueError("NaN")
+        meta = {"index": shard, "contexts_forwarded": CONTEXTS, "seconds": 0.01, "from_cache": False, "numerics": {"threads": 1}} | broken
         return [meta, *(block for hook in WIDTHS for block in cut(rows_of(stream, hook, shard), "float32", BLOCK_MIB))]
 
     def evaluate(self, stream, hook_point, saes, mean, predicted_tokens) -> dict:
@@ -195,6 +199,19 @@ def test_a_shard_that_cannot_be_produced_is_named(stream):
     with pytest.raises(StreamError, match=r"shard 2 .*consumer victim.*ValueError: bad shard"):
         trainer.check()
     assert len(trainer.batches) == 2 * ROWS // 300
+
+
+def test_nan_at_one_hook_point_stops_its_consumers_alone(stream):
+    queue = stream(model="nan:2")
+    sound, broken = Trainer(queue, "sound"), Trainer(queue, "broken", "mlp_out.1")
+    sound.check()
+    with pytest.raises(StreamError, match=r"shard 2 of the train stream .*mlp_out.1 are NaN or infinite in contexts 7; its contexts are"):
+        broken.check()
+    assert len(broken.batches) == 2 * ROWS // 300
+    assert stats(queue)["shards_failed"] == 4
+    assert StreamClient(queue, "a", "resid_post.0", SPEC, WIDTHS["resid_post.0"], BLOCK_MIB).evaluation_block(2, 0) is not None
+    with pytest.raises(StreamError, match=r"shard 2 of the evaluation stream .*mlp_out.1 are NaN"):
+        StreamClient(queue, "b", "mlp_out.1", SPEC, WIDTHS["mlp_out.1"], BLOCK_MIB).evaluation_block(2, 0)
 
 
 class Passing(Trainer):

@@ -1,12 +1,17 @@
 """How SAEs are shared out over banks, and what a cluster is refused for."""
 
+import re
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from raysae.cli import parse
 from raysae.config import ResourcesConfig, SAEConfig, SweepConfig, UserError
 from raysae.sweep import preflight
-from raysae.sweep.preflight import cost, pack
+from raysae.sweep.place import with_absolute_paths
+from raysae.sweep.preflight import cost, pack, plan
 
 WIDTH = {"resid_post.1": 64, "mlp_out.1": 64}
 
@@ -89,3 +94,50 @@ def test_what_the_cluster_can_never_give(monkeypatch: pytest.MonkeyPatch, machin
 
 def test_a_shared_folder_is_storage_for_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert banks_on(monkeypatch, (2, 2), shared_storage=True) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"stream": {"cache_dir": "nosuch://x"}}, "stream.cache_dir is 'nosuch://x', which cannot be opened"),
+        ({"model": {"device_map": "auto"}}, r"model.device_map is auto, which needs the package accelerate: pip install 'raysae\[multi-gpu\]'"),
+    ],
+)
+def test_what_would_fail_in_a_producer_is_refused_before_anything_starts(settings: dict, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=sentence):
+        plan(SweepConfig.model_validate(settings))
+
+
+@pytest.mark.parametrize("uri", ["file:./runs", "./mlruns", "sqlite:/mlflow.db"])
+def test_a_tracking_uri_that_mlflow_does_not_take_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"sqlite:///mlflow\.db, postgresql://"):
+        SweepConfig.model_validate({"tracking": {"uri": uri}})
+
+
+def test_paths_are_absolute_except_of_what_travels_with_a_ray_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SweepConfig.model_validate({"model": {"name": "lm"}, "text": {"source": "a/*.txt, b.jsonl"}})
+    here, job = tmp_path / "here", tmp_path / "_ray_pkg_1"
+    for folder in (here, job):
+        (folder / "lm").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    found = with_absolute_paths(config)
+    assert found.model.name == f"{here}/lm"
+    assert found.text.source == f"{here}/a/*.txt,{here}/b.jsonl"
+    assert found.output == f"{here}/runs"
+    assert with_absolute_paths(SweepConfig()).model.name == "embedded"
+    monkeypatch.chdir(job)
+    found = with_absolute_paths(config)
+    assert (found.model.name, found.text.source) == ("lm", "a/*.txt, b.jsonl")
+    assert "_ray_pkg_" not in found.output
+
+
+def test_the_readmes_commands_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need neither a hub, nor files, nor a study of the reader's own."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\.venv/bin/python jobs/scaling_sweep\.py (.*)$", readme, re.MULTILINE)
+    assert len(commands) >= 4
+    offline = [words for words in commands if not re.search(r"hf:|books/|--resume", words)]
+    assert len(offline) >= 3
+    for words in offline:
+        assert plan(parse(SweepConfig, shlex.split(words, comments=True), "")[0]).saes

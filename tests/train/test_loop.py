@@ -9,6 +9,7 @@ import torch
 
 from raysae.config import UserError
 from raysae.sae.files import load_sae
+from raysae.train.checkpoint import CheckpointStore
 from raysae.train.evaluation import reconstruction_metrics
 from raysae.train.loop import Cadence, Loop
 from tests.train.synthetic import EVALUATION, SPEC, TRAIN, ArraySource, D, config
@@ -317,16 +318,38 @@ def test_checkpoints_take_at_most_their_share_of_the_time():
     assert cadence.due()
 
 
-def test_checkpoints_are_written_as_time_passes_and_on_request(tmp_path):
+def test_checkpoints_are_written_as_time_passes(tmp_path):
     ticks = iter(range(10**6))
     loop = loop_on(tmp_path, killed_at(640), train=TRAIN.model_copy(update={"checkpoint_seconds": 1}), clock=lambda: float(next(ticks)))
     loop.add(A)
     saves = []
     save = loop._save
     loop._save = lambda progress: (saves.append(progress.member.next_row), save(progress))
-    loop.checkpoint()  # nothing to save yet
     with pytest.raises(KilledError):
         loop.run()
     assert saves
     assert saves[-1] == 640
     assert saves == sorted(set(saves))
+
+
+def test_a_wish_to_leave_that_comes_while_an_sae_ends_does_no_harm(tmp_path, monkeypatch):
+    """As from a scheduler that stops an SAE at its last report: the wish must not be written among files that are being removed."""
+    loop = loop_on(tmp_path)
+    clear, asked = CheckpointStore.clear, []
+
+    def slowly(store):
+        wish = threading.Thread(target=loop.leave, args=(A.name, "told by the scheduler"))
+        wish.start()
+        wish.join(0.2)
+        asked.append(wish)
+        clear(store)
+
+    monkeypatch.setattr(CheckpointStore, "clear", slowly)
+    loop.add(A)
+    loop.run()
+    for wish in asked:
+        wish.join(10)
+        assert not wish.is_alive()
+    assert asked
+    assert loop.status()[0]["state"] == "done"
+    assert not (tmp_path / "checkpoints" / A.name).exists()
