@@ -54,6 +54,13 @@ class Findings:
     notes: list[str] = field(default_factory=list)  # what could not be shown, and why
     files: list[Path] = field(default_factory=list)  # written
 
+    def draw(self, name: str, figure: Callable[..., Any], *arguments: object) -> None:
+        """Adds a figure, or a note where these SAEs do not give one."""
+        try:
+            self.figures[name] = figure(*arguments)
+        except UserError as error:
+            self.notes.append(str(error))
+
 
 # ---------------------------------------------------------------- 1 and 2
 
@@ -146,14 +153,11 @@ def error_regression(lab: Lab) -> Findings:
         findings.notes.append(f"a fit against width needs {FEWEST_WIDTHS} widths, there are {against['width'].nunique()}")
     for hook, found in results.items():
         part = table[table["hook_point"] == hook]
-        try:
-            findings.figures[_named("contours", hook, lab)] = figures.contours(part, f"{_model(lab)} · {hook} · {len(part)} SAEs")
-        except UserError as error:
-            findings.notes.append(str(error))
+        findings.draw(_named("contours", hook, lab), figures.contours, part, f"{_model(lab)} · {hook} · {len(part)} SAEs")
         findings.figures[_named("norms", hook, lab)] = figures.norm_prediction(part, f"{_model(lab)} · {hook}")
         some = list(chosen.saes if hook == chosen.hook_point else found)
         some = some[:: max(1, (len(some) - 1) // 2)]  # the narrowest, the central and the widest
-        findings.figures[_named("loadings", hook, lab)] = figures.loadings({name: found[name] for name in some}, hook)
+        findings.draw(_named("loadings", hook, lab), figures.loadings, {name: found[name] for name in some}, hook)
     if table["layer"].nunique() > 1:
         findings.figures["layers"] = figures.r2_per_layer(table, _model(lab))
     else:

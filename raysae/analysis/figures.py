@@ -53,6 +53,7 @@ STYLE = {
 WIDTH_LABEL = "latents (width)"
 L0_LABEL = "active latents per token (L0)"
 FVU_LABEL = "fraction of variance unexplained"
+OFF_LINE = 0.1  # doublings of width or L0 off a common line from which on SAEs span a plane
 SIGMA_X, SIGMA_R = r"$\sigma_x$", r"$\sigma_r$"
 
 
@@ -131,16 +132,19 @@ def breakdown(parts: pd.DataFrame, law: PowerLaw, level: Level, title: str = "")
 
 @_styled
 def contours(table: pd.DataFrame, title: str = "") -> Figure:
-    """Nonlinear FVU and both R² over width × L0; `table` has width, l0, nonlinear_fvu, r2_error and r2_error_norm, a row per SAE.
+    """Nonlinear FVU and both R² over width × L0; `table` has width, l0, nonlinear_fvu, r2_error and r2_error_norm, a row per SAE. SAEs that are never
+    active, or lack one of the numbers, are left out.
 
     Raises:
-        UserError: fewer than two widths or two levels of L0.
+        UserError: fewer than three SAEs, or all of them on a line.
     """
-    x, y = np.log2(table["width"].to_numpy(float)), np.log2(table["l0"].to_numpy(float))
-    if len(np.unique(x)) < 2 or np.ptp(y) < 0.1:
-        raise UserError("contours over width × L0 need SAEs of at least two widths and two levels of L0")
-    figure = Figure(figsize=(PAPER_WIDTH, 2.6))
     panels = {"nonlinear_fvu": "nonlinear FVU", "r2_error": "R² of e (mean over dimensions)", "r2_error_norm": "R² of ‖e‖²"}
+    table = table[np.isfinite(table[["l0", *panels]]).all(axis=1) & (table["l0"] > 0)]
+    points = np.log2(table[["width", "l0"]].to_numpy(float))
+    if len(points) < 3 or np.linalg.matrix_rank(points - points.mean(0), tol=OFF_LINE) < 2:
+        raise UserError("contours over width × L0 need three SAEs, of at least two widths and two levels of L0, that do not lie on a line")
+    x, y = points.T
+    figure = Figure(figsize=(PAPER_WIDTH, 2.6))
     for i, (ax, (column, label)) in enumerate(zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True)):
         filled = ax.tricontourf(x, y, table[column], levels=10, cmap="cividis")
         ax.tricontour(x, y, table[column], levels=filled.levels[1:-1], colors="white", linewidths=0.4)
@@ -214,8 +218,15 @@ def _violin(ax: Axes, place: int, values: np.ndarray, color: str) -> None:
 
 @_styled
 def loadings(results: Mapping[str, ErrorRegression], title: str = "") -> Figure:
-    """a*·decoder row against the mean value when active, a point per latent, for up to three SAEs; a* is the probe x → ‖Sae(x) − b_dec‖²."""
-    shown = dict(list(results.items())[:3])
+    """a*·decoder row against the mean value when active, a point per latent, for up to three SAEs that have active latents; a* is the probe
+    x → ‖Sae(x) − b_dec‖².
+
+    Raises:
+        UserError: no SAE has an active latent.
+    """
+    shown = dict([(name, result) for name, result in results.items() if (result.active_rows > 0).any()][:3])
+    if not shown:
+        raise UserError("the norm probe along latents needs SAEs that are active, none of these ever is")
     figure = Figure(figsize=(PAPER_WIDTH, 2.6))
     for i, (ax, (name, result)) in enumerate(zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True)):
         active = (result.active_rows > 0).numpy()

@@ -1,8 +1,11 @@
 """Figures from small tables: what is drawn is what the tables say, axes are named, files are written."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from raysae.analysis import figures
 from raysae.analysis.error_regression import BASELINES, NORMS, error_regression
@@ -64,8 +67,27 @@ def test_contours():
     figure = figures.contours(table)
     labelled(figure)
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["8", "16", "32"]
+    silent, undefined = table.iloc[[0]].assign(l0=0.0), table.iloc[[1]].assign(r2_error=np.nan)
+    with_both = pd.concat([table.iloc[2:], silent, undefined])
+    assert len(figures.contours(with_both).axes[0].get_lines()[0].get_xdata()) == len(table) - 2
+
+
+@pytest.mark.parametrize(
+    ("width", "l0"),
+    [
+        ([256, 512, 1024], [8, 8, 8]),
+        ([256, 256, 256], [8, 16, 32]),
+        ([256, 512], [8, 16]),
+        ([256, 512, 1024], [8, 16, 32]),  # on a line
+        ([256, 512, 1024], [8, 8.0001, 8]),  # TopK of one k with a dead latent
+        ([256, 512, 512], [8, 16, 0]),
+        ([256, 512, 512], [8, 16, np.nan]),
+    ],
+)
+def test_contours_need_points_that_span_a_plane(width, l0):
+    table = pd.DataFrame({"width": width, "l0": l0, "nonlinear_fvu": 0.1, "r2_error": 0.5, "r2_error_norm": 0.9})
     with pytest.raises(UserError, match="at least two widths"):
-        figures.contours(table[table["l0"] == 8])
+        figures.contours(table)
 
 
 def test_layers():
@@ -86,6 +108,14 @@ def test_norm_prediction_and_loadings(results):
     scatter = figures.loadings(results).axes
     assert len(scatter) == 3
     assert len(scatter[2].collections[0].get_offsets()) == int((results["wide"].active_rows > 0).sum())
+
+
+def test_loadings_leave_out_saes_that_are_never_active(results):
+    silent = replace(results["wide"], active_rows=torch.zeros_like(results["wide"].active_rows))
+    assert len(figures.loadings({"silent": silent} | results).axes) == 3
+    assert len(figures.loadings({"silent": silent, "narrow": results["narrow"]}).axes) == 1
+    with pytest.raises(UserError, match="none of these ever is"):
+        figures.loadings({"silent": silent})
 
 
 def test_lines_and_pairs(results, tmp_path):
