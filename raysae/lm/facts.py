@@ -142,6 +142,11 @@ def model_folder(config: ModelConfig) -> Path | None:
     return folder.resolve() if folder.is_dir() else None
 
 
+def hub_commit(config: ModelConfig) -> str:
+    """The commit of a model on the hub. UserError: it cannot be loaded."""
+    return _config_file(config)[1]
+
+
 def not_loadable(config: ModelConfig, reason: object = "") -> UserError:
     """One sentence for whatever kept the model or its tokenizer from being found or loaded; `reason` is an exception or a clause."""
     if config.name == "embedded":
@@ -218,10 +223,11 @@ def _weights(folder: Path, config: ModelConfig) -> dict[str, str]:
     if not weights:
         raise not_loadable(config, f"there are no weights (*.safetensors) in {folder}")
     code = sorted(folder.glob("*.py")) if config.trust_remote_code else []
-    return {path.name: _file_digest(path) for path in [folder / "config.json", *code, *weights]}
+    return {path.name: file_digest(path) for path in [folder / "config.json", *code, *weights]}
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; of one too large to be read for it, of its beginning, size and time."""
     stat = path.stat()
     with path.open("rb") as file:
         if stat.st_size <= HASHED_WHOLE:

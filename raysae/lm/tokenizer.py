@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from raysae.config import ModelConfig, UserError, digest
-from raysae.lm.facts import model_folder, not_loadable
+from raysae.lm.facts import file_digest, hub_commit, model_folder, not_loadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "special_tokens_map.json", "added_tokens.json", "config.json", "*.py")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -17,7 +21,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none.
     """
-    from transformers import AutoTokenizer  # importing it takes seconds
+    from transformers import AutoTokenizer  # importing it takes seconds: torch comes with it
 
     folder = model_folder(config)
     if folder is None and config.name == "embedded":
@@ -30,8 +34,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(f"model.name is {config.name!r}: the folder holds no tokenizer that transformers can load") from None
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hexadecimal digits: equal where two tokenizers turn every text into the same tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return digest([rules, tokenizer.bos_token_id, tokenizer.eos_token_id])
+def tokenizer_digest(config: ModelConfig) -> str:
+    """16 hexadecimal digits of all that the tokens of a text depend on: the tokenizer's files (on the hub: the commit) and what reads them.
+
+    It does not take loading the tokenizer, which takes seconds: text that has been tokenised before is found without.
+    """
+    folder = model_folder(config)
+    files = sorted({path for pattern in FILES for path in folder.glob(pattern)}) if folder else []
+    content = {path.name: file_digest(path) for path in files} if folder else f"{config.name}@{hub_commit(config)}"
+    return digest([content, version("tokenizers"), version("transformers")])

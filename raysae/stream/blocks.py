@@ -1,18 +1,21 @@
 """Layout of a shard in blocks, and their wire format: numpy, because object stores share numpy arrays without a copy.
 
-A block is `(rows, width)`, C-contiguous: float32, or the bits of bfloat16 as int16 (numpy has no bfloat16).
+A block is `(rows, width)`, C-contiguous: float32, or the bits of bfloat16 as int16 (numpy has no bfloat16). Importing this does not import torch:
+the driver and the queue do without.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from raysae.config import ActivationSpec
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
 WIRE_DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<i2")}
 
 # Blocks out of an object store are read-only, and so must be the tensors over them; torch cannot express that and warns.
@@ -42,10 +45,14 @@ def cut(rows: np.ndarray, dtype: str, block_mib: float) -> list[np.ndarray]:
 
 def as_array(rows: torch.Tensor) -> np.ndarray:
     """A CPU tensor in the wire format, without a copy."""
+    import torch
+
     return (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
 
 def as_tensor(block: np.ndarray, dtype: str) -> torch.Tensor:
     """A block as a tensor over the same memory. Where the block is read-only, writing to the tensor is undefined."""
+    import torch
+
     tensor = torch.from_numpy(block)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +9,13 @@ import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError
 
 from raysae.config import ActivationSpec, FaultsConfig
 from raysae.numerics import Seen, together
-from raysae.stream.queue import EVALUATION, TRAIN
+from raysae.stream.queue import EVALUATION, TRAIN, patiently
 from raysae.stream.reader import BatchReader
 from raysae.stream.state import NotJoinedError, StreamError
-
-RETRY_PAUSE = 0.5
 
 
 class StreamClient:
@@ -112,18 +109,3 @@ class StreamClient:
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         return patiently(call, self.faults.queue_seconds)
-
-
-def patiently(call: Callable[[], Any], seconds: float) -> Any:
-    """The result of a call of the queue, asking again for `seconds` while its process is being restarted. The queue's own errors come without Ray's
-    stack traces."""
-    give_up = time.monotonic() + seconds
-    while True:
-        try:
-            return call()
-        except (NotJoinedError, RayActorError):
-            if time.monotonic() > give_up or not ray.is_initialized():
-                raise
-            time.sleep(RETRY_PAUSE)
-        except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, StreamError) else error) from None

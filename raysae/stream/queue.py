@@ -11,21 +11,23 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysae.config import ActivationSpec, FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
+from raysae.stream.blocks import blocks_per_shard
 from raysae.stream.pool import Job, ProducerPool, one_line
 from raysae.stream.producer import ENVIRONMENT, Producer, Production, nonfinite
 from raysae.stream.skipped import Skipped
-from raysae.stream.state import StreamError, StreamState
+from raysae.stream.state import NotJoinedError, StreamError, StreamState
 
 if TYPE_CHECKING:
     from raysae.text.contexts import Contexts
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 TRAIN, EVALUATION = "train", "evaluation"  # names of the two streams
 TEND_SECONDS = 1.0
 PATIENCE, LEAST_PATIENCE = 10, 30.0  # a producer may take this many times the longest shard so far, and this many seconds at least
+RETRY_PAUSE = 0.5  # seconds
 CONTEXTS_NAMED = 8  # of a bad shard, in a sentence
 
 COUNTERS = {
@@ -108,8 +111,6 @@ def start_stream(
     Raises:
         UserError: see `shards_in_flight`.
     """
-    from raysae.stream.blocks import blocks_per_shard  # imports torch, which the queue's process does without
-
     production = Production(
         model=model,
         stream=stream,
@@ -132,6 +133,21 @@ def start_stream(
     )  # fmt: skip
     queue.start.remote()
     return queue
+
+
+def patiently(call: Callable[[], Any], seconds: float) -> Any:
+    """The result of a call of the queue, asking again for `seconds` while its process is being restarted. The queue's own errors come without Ray's
+    stack traces."""
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            return call()
+        except (NotJoinedError, RayActorError):
+            if time.monotonic() > give_up or not ray.is_initialized():
+                raise
+            time.sleep(RETRY_PAUSE)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, StreamError) else error) from None
 
 
 class StreamQueue:

@@ -11,7 +11,7 @@ import transformers
 
 from raysae.config import ActivationSpec
 from raysae.numerics import Scalar, device_facts
-from raysae.stream.blocks import DTYPES, as_array, cut
+from raysae.stream.blocks import as_array, cut
 
 if TYPE_CHECKING:
     from raysae.lm.model import LanguageModel
@@ -120,7 +120,7 @@ class ShardMaker:
             except Exception as error:
                 raise RuntimeError(f"{type(error).__name__}: {error}, in one of the contexts {', '.join(map(str, indices.tolist()))}") from error
             for hook in hook_points:
-                kept = activations[hook][:, spec.skip_positions :].to(DTYPES[spec.dtype])  # (c, t - skip, width)
+                kept = activations[hook][:, spec.skip_positions :].to(getattr(torch, spec.dtype))  # (c, t - skip, width)
                 if hook not in rows:
                     rows[hook] = torch.empty(spec.rows_per_shard, kept.shape[-1], dtype=kept.dtype)
                 extremes = torch.stack(torch.aminmax(kept))  # NaN if any is; needs no temporary of the activations' size

@@ -83,9 +83,8 @@ def plan(config: SweepConfig) -> Plan:
         raise UserError(f"stream.skip_positions is {skipped}: it must be at most the context length less 2, {length - 2}")
     stream = config.stream.model_copy(update={"context_length": length, "skip_positions": skipped})
     config = config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream})
-    tokenizer = load_tokenizer(config.model)
     enough = _enough(config) if config.text.source.startswith("hf:") else None
-    contexts = build_contexts(config.text, tokenizer, tokenizer_digest(tokenizer), length, enough)
+    contexts = build_contexts(config.text, lambda: load_tokenizer(config.model), tokenizer_digest(config.model), length, enough)
 
     def spec(split: str, epochs: int) -> ActivationSpec:
         return ActivationSpec(

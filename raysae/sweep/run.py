@@ -24,8 +24,7 @@ from ray.tune.schedulers import FIFOScheduler
 from rich.console import Console
 
 from raysae.config import SweepConfig, error_kind
-from raysae.stream.client import patiently
-from raysae.stream.queue import start_stream
+from raysae.stream.queue import patiently, start_stream
 from raysae.stream.room import machine_of
 from raysae.stream.state import StreamError
 from raysae.sweep.cluster import connect

@@ -63,9 +63,9 @@ class Contexts:
 
 
 def build_contexts(
-    text: TextConfig, tokenizer: Any, tokenizer_digest: str, context_length: int, enough: Mapping[Split, int] | None = None
+    text: TextConfig, load_tokenizer: Callable[[], Any], tokenizer_digest: str, context_length: int, enough: Mapping[Split, int] | None = None
 ) -> dict[Split, Contexts]:
-    """The contexts of both splits, from the cache in `text.cache` or tokenised now, in one pass over the source.
+    """The contexts of both splits, from the cache in `text.cache` or tokenised now, in one pass over the source. The tokenizer is loaded only then.
 
     `enough` says how many contexts of each split will do: reading stops once both have that many, so that a sweep over a dataset of terabytes begins
     soon. It is part of what the contexts are; unset, the source is read to its end.
@@ -83,7 +83,7 @@ def build_contexts(
     folder = Path(text.cache).expanduser() / digest(key)
     contexts = {split: _open_split(folder, split) for split in SPLITS}
     if None in contexts.values():
-        _write_splits(folder, text, tokenizer, context_length, enough)
+        _write_splits(folder, text, load_tokenizer(), context_length, enough)
         contexts = {split: _open_split(folder, split) for split in SPLITS}
         if None in contexts.values():
             raise OSError(f"tokenised text written to {folder} could not be read back")

@@ -174,7 +174,7 @@ def test_cached_contexts(tmp_path, damage):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
 
     def built() -> dict[str, np.ndarray]:
-        return {split: contexts.tokens for split, contexts in build_contexts(settings, tokenizer, "t", 32).items()}
+        return {split: contexts.tokens for split, contexts in build_contexts(settings, lambda: tokenizer, "t", 32).items()}
 
     whole = {split: tokens.copy() for split, tokens in built().items()}
     paths = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -143,11 +143,22 @@ def test_stories(stories_model, llama):
     tokenizer = load_tokenizer(ModelConfig(name=str(stories_model)))
     ids = tokenizer("Once upon a time")["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "Once upon a time"
-    assert tokenizer_digest(tokenizer) == tokenizer_digest(load_tokenizer(ModelConfig(name=str(stories_model))))
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(ModelConfig(name=str(llama)))
 
 
 def test_tokenizers_differ(shared_data):
-    models = [load_tokenizer(ModelConfig(name=str(shared_data / "models" / name))) for name in ("stories260K", "babyllama-char361")]
-    assert tokenizer_digest(models[0]) != tokenizer_digest(models[1])
+    one, other = (ModelConfig(name=str(shared_data / "models" / name)) for name in ("stories260K", "babyllama-char361"))
+    assert tokenizer_digest(one) == tokenizer_digest(one) != tokenizer_digest(other)
+
+
+def test_a_tokenizers_digest_is_of_what_tokens_depend_on(stories_model, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(stories_model, copy)
+    config = ModelConfig(name=str(copy))
+    assert tokenizer_digest(config) == tokenizer_digest(ModelConfig(name=str(stories_model)))
+    (copy / "README.md").write_text("a note")
+    assert tokenizer_digest(config) == tokenizer_digest(ModelConfig(name=str(stories_model)))
+    settings = copy / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + " ")
+    assert tokenizer_digest(config) != tokenizer_digest(ModelConfig(name=str(stories_model)))

@@ -58,7 +58,7 @@ def halves(fraction: float) -> dict[str, list[str]]:
 )
 def test_contexts_equal_their_definition(text, split, tokenizer, first, monkeypatch):
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)  # many batches
-    found = build_contexts(text, tokenizer, "t", 32)[split]
+    found = build_contexts(text, lambda: tokenizer, "t", 32)[split]
     expected = naive(halves(0.3)[split], tokenizer, 32, first)
     assert 0.15 < len(halves(0.3)["evaluation"]) / len(DOCUMENTS) < 0.45
     assert np.array_equal(found.tokens, expected)
@@ -73,7 +73,7 @@ def test_contexts_equal_their_definition(text, split, tokenizer, first, monkeypa
 
 def test_a_real_tokenizer(text, stories_model):
     tokenizer = AutoTokenizer.from_pretrained(stories_model)
-    found = build_contexts(text, tokenizer, "t", 64)["train"]
+    found = build_contexts(text, lambda: tokenizer, "t", 64)["train"]
     assert np.array_equal(found.tokens, naive(halves(0.3)["train"], tokenizer, 64, 1))
 
 
@@ -84,12 +84,12 @@ def test_long_documents_are_cut_at_line_ends(text, monkeypatch):
         assert "".join(pieces) == document
         assert all(len(piece) <= 40 for piece in pieces)
     assert list(module._pieces("a" * 39 + "\n" + "b" * 90)) == ["a" * 39 + "\n", "b" * 40, "b" * 40, "b" * 10]
-    found = build_contexts(text, BOS, "t", 32)["train"]  # a byte tokenizer does not care where it is cut
+    found = build_contexts(text, lambda: BOS, "t", 32)["train"]  # a byte tokenizer does not care where it is cut
     assert np.array_equal(found.tokens, naive(halves(0.3)["train"], BOS, 32, BOS.bos_token_id))
 
 
 def test_a_separator_of_special_tokens_becomes_those(text):
-    found = build_contexts(text.model_copy(update={"separator": "</s>"}), BOS, "t", 32)["train"]
+    found = build_contexts(text.model_copy(update={"separator": "</s>"}), lambda: BOS, "t", 32)["train"]
     ends = (found.tokens == BOS.eos_token_id).sum()
     assert abs(ends - len(halves(0.3)["train"])) <= 1  # the last may be in the remainder
 
@@ -97,47 +97,47 @@ def test_a_separator_of_special_tokens_becomes_those(text):
 def test_large_vocabularies_take_four_bytes(text):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"<extra{i}>" for i in range(1 << 16)])
-    assert build_contexts(text, tokenizer, "t", 32)["train"].tokens.dtype == np.uint32
+    assert build_contexts(text, lambda: tokenizer, "t", 32)["train"].tokens.dtype == np.uint32
 
 
 def test_equal_inputs_give_equal_digests_wherever_they_lie(text, tmp_path):
-    first = build_contexts(text, BOS, "t", 32)["train"]
+    first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     (tmp_path / "other.jsonl").write_text("\n".join(json.dumps({"body": document}) for document in DOCUMENTS))
     other = TextConfig(source=str(tmp_path / "other.jsonl"), field="body", cache=str(tmp_path / "elsewhere"), evaluation_fraction=0.3)
-    assert build_contexts(other, BOS, "t", 32)["train"].digest == first.digest
+    assert build_contexts(other, lambda: BOS, "t", 32)["train"].digest == first.digest
     different = [
-        build_contexts(text, BOS, "t", 32)["evaluation"],
-        build_contexts(text, BOS, "t", 48)["train"],
-        build_contexts(text.model_copy(update={"separator": "\n"}), BOS, "t", 32)["train"],
-        build_contexts(text.model_copy(update={"evaluation_fraction": 0.4}), BOS, "t", 32)["train"],
+        build_contexts(text, lambda: BOS, "t", 32)["evaluation"],
+        build_contexts(text, lambda: BOS, "t", 48)["train"],
+        build_contexts(text.model_copy(update={"separator": "\n"}), lambda: BOS, "t", 32)["train"],
+        build_contexts(text.model_copy(update={"evaluation_fraction": 0.4}), lambda: BOS, "t", 32)["train"],
     ]
     assert len({first.digest, *(c.digest for c in different)}) == 5
 
 
 def test_the_cache_is_used(text, monkeypatch):
-    first = build_contexts(text, BOS, "t", 32)["train"]
+    first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     monkeypatch.setattr(module, "_write_splits", lambda *_: pytest.fail("tokenised again"))
-    again = build_contexts(text, BOS, "t", 32)["train"]
+    again = build_contexts(text, lambda: BOS, "t", 32)["train"]
     assert again.digest == first.digest
     assert np.array_equal(again.tokens, first.tokens)
     assert not again.tokens.flags.writeable
-    build_contexts(text, BOS, "t", 32)["evaluation"]  # made in the same pass
+    build_contexts(text, lambda: BOS, "t", 32)["evaluation"]  # made in the same pass
     with pytest.raises(pytest.fail.Exception):
-        build_contexts(text, BOS, "another tokenizer", 32)["train"]
+        build_contexts(text, lambda: BOS, "another tokenizer", 32)["train"]
 
 
 def test_a_source_that_changes_is_tokenised_again(text, tmp_path):
-    first = build_contexts(text, BOS, "t", 32)["train"]
+    first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     dropped = halves(0.3)["train"][5]
     (tmp_path / "stories.txt").write_text("<|end|>".join(d for d in DOCUMENTS if d != dropped))
-    assert build_contexts(text, BOS, "t", 32)["train"].digest != first.digest
+    assert build_contexts(text, lambda: BOS, "t", 32)["train"].digest != first.digest
 
 
 @pytest.mark.parametrize("split", ["train", "evaluation"])
 def test_documents_of_contexts_equal_their_definition(text, split, monkeypatch):
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)  # documents in several pieces
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
-    found = build_contexts(text, BOS, "t", 32)[split]
+    found = build_contexts(text, lambda: BOS, "t", 32)[split]
     documents = halves(0.3)[split]
     owner = [i for i, document in enumerate(documents) for _ in BOS(document + "\n\n", split_special_tokens=True)["input_ids"]]
     expected = [(owner[i], owner[i + 30]) for i in range(0, len(owner) - 30, 31)]
@@ -150,7 +150,7 @@ def test_documents_of_contexts_equal_their_definition(text, split, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "no manifest", "half a manifest", "documents"])
 def test_damaged_files_are_made_anew_with_a_warning(text, tmp_path, damage):
-    first = build_contexts(text, BOS, "t", 32)["train"]
+    first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     expected = first.tokens.copy()
     (folder,) = (tmp_path / "cache").iterdir()
     path = folder / ("train.tokens" if damage in ("flipped", "truncated") else "train.documents" if damage == "documents" else "contexts.json")
@@ -161,7 +161,7 @@ def test_damaged_files_are_made_anew_with_a_warning(text, tmp_path, damage):
     if damage == "no manifest":
         path.unlink()
     with pytest.warns(RuntimeWarning, match="damaged"):
-        again = build_contexts(text, BOS, "t", 32)["train"]
+        again = build_contexts(text, lambda: BOS, "t", 32)["train"]
     assert again.digest == first.digest
     assert np.array_equal(again.tokens, expected)
 
@@ -169,16 +169,16 @@ def test_damaged_files_are_made_anew_with_a_warning(text, tmp_path, damage):
 def test_failure_leaves_nothing_behind(text, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_batches", lambda _: iter([[("train", "a story", True)], None]))
     with pytest.raises(TypeError):
-        build_contexts(text, BOS, "t", 32)["train"]
+        build_contexts(text, lambda: BOS, "t", 32)["train"]
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_writer_that_comes_second_takes_the_first_ones_files(text, tmp_path):
-    first = build_contexts(text, BOS, "t", 32)["train"]
+    first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     (folder,) = (tmp_path / "cache").iterdir()
     module._write_splits(folder, text, BOS, 32, None)
     assert list((tmp_path / "cache").iterdir()) == [folder]
-    assert build_contexts(text, BOS, "t", 32)["train"].digest == first.digest
+    assert build_contexts(text, lambda: BOS, "t", 32)["train"].digest == first.digest
 
 
 def test_contexts_travel_out_of_band():
@@ -190,29 +190,29 @@ def test_contexts_travel_out_of_band():
 
 
 def test_mapped_contexts_are_plain_arrays(text):
-    assert type(build_contexts(text, BOS, "t", 32)["train"].tokens) is np.ndarray
+    assert type(build_contexts(text, lambda: BOS, "t", 32)["train"].tokens) is np.ndarray
 
 
 def test_sources_that_cannot_be_split(text, tmp_path):
     with pytest.raises(UserError, match=r"a single document, .* set text.delimiter"):
-        build_contexts(text.model_copy(update={"delimiter": None}), BOS, "t", 32)["train"]
+        build_contexts(text.model_copy(update={"delimiter": None}), lambda: BOS, "t", 32)["train"]
     with pytest.raises(UserError, match=r"5 documents, all of them in one split, .* text\.delimiter"):
-        build_contexts(text.model_copy(update={"evaluation_fraction": 1e-9, "max_documents": 5}), BOS, "t", 32)["train"]
+        build_contexts(text.model_copy(update={"evaluation_fraction": 1e-9, "max_documents": 5}), lambda: BOS, "t", 32)["train"]
     (tmp_path / "stories.txt").write_text(" \n")
     with pytest.raises(UserError, match="holds no text"):
-        build_contexts(text, BOS, "t", 32)["train"]
+        build_contexts(text, lambda: BOS, "t", 32)["train"]
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written(text, tmp_path):
     with pytest.raises(UserError, match=r"text\.cache is"):
-        build_contexts(text.model_copy(update={"cache": str(tmp_path / "stories.txt")}), BOS, "t", 32)["train"]
+        build_contexts(text.model_copy(update={"cache": str(tmp_path / "stories.txt")}), lambda: BOS, "t", 32)["train"]
 
 
 def test_a_split_shorter_than_a_context(text):
-    short = build_contexts(text, BOS, "t", 1_000_000)["evaluation"]
+    short = build_contexts(text, lambda: BOS, "t", 1_000_000)["evaluation"]
     assert len(short) == 0
-    assert len(build_contexts(text, BOS, "t", 1_000_000)["train"]) == 0
+    assert len(build_contexts(text, lambda: BOS, "t", 1_000_000)["train"]) == 0
 
 
 def test_evaluation_fraction_is_kept():
@@ -246,11 +246,11 @@ def test_reading_stops_once_there_is_enough(text, monkeypatch):
     documents = module.documents
     monkeypatch.setattr(module, "documents", lambda config: (read.append(document) or document for document in documents(config)))
     enough = {"train": 20, "evaluation": 5}
-    some = build_contexts(text, BOS, "bytes", 32, enough)
+    some = build_contexts(text, lambda: BOS, "bytes", 32, enough)
     assert 0 < len(read) < len(DOCUMENTS) / 2
     assert all(len(some[split]) >= least for split, least in enough.items())
     for split, contexts in some.items():
-        whole = build_contexts(text, BOS, "bytes", 32)[split]
+        whole = build_contexts(text, lambda: BOS, "bytes", 32)[split]
         assert len(whole) > len(contexts)
         assert np.array_equal(whole[: len(contexts)], contexts[:])
         assert contexts.digest != whole.digest
