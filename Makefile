@@ -12,10 +12,10 @@ export TOKENIZERS_PARALLELISM = false
 sweep: $(VENV)/.installed  ## train the default sweep: 18 SAEs of the embedded language model
 	$(BIN)/python jobs/scaling_sweep.py $(ARGS)
 
-test: $(VENV)/.installed  ## run every test
-	RAY_AUTH_MODE=disabled $(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed  ## run the tests, of those that kill processes the short form
+	RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -m "not long" $(ARGS)
 
-faults: $(VENV)/.installed  ## kill everything: the tests of tests/faults with the full soak, ten minutes with each of three seeds
+faults: $(VENV)/.installed  ## kill everything: all of tests/faults, with the full soak, ten minutes with each of three seeds
 	RAY_AUTH_MODE=disabled SOAK_SECONDS=$(SOAK_SECONDS) SOAK_SEEDS=$(SOAK_SEEDS) $(BIN)/python -m pytest tests/faults -s $(ARGS)
 
 ui: $(VENV)/.installed  ## open the MLflow UI on the local results

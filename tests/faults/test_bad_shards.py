@@ -87,6 +87,7 @@ def test_skipped_by_every_sae_alike_whatever_dies(sweep: Callable[..., Sweep]) -
     assert all("loss" not in report for report in silent[1:]), "nothing was learnt meanwhile"
 
 
+@pytest.mark.long
 def test_stops_with_a_sentence(sweep: Callable[..., Sweep]) -> None:
     ours = sweep(stream__bad_shards="stop")
     assert ours.driver.wait(240) == 1, ours.log()

@@ -113,6 +113,7 @@ def test_machines_die(machines: Machines, sweep: Callable[..., Sweep], undisturb
     assert_same(ours, undisturbed(**LONG))
 
 
+@pytest.mark.long
 def test_a_machine_is_drained(machines: Machines, sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep]) -> None:
     """Before the deadline its trainers have written checkpoints and left, its producers have moved; then it dies, and nothing is on it."""
     drained = machines.add("both")

@@ -52,6 +52,7 @@ def test_killed(sweep: Start, undisturbed: Start, moment: float) -> None:
     assert_same(ours, undisturbed(**LONG))
 
 
+@pytest.mark.long
 def test_hung(sweep: Start, undisturbed: Start, moment: float) -> None:
     """Stopped, so that they are alive and silent: the producer is replaced and its process does not stay; the trainer is restarted from its
     checkpoints."""
@@ -89,6 +90,7 @@ def test_driver(sweep: Start, undisturbed: Start, moment: float) -> None:
     assert_same(ours, undisturbed())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "sentence"), [("producer", "room for a language model"), ("trainer", "room for the trainer resid_post.0-")])
 def test_no_room_is_said_within_bounded_time(kind: str, sentence: str, sweep: Start) -> None:
     """Somebody else has taken the place that a producer or a trainer needs: the sweep ends and says what is missing. (What could never fit is

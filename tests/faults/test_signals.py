@@ -59,6 +59,7 @@ def test_sigterm_and_a_second_ctrl_c(sweep: Callable[..., Sweep], undisturbed: C
     assert_same(one, undisturbed())
 
 
+@pytest.mark.long
 def test_ctrl_c_in_a_terminal(made: Path, tmp_path: Path, undisturbed: Callable[..., Sweep]) -> None:
     """A terminal sends SIGINT to the driver and to all that it has started and that is still in its group of processes, a Ray of its own included."""
     one = Sweep("none", made, tmp_path)

@@ -13,6 +13,7 @@ from tests.faults.harness import SHARD_ROWS, Sweep, assert_same
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
 
 
+@pytest.mark.long
 def test_two_sweeps_share_cluster_and_cache(sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep], tmp_path: Path) -> None:
     knobs = {"stream__cache": "on", "stream__cache_dir": tmp_path / "cache"}
     one = sweep(**knobs)
