@@ -180,9 +180,9 @@ def _half_trained(lab: Lab, chosen: Shown, findings: Findings) -> pd.DataFrame |
     made = lab.train("half", [chosen.hook_point], widths, k, lab.sweep.train.tokens // 2)
     table = regression_table(lab, made, regressions(lab, chosen.hook_point, made)).set_index("width")
     whole = chosen.table.set_index("width")
-    columns = ["fvu", "l0", "nonlinear_fvu", "r2_error", "r2_error_low", "r2_error_high", "r2_error_weighted", "r2_error_norm"]
-    columns += ["r2_error_rescaled", "r2_error_norm_rescaled"]
-    both = whole[columns].join(table[columns], rsuffix="_half", how="inner").reset_index()
+    columns = ["fvu", "l0", "nonlinear_fvu", "r2_error", "r2_error_weighted", "r2_error_norm", "r2_error_rescaled", "r2_error_norm_rescaled"]
+    ends = {f"{column}{end}": f"{column}_half{end}" for column in columns for end in ("", "_low", "_high")}
+    both = whole[columns].join(table[list(ends)].rename(columns=ends), how="inner").reset_index()
     findings.numbers["median/r2_error_half_trained"] = float(both["r2_error_half"].median())
     findings.numbers["median/r2_error_rescaled"] = float(both["r2_error_rescaled"].median())
     return both

@@ -16,6 +16,10 @@ def verdict(tables: dict, beginning: str) -> str:
     return next(claim.verdict for claim in decide(tables) if claim.text.startswith(beginning))
 
 
+def interval(**values: tuple[float, float, float]) -> dict[str, float]:
+    return {f"{name}{end}": value for name, ends in values.items() for end, value in zip(("_low", "", "_high"), ends, strict=True)}
+
+
 def scaling(nonlinear: np.ndarray, fvu: np.ndarray | None = None) -> dict:
     table = pd.DataFrame({"width": WIDTHS, "fvu": 0.1 + 8 * WIDTHS**-0.8 if fvu is None else fvu, "nonlinear_fvu": nonlinear})
     law, level = fit_power_law(table["width"], table["fvu"]), nonlinear_level(table["width"], table["nonlinear_fvu"], table["fvu"])
@@ -38,33 +42,59 @@ def test_flat_in_width() -> None:
 
 
 def regressions(**columns: float) -> pd.DataFrame:
-    values = {"r2_error": 0.5, "r2_error_rescaled": 0.5, "r2_error_norm": 0.9, "r2_norm_nonlinear": 0.5, "r2_error_norm_from_token": 0.3} | columns
-    row = {}
-    for name, value in values.items():
-        row |= {name: value, f"{name}_low": value - 0.02, f"{name}_high": value + 0.02}
-    return pd.DataFrame([row] * 4)
+    """Four SAEs alike, with intervals of ±0.02."""
+    values = {"r2_error": 0.5, "r2_error_norm": 0.9, "r2_norm_nonlinear": 0.5, "r2_error_norm_from_token": 0.3}
+    values |= {f"{name}{control}": value for name, value in values.items() for control in ("_rescaled", "_half_fit")} | columns
+    return pd.DataFrame([interval(**{name: (value - 0.02, value, value + 0.02) for name, value in values.items()})] * 4)
+
+
+def half_trained(value: float, norm: float) -> pd.DataFrame:
+    ends = {name: (v - 0.02, v, v + 0.02) for name, v in (("r2_error_half", value), ("r2_error_norm_half", norm))}
+    return pd.DataFrame([interval(**ends)])
 
 
 @pytest.mark.parametrize(
     ("columns", "half", "expected"),
     [
         ({}, 0.5, HOLDS),
-        ({}, None, UNTOLD),  # the control is missing
+        ({}, None, UNTOLD),  # a control is missing
         ({"r2_error_rescaled": 0.1}, 0.5, UNTOLD),  # it was shrinkage
+        ({"r2_error_half_fit": 0.1}, 0.5, UNTOLD),  # it was too few tokens for the fit
         ({}, 0.9, UNTOLD),  # it was short training
-        ({"r2_error": 0.1, "r2_error_rescaled": 0.1}, 0.1, FAILS),
+        ({"r2_error": 0.64}, 0.5, UNTOLD),  # its interval reaches over the border
+        ({"r2_error": 0.1, "r2_error_rescaled": 0.1, "r2_error_half_fit": 0.1}, 0.1, FAILS),
+        ({"r2_error": 0.1, "r2_error_rescaled": 0.1, "r2_error_half_fit": 0.1}, 0.34, UNTOLD),
     ],
 )
-def test_about_half_needs_both_controls(columns: dict, half: float | None, expected: str) -> None:
+def test_about_half_needs_every_control(columns: dict, half: float | None, expected: str) -> None:
     tables = {"regressions": regressions(**columns)}
     if half is not None:
-        tables["half_trained"] = pd.DataFrame({"r2_error_half": [half]})
+        tables["half_trained"] = half_trained(half, 0.9)
     assert verdict({"error_regression": tables}, "About half") == expected
 
 
+@pytest.mark.parametrize(
+    ("columns", "half", "expected"),
+    [
+        ({}, 0.9, HOLDS),
+        ({}, None, UNTOLD),
+        ({"r2_error_norm_rescaled": 0.6}, 0.9, UNTOLD),
+        ({"r2_error_norm_half_fit": 0.6}, 0.9, UNTOLD),
+        ({}, 0.6, UNTOLD),
+        ({"r2_error_norm": 0.86}, 0.9, UNTOLD),
+        ({"r2_error_norm": 0.6, "r2_error_norm_rescaled": 0.6, "r2_error_norm_half_fit": 0.6}, 0.6, FAILS),
+    ],
+)
+def test_the_norm_needs_every_control(columns: dict, half: float | None, expected: str) -> None:
+    tables = {"regressions": regressions(**columns)}
+    if half is not None:
+        tables["half_trained"] = half_trained(0.5, half)
+    claim = next(claim for claim in decide({"error_regression": tables}) if claim.text.startswith("The squared norm"))
+    assert claim.verdict == expected
+    assert all(words in claim.evidence for words in ("after the best rescaling", "half the contexts", "half the tokens"))
+
+
 def test_norms() -> None:
-    for value, expected in ((0.9, HOLDS), (0.6, FAILS), (0.86, UNTOLD)):
-        assert verdict({"error_regression": {"regressions": regressions(r2_error_norm=value)}}, "The squared norm of the error") == expected
     for value, expected in ((0.5, HOLDS), (0.9, FAILS)):
         assert verdict({"error_regression": {"regressions": regressions(r2_norm_nonlinear=value)}}, "‖ε‖² is predicted less") == expected
     for value, expected in ((0.5, HOLDS), (0.95, FAILS)):
@@ -77,10 +107,6 @@ def test_introduced_error() -> None:
     for own, expected in ((good, HOLDS), (bad, FAILS)):
         tables = {"introduced_error": {"correlations": own, "synthetic_correlations": good}}
         assert verdict(tables, "The estimates tell") == expected
-
-
-def interval(**values: tuple[float, float, float]) -> dict[str, float]:
-    return {f"{name}{end}": value for name, ends in values.items() for end, value in zip(("_low", "", "_high"), ends, strict=True)}
 
 
 def test_downstream() -> None:
