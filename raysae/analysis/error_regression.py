@@ -52,6 +52,8 @@ class ErrorRegression:
         …_half_fit                     the same with W fitted on every second context of A only
         r2_…_rescaled                  the same for e_α (see above)
         r2_error_norm, r2_norm_…       of ‖v‖² predicted from x, see NORMS; r2_error_norm_from_… see BASELINES
+        r2_error_norm_lead             r2_error_norm less the best of the other baselines
+        r2_norm_nonlinear_lack         r2_error_norm less r2_norm_nonlinear
     """
 
     numbers: dict[str, Estimate]
@@ -191,6 +193,9 @@ class _PassA:
         for name, target, by in _NORM_NUMBERS:
             if f"{target}_missed_{by}" in sums.sums:
                 values[name] = r2(sums, target, by)[0]
+        others = [values[name] for name in BASELINES.values() if name in values and name != "r2_error_norm"]
+        values["r2_error_norm_lead"] = values["r2_error_norm"] - torch.stack(others).amax(0)
+        values["r2_norm_nonlinear_lack"] = values["r2_error_norm"] - values["r2_norm_nonlinear"]
         return ErrorRegression(
             numbers={name: Estimate.of(replicates) for name, replicates in values.items()},
             probe=self.probe,

@@ -94,11 +94,21 @@ def test_the_norm_needs_every_control(columns: dict, half: float | None, expecte
     assert all(words in claim.evidence for words in ("after the best rescaling", "half the contexts", "half the tokens"))
 
 
-def test_norms() -> None:
-    for value, expected in ((0.5, HOLDS), (0.9, FAILS)):
-        assert verdict({"error_regression": {"regressions": regressions(r2_norm_nonlinear=value)}}, "‖ε‖² is predicted less") == expected
-    for value, expected in ((0.5, HOLDS), (0.95, FAILS)):
-        assert verdict({"error_regression": {"regressions": regressions(r2_error_norm_from_token=value)}}, "The activation says more") == expected
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([(0.1, 0.2, 0.3)] * 4, HOLDS),
+        ([(-0.3, -0.2, -0.1)] * 4, FAILS),
+        ([(-0.1, 0.05, 0.2)] * 4, UNTOLD),  # not clearly ahead is not behind
+        ([(0.1, 0.2, 0.3)] * 2 + [(-0.3, -0.2, -0.1)] * 2, UNTOLD),
+    ],
+)
+@pytest.mark.parametrize(
+    ("column", "claim"), [("r2_norm_nonlinear_lack", "‖ε‖² is predicted less"), ("r2_error_norm_lead", "The activation says more")]
+)
+def test_differences_are_judged_by_their_intervals(column: str, claim: str, ends: list, expected: str) -> None:
+    table = pd.concat([regressions(), pd.DataFrame([interval(**{column: each}) for each in ends])], axis=1)
+    assert verdict({"error_regression": {"regressions": table}}, claim) == expected
 
 
 def test_introduced_error() -> None:

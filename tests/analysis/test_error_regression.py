@@ -41,7 +41,7 @@ def naive(source: ArrayActivations, autoencoder) -> dict[str, float]:
     from_half = regressed(x["A"][halves], e["A"][halves], x["C"])
     residual = regressed(x["A"], rescaled["A"], x["C"])
     l0 = {split: reconstruct(autoencoder, x[split].float())[1] for split in "AC"}
-    return {
+    numbers = {
         "fvu": float(e["C"].square().sum() / variance),
         "nonlinear_fvu": float(epsilon["C"].square().sum() / variance),
         "linear_gap": float((e["C"].square().sum() - epsilon["C"].square().sum()) / variance),
@@ -64,6 +64,11 @@ def naive(source: ArrayActivations, autoencoder) -> dict[str, float]:
         "r2_error_norm_from_token_loss": baseline({split: gathered(source, split, "token_loss") for split in "AC"}),
         "r2_error_norm_from_x_norm": baseline({split: part.square().sum(1) for split, part in x.items()}),
         "r2_error_norm_from_l0": baseline(l0),
+    }
+    best = max(value for name, value in numbers.items() if name.startswith("r2_error_norm_from_"))
+    return numbers | {
+        "r2_error_norm_lead": numbers["r2_error_norm"] - best,
+        "r2_norm_nonlinear_lack": numbers["r2_error_norm"] - numbers["r2_norm_nonlinear"],
     }
 
 
