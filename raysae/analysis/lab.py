@@ -27,7 +27,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pandas as pd
 import ray
@@ -35,13 +34,13 @@ import torch
 
 from raysae.analysis.activations import StreamActivations, collect
 from raysae.analysis.figures import save
-from raysae.cli import from_flat
+from raysae.cli import INTERRUPTED, from_flat
 from raysae.config import ActivationSpec, AnalysisConfig, ErrorsConfig, ModelConfig, SweepConfig, UserError, digest, error_kind
 from raysae.lm.facts import hook_width
 from raysae.lm.model import LanguageModel
 from raysae.sae.base import SAE
 from raysae.sae.files import OWN
-from raysae.sae.importers import FILES, load_any, require_width
+from raysae.sae.importers import FILES, file_system, load_any, require_width
 from raysae.stream.producer import ENVIRONMENT
 from raysae.stream.shard import ShardMaker
 from raysae.sweep import cluster
@@ -157,7 +156,7 @@ def _subjects(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | No
 
 def _content(where: str) -> str:
     """What tells an SAE's files from others: our description of them, which has their checksums, or their names, sizes and times."""
-    files, path = fsspec.core.url_to_fs(where)
+    files, path = file_system(where)
     folder = path if files.isdir(path) else path.rpartition("/")[0]
     if files.exists(f"{folder}/{OWN}"):
         return hashlib.sha256(files.cat_file(f"{folder}/{OWN}")).hexdigest()[:16]
@@ -193,7 +192,7 @@ def _check_origin(found: Sequence[tuple[str, TrackedSAE | None]], settled: Plan,
     """
     streams = set()
     for where, _ in found:
-        files, path = fsspec.core.url_to_fs(where)
+        files, path = file_system(where)
         if not files.exists(f"{path}/cfg.json"):
             continue
         origin = json.loads(files.cat_file(f"{path}/cfg.json")).get("metadata") or {}
@@ -371,8 +370,12 @@ class Lab:
             again = (folder / "config.yaml").exists()
             print(f"{purpose}: {len(wanted)} SAEs to train" + (", going on with what was begun" if again else ""), flush=True)
             code = run_sweep(saved_config(config.output, config.study) if again else config, config.study if again else None, made_for=self.study)
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt
             if code:
-                raise KeyboardInterrupt if code == 130 else RuntimeError(f"the SAEs for {purpose} could not all be trained: see above")
+                raise UserError(
+                    f"the SAEs for {purpose} could not all be trained: the sweep {config.study} says above why; begun again, this goes on"
+                )
         return {
             name: Subject(name, str(folder / "saes" / name), sae.hook_point, sae.width, _content(str(folder / "saes" / name)), None, {}, {})
             for name, sae in wanted.items()

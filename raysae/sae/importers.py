@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import fsspec
 import numpy as np
 import torch
+from fsspec import AbstractFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,6 +34,7 @@ from torch import Tensor
 from raysae.config import SAEConfig, TrainConfig, UserError
 from raysae.sae.base import SAE
 from raysae.sae.files import CONFIG, OWN, TRANSFORMER_LENS, WEIGHTS, load_sae
+from raysae.storage import open_location
 
 SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG = "sae.safetensors", "params.npz", "params.safetensors", "ae.pt", "config.json"
 FILES = (OWN, CONFIG, WEIGHTS, SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG)
@@ -79,10 +80,24 @@ def require_width(named: NamedSAE, width: int) -> None:
 # ---------------------------------------------------------------- files
 
 
+def file_system(where: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a file or folder, local or at a URL, and its path there.
+
+    Raises:
+        UserError: nothing there, no such kind of storage, or storage that cannot be reached.
+    """
+    files, path = open_location("sae", where)
+    try:
+        there = files.exists(path)
+    except Exception as error:  # every kind of storage has errors of its own
+        raise UserError(f"{where} cannot be reached ({' '.join(str(error).split())[:200]}): name a folder, file or URL that can be") from error
+    if not there:
+        raise UserError(f"{where}: there is no such file or folder")
+    return files, path
+
+
 def _fetch(url: str, folder: Path) -> None:
-    files, path = fsspec.core.url_to_fs(url)
-    if not files.exists(path):
-        raise UserError(f"{url}: there is no such file or folder")
+    files, path = file_system(url)
     source = PurePosixPath(path) if files.isdir(path) else PurePosixPath(path).parent
     for name in FILES:
         if files.exists(str(source / name)):
@@ -130,6 +145,13 @@ class _Source:
     def optional_json(self, name: str) -> dict:
         return self.json(name) if (self.folder / name).exists() else {}
 
+    def section(self, content: dict, name: str) -> dict:
+        """An object inside a JSON file's `content`, empty where it is missing."""
+        found = content.get(name) or {}
+        if not isinstance(found, dict):
+            raise self.refused(f"its {name} is {found!r}, which is not a JSON object")
+        return found
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         path = self.folder / name
         try:
@@ -167,11 +189,10 @@ class _Parts:
 
 def _saelens(source: _Source) -> _Parts:
     config, tensors = source.json(CONFIG), source.tensors(WEIGHTS)
-    metadata = config.get("metadata") or {}
-    architecture = config.get("architecture", "standard")
+    metadata = source.section(config, "metadata")
+    architecture = str(config.get("architecture", "standard"))
     activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))  # up to version 5
-    arguments = config.get("activation_fn_kwargs") or {}
-    k = config.get("k", arguments.get("k"))
+    k = config.get("k", source.section(config, "activation_fn_kwargs").get("k"))
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
     elif architecture == "standard" and activation != "relu":
@@ -225,8 +246,8 @@ def _gemma_scope(source: _Source) -> _Parts:
 
 
 def _dictionary_learning(source: _Source) -> _Parts:
-    trainer, tensors = source.json(DICTIONARY_CONFIG).get("trainer") or {}, source.tensors(DICTIONARY)
-    kind = trainer.get("dict_class")
+    trainer, tensors = source.section(source.json(DICTIONARY_CONFIG), "trainer"), source.tensors(DICTIONARY)
+    kind = str(trainer.get("dict_class"))
     linear = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "b_dec"}
     plain = {name: name for name in _needed("jumprelu")}
     known = {
@@ -275,10 +296,10 @@ def _named(
 # ---------------------------------------------------------------- hook points
 
 
-def _from_transformer_lens(name: str | None) -> str | None:
+def _from_transformer_lens(name: object) -> str | None:
     """`blocks.3.hook_resid_post` → `resid_post.3`; raysae's own names stay."""
     for kind, pattern in TRANSFORMER_LENS.items():
-        if match := re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + rf"|{kind}\.(\d+)", name or ""):
+        if match := re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + rf"|{kind}\.(\d+)", str(name)):
             return f"{kind}.{match[1] or match[2]}"
     return None
 

@@ -103,6 +103,7 @@ def test_a_parameter_that_does_not_fit_is_told() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"sae": ["foo://x"]}, ["foo://x", "cannot be opened"]),
         ({"sae": ["/nowhere/sae"]}, ["/nowhere/sae", "neither a file or folder, nor in MLflow"]),
         ({"sweep": "nothing"}, ["tracking.uri", "no such database"]),
         ({}, ["tracking.uri", "no such database"]),
@@ -185,6 +186,14 @@ def test_saes_on_errors_are_trained_anew_where_the_probe_is_another(settings: di
     save_sae(SAE.build(load_sae(folder).config.model_copy(update={"seed": 1}), D, TrainConfig()), folder)
     train()
     assert len({config.study for config in swept}) == 3
+
+
+def test_a_sweep_that_fails_is_told_in_one_sentence(settings: dict, tmp_path: Path, swept: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = lab_of(settings, sae=[saved(tmp_path, 96)])
+    for code, error in ((1, UserError), (130, KeyboardInterrupt)):
+        monkeypatch.setattr("raysae.sweep.run.run_sweep", lambda *_, code=code, **__: code)
+        with pytest.raises(error):
+            lab.train("earlier", ["mlp_out.2"], [96], 8, 1000)
 
 
 # ---------------------------------------------------------------- parts

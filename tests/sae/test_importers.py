@@ -125,6 +125,10 @@ def test_saelens_before_version_6(x, tmp_path):
     ("config", "message"),
     [
         ({"architecture": "gated"}, "architecture is gated"),
+        ({"architecture": ["topk"]}, "architecture is .'topk'"),
+        ({"metadata": "blocks.3"}, "metadata is 'blocks.3', which is not a JSON object"),
+        ({"metadata": {"hook_name": 3}}, "name its hook point"),
+        ({"activation_fn": "topk", "activation_fn_kwargs": [16]}, "activation_fn_kwargs is .16., which is not"),
         ({"normalize_activations": "layer_norm"}, "layer_norm"),
         ({"activation_fn": "tanh-relu"}, "tanh-relu"),
         ({"architecture": "topk"}, "k is None"),
@@ -307,6 +311,13 @@ def test_dictionary_learning_refused(dict_class, trainer, message, tmp_path):
         load_any(tmp_path)
 
 
+def test_a_trainer_that_is_no_object_is_refused(tmp_path):
+    write_dictionary(tmp_path, "AutoEncoder", {})
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": "x"}))
+    with pytest.raises(UserError, match="trainer is 'x', which is not a JSON object"):
+        load_any(tmp_path)
+
+
 def test_pickled_code_is_not_run(tmp_path):
     write_dictionary(tmp_path, "AutoEncoder", {})
     torch.save({"encoder.weight": Path("x")}, tmp_path / "ae.pt")
@@ -345,6 +356,18 @@ def test_width_of_the_hook_point(tmp_path):
 def test_nothing_there(where):
     with pytest.raises(UserError, match="no such file or folder"):
         load_any(where)
+
+
+def test_urls_that_cannot_be_read(monkeypatch):
+    with pytest.raises(UserError, match="sae is 'foo://x', which cannot be opened"):
+        load_any("foo://x")
+
+    def no_network(*_):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.exists", no_network)
+    with pytest.raises(UserError, match="memory://sae cannot be reached"):
+        load_any("memory://sae")
 
 
 def test_not_an_sae(tmp_path):
