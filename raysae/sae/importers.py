@@ -224,9 +224,7 @@ def _sparsify(source: _Source) -> _Parts:
         activation = "signed topk" if config.get("signed") else config["activation"]
         raise source.refused(f"its activation is {activation}; raysae loads topk from sparsify")
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
-    hook_point = _from_module_path(
-        PurePosixPath(source.where).name if not source.where.endswith(SPARSIFY) else PurePosixPath(source.where).parent.name
-    )
+    hook_point = _from_module_path("".join(source.places[-1:]))
     return _Parts("topk", *_named(tensors, names), subtracts_b_dec=True, hook_point=hook_point, k=config.get("k"))
 
 
@@ -264,10 +262,7 @@ def _dictionary_learning(source: _Source) -> _Parts:
     if "threshold" in names and "threshold" in tensors and tensors["threshold"].ndim == 0 and names["b_enc"] in tensors:
         tensors["threshold"] = tensors["threshold"].expand_as(tensors[names["b_enc"]])  # BatchTopK has one for all latents
     k = trainer.get("k", tensors["k"].item() if "k" in tensors else None)
-    layer, place = trainer.get("layer"), str(trainer.get("submodule_name") or "resid_post")
-    kinds = {"resid": "resid_post", "mlp": "mlp_out", "attn": "attn_out", "attention": "attn_out"}
-    found = next((ours for theirs, ours in kinds.items() if place.startswith(theirs)), None)
-    hook_point = f"{found}.{layer}" if found and isinstance(layer, int) else None
+    hook_point = _from_submodule_name(str(trainer.get("submodule_name")))
     return _Parts(architecture, *_named(tensors, names, transposed), subtracts_b_dec=subtracts, hook_point=hook_point, k=k)
 
 
@@ -310,6 +305,14 @@ def _from_module_path(name: str) -> str | None:
     if match is None:
         return None
     return {None: "resid_post", "mlp": "mlp_out"}.get(match[2], "attn_out") + f".{match[1]}"
+
+
+def _from_submodule_name(name: str) -> str | None:
+    """`resid_post_layer_8` → `resid_post.8`, `mlp_layer_8` → `mlp_out.8`, `attn_layer_8` → `attn_out.8`: what dictionary_learning calls outputs."""
+    match = re.fullmatch(r"(resid_post|mlp|attn|attention)_layer_(\d+)", name)
+    if match is None:
+        return None
+    return {"resid_post": "resid_post", "mlp": "mlp_out"}.get(match[1], "attn_out") + f".{match[2]}"
 
 
 def _from_gemma(source: _Source, config: dict) -> str | None:

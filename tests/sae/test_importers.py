@@ -233,11 +233,14 @@ def write_sparsify(folder: Path, dtype: torch.dtype = torch.float32, extra: dict
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("hookpoint", "hook_point"), [("layers.5", "resid_post.5"), ("layers.5.mlp", "mlp_out.5"), ("h.2.attn", "attn_out.2")])
-def test_sparsify(hookpoint, hook_point, dtype, x, tmp_path):
+def test_sparsify(hookpoint, hook_point, dtype, x, tmp_path, monkeypatch):
     """SparseCoder.encode and decode: b_dec is subtracted, ReLU, then the k largest."""
     w = {name: tensor.double() for name, tensor in write_sparsify(tmp_path / "sae-pythia" / hookpoint, dtype).items()}
     codes = top(((x.double() - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]).relu())
-    check(tmp_path / "sae-pythia" / hookpoint, f"sae-pythia_{hookpoint}", hook_point, x, codes, codes @ w["W_dec"] + w["b_dec"])
+    folder = tmp_path / "sae-pythia" / hookpoint
+    monkeypatch.chdir(folder)
+    for where in (folder, folder / "cfg.json", folder / "sae.safetensors", "."):
+        check(where, f"sae-pythia_{hookpoint}", hook_point, x, codes, codes @ w["W_dec"] + w["b_dec"])
 
 
 @pytest.mark.parametrize(
@@ -309,6 +312,30 @@ def test_dictionary_learning_refused(dict_class, trainer, message, tmp_path):
     write_dictionary(tmp_path, dict_class, tensors, k=K, **trainer)
     with pytest.raises(UserError, match=message):
         load_any(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("submodule_name", "hook_point"),
+    [
+        ("resid_post_layer_8", "resid_post.8"),
+        ("mlp_layer_3", "mlp_out.3"),
+        ("attn_layer_0", "attn_out.0"),
+        ("attention_layer_12", "attn_out.12"),
+        ("resid_pre_layer_8", None),
+        ("mlp_in_layer_3", None),
+        ("resid_post", None),
+        (None, None),
+    ],
+)
+def test_places_of_dictionary_learning_are_not_guessed(submodule_name, hook_point, tmp_path):
+    w = weights()
+    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T, "b_dec": w["b_dec"]}
+    write_dictionary(tmp_path, "AutoEncoderTopK", tensors, k=K, submodule_name=submodule_name)
+    if hook_point:
+        assert load_any(tmp_path).sae.config.hook_point == hook_point
+    else:
+        with pytest.raises(UserError, match="name its hook point"):
+            load_any(tmp_path)
 
 
 def test_a_trainer_that_is_no_object_is_refused(tmp_path):
