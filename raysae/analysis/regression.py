@@ -97,6 +97,8 @@ class Moments:
 
     def merge(self, other: Moments) -> None:
         """Add the rows that `other` has seen."""
+        if other.rows == 0:
+            return
         if self.rows == 0:
             self.rows, self.mean, self.xx = other.rows, other.mean, other.xx
             self.target_mean, self.xy = dict(other.target_mean), dict(other.xy)

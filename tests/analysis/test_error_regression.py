@@ -99,6 +99,12 @@ def test_company_does_not_change_a_result():
     assert alone == pytest.approx(together, nan_ok=True, abs=1e-12)
 
 
+def test_one_context_in_a_split():
+    """The odd half of A is then empty."""
+    numbers = error_regression(activations(contexts=3), HOOK, {"a": sae(width=8)}, replicates=5)["a"].numbers
+    assert numbers["r2_error"].value == numbers["r2_error_half_fit"].value
+
+
 def test_planted_linear_error_is_all_found():
     """Sae(x) = x·M: the error x(1 − M) is linear, so nothing is left."""
     mixing = 0.7 * torch.eye(12) + 0.1 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))

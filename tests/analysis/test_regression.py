@@ -63,6 +63,9 @@ def test_chunks_and_merging_do_not_matter():
     torch.testing.assert_close(empty.xy["y"], whole.xy["y"])
     torch.testing.assert_close(empty.target_mean["norm"], whole.target_mean["norm"])
     assert first.rows == 400
+    first.merge(Moments())
+    assert first.rows == 400
+    assert first.solve().maps.keys() == {"y", "norm"}
 
 
 @pytest.mark.parametrize("case", ["duplicated", "constant", "sum of others", "fewer rows than columns", "all constant"])
