@@ -178,16 +178,22 @@ def _told_apart(tables: Tables) -> tuple[Verdict, str]:
     return (HOLDS if all(verdicts) else FAILS), "; ".join(seen)
 
 
-@_claim("downstream_loss", "The nonlinear part's share of the cross-entropy is proportional to its share of the error.", "about as much as its norm")
+@_claim(
+    "downstream_loss",
+    "The nonlinear part's share of the cross-entropy is proportional to its share of the error.",
+    "about as much as its share of the norm",
+)
 def _proportional(tables: Tables) -> tuple[Verdict, str]:
     table = tables["downstream_loss"]["downstream"].dropna(subset=["recovered_nonlinear"])
     if table.empty:
         return UNTOLD, "no SAE costs the model 0.01 nats"
-    ends = {end: float((table[f"recovered_nonlinear{end}"] / table["variance_share_nonlinear"]).median()) for end in ("_low", "", "_high")}
-    seen = f"median: putting ε back recovers {table['recovered_nonlinear'].median():.0%} of the lost cross-entropy; ε is "
-    seen += f"{table['variance_share_nonlinear'].median():.0%} of the error's variance and {table['norm_share_nonlinear'].median():.0%} of its norm; "
-    seen += f"share of cross-entropy / share of variance {ends['']:.2f} [{ends['_low']:.2f}, {ends['_high']:.2f}]"
-    return _within(ends["_low"], ends["_high"], PROPORTIONAL), seen
+    seen, verdicts = [f"median: putting ε back recovers {table['recovered_nonlinear'].median():.0%} of the lost cross-entropy"], []
+    for size in ("norm", "variance"):
+        share = table[f"{size}_share_nonlinear"]
+        low, value, high = (float((table[f"recovered_nonlinear{end}"] / share).median()) for end in ("_low", "", "_high"))
+        verdicts.append(_within(low, high, PROPORTIONAL))
+        seen.append(f"ε is {share.median():.0%} of the error's {size}: ratio {value:.2f} [{low:.2f}, {high:.2f}]")
+    return _unanimous(verdicts), f"{'; '.join(seen)} ({PROPORTIONAL[0]:g} to {PROPORTIONAL[1]:g} counts as proportional)"
 
 
 @_claim("error_saes", "SAEs trained on ε reconstruct worse than SAEs trained on ê.", "worse on ε")

@@ -119,12 +119,19 @@ def test_introduced_error() -> None:
         assert verdict(tables, "The estimates tell") == expected
 
 
-def test_downstream() -> None:
-    shares = {"variance_share_nonlinear": 0.5, "norm_share_nonlinear": 0.7}
-    for ends, expected in (((0.45, 0.5, 0.55), HOLDS), ((0.1, 0.15, 0.2), FAILS), ((0.3, 0.45, 0.6), UNTOLD)):
-        table = pd.DataFrame([shares | interval(recovered_nonlinear=ends)])
-        assert verdict({"downstream_loss": {"downstream": table}}, "The nonlinear part's share") == expected
-    nothing_lost = pd.DataFrame([shares | interval(recovered_nonlinear=(np.nan, np.nan, np.nan))])
+@pytest.mark.parametrize(
+    ("ends", "norm", "expected"),
+    [
+        ((0.45, 0.5, 0.55), 0.52, HOLDS),
+        ((0.45, 0.5, 0.55), 0.8, UNTOLD),  # proportional to its variance, not to its norm
+        ((0.1, 0.15, 0.2), 0.7, FAILS),
+        ((0.3, 0.45, 0.6), 0.5, UNTOLD),
+    ],
+)
+def test_downstream(ends: tuple, norm: float, expected: str) -> None:
+    table = pd.DataFrame([{"variance_share_nonlinear": 0.5, "norm_share_nonlinear": norm} | interval(recovered_nonlinear=ends)])
+    assert verdict({"downstream_loss": {"downstream": table}}, "The nonlinear part's share") == expected
+    nothing_lost = table.assign(recovered_nonlinear=np.nan)
     assert verdict({"downstream_loss": {"downstream": nothing_lost}}, "The nonlinear part's share") == UNTOLD
 
 
