@@ -205,6 +205,17 @@ def _saelens(source: _Source) -> _Parts:
         raise source.refused(f"it normalises activations ({normalised}), which is not folded into its weights: fold it in SAELens and save it again")
     if "scaling_factor" in tensors or "finetuning_scaling_factor" in tensors:
         raise source.refused("it has a fine-tuning scaling factor, which raysae does not apply")
+    said = config | metadata  # beside each other up to version 5
+    processed = source.section(said, "model_from_pretrained_kwargs")
+    for option in ("center_writing_weights", "fold_ln"):
+        if processed.get(option):
+            raise source.refused(
+                f"it was trained on activations of processed weights ({option}), which the model's own weights do not give: name an SAE of a model "
+                "loaded without processing"
+            )
+    head = next((said[name] for name in ("hook_head_index", "hook_point_head_index") if said.get(name) is not None), None)
+    if head is not None:
+        raise source.refused(f"it was trained on attention head {head} alone; raysae's hook points hold all heads")
     hook_name = metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point")
     return _Parts(
         known[architecture],

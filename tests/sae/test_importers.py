@@ -115,7 +115,8 @@ def test_saelens_before_version_6(x, tmp_path):
     tensors = saelens_tensors()
     write_saelens(tmp_path / "old", tensors)
     old = {"d_in": D, "d_sae": N, "dtype": "torch.float32", "hook_point": "blocks.2.attn.hook_z", "activation_fn_str": "topk",
-           "activation_fn_kwargs": {"k": K}, "normalize_activations": False}  # fmt: skip
+           "activation_fn_kwargs": {"k": K}, "normalize_activations": False, "hook_head_index": None,
+           "model_from_pretrained_kwargs": {"center_writing_weights": False}}  # fmt: skip
     (tmp_path / "old" / "cfg.json").write_text(json.dumps(old))
     codes = top((x.double() - tensors["b_dec"]) @ tensors["W_enc"].double() + tensors["b_enc"]).relu()
     check(tmp_path / "old", "old", "attn_z.2", x, codes, codes @ tensors["W_dec"].double() + tensors["b_dec"])
@@ -126,6 +127,9 @@ def test_saelens_before_version_6(x, tmp_path):
     [
         ({"architecture": "gated"}, "architecture is gated"),
         ({"architecture": ["topk"]}, "architecture is .'topk'"),
+        ({"metadata": {"hook_name": "blocks.3.hook_resid_post", "model_from_pretrained_kwargs": {"fold_ln": True}}}, "processed weights .fold_ln"),
+        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "processed weights .center_writing_weights"),
+        ({"metadata": {"hook_name": "blocks.3.attn.hook_z", "hook_head_index": 0}}, "attention head 0"),
         ({"metadata": "blocks.3"}, "metadata is 'blocks.3', which is not a JSON object"),
         ({"metadata": {"hook_name": 3}}, "name its hook point"),
         ({"activation_fn": "topk", "activation_fn_kwargs": [16]}, "activation_fn_kwargs is .16., which is not"),
