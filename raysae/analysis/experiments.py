@@ -31,7 +31,7 @@ from raysae.analysis.per_token_scaling import token_lines
 from raysae.analysis.pursuit import pursuit as pursue
 from raysae.analysis.regression import Linear, save_linear
 from raysae.analysis.report import write_report
-from raysae.config import ERROR_KINDS, AnalysisConfig, ErrorsConfig, ModelConfig, UserError
+from raysae.config import ERROR_KINDS, AnalysisConfig, ErrorsConfig, ModelConfig, SAEConfig, UserError
 from raysae.lm.tokenizer import load_tokenizer
 from raysae.text.contexts import Contexts
 
@@ -171,13 +171,19 @@ def error_regression(lab: Lab) -> Findings:
 
 
 def _half_trained(lab: Lab, chosen: Shown, findings: Findings) -> pd.DataFrame | None:
-    """The SAEs of the figure trained anew on half the tokens, beside the whole ones. TopK of about the same L0, whatever the others are."""
-    if not any(sae.run_id for sae in chosen.saes.values()):
-        findings.notes.append("the control with half the training tokens was left out: it trains SAEs as a sweep has, and these are no sweep's")
+    """The SAEs of the figure trained anew on half the tokens, with all else as it was, beside the whole ones."""
+    configs = [sae.config for sae in chosen.saes.values()]
+    if None in configs:
+        findings.notes.append(
+            "the control with half the training tokens was left out: it trains SAEs as a sweep has, and some of these are no sweep's"
+        )
         return None
-    k = max(1, round(float(chosen.table["l0"].median())))
-    widths = [width for width in chosen.table["width"] if width >= k]
-    made = lab.train("half", [chosen.hook_point], widths, k, lab.sweep.train.tokens // 2)
+    alike: dict[tuple, list[SAEConfig]] = {}  # one sweep for all that differ in width alone
+    for config in configs:
+        alike.setdefault(tuple(config.model_dump(exclude={"width"}).values()), []).append(config)
+    made: dict[str, Subject] = {}
+    for group in alike.values():
+        made |= lab.train("half", [chosen.hook_point], [config.width for config in group], group[0], lab.sweep.train.tokens // 2)
     table = regression_table(lab, made, regressions(lab, chosen.hook_point, made)).set_index("width")
     whole = chosen.table.set_index("width")
     columns = ["fvu", "l0", "nonlinear_fvu", "r2_error", "r2_error_weighted", "r2_error_norm", "r2_error_rescaled", "r2_error_norm_rescaled"]
@@ -331,12 +337,12 @@ def error_saes(lab: Lab) -> Findings:
     chosen = shown(lab)
     sae = chosen.central
     recorded = lab.record([chosen.hook_point])
-    k = _k(chosen, sae)
+    like = _topk(lab, chosen, sae)
     probe = lab.folder / "probes" / f"{sae.name}.safetensors"
     probe.parent.mkdir(parents=True, exist_ok=True)
     save_linear({"probe": chosen.probes[sae.name]}, probe)
     hooks = [f"{chosen.hook_point}.{kind}" for kind in ERROR_KINDS]
-    made = lab.train("errors", hooks, [sae.width], k, lab.train_tokens, ErrorsConfig(sae=sae.where, probe=str(probe)))
+    made = lab.train("errors", hooks, [sae.width], like, lab.train_tokens, ErrorsConfig(sae=sae.where, probe=str(probe)))
     trained = {subject.hook_point.rpartition(".")[2]: subject for subject in made.values()}
     part = Part(
         "error_saes", lab.key(sae, *trained.values()), _compare_errors, (recorded, sae, chosen.probes[sae.name], trained, lab.replicates, lab.seed)
@@ -394,7 +400,7 @@ def earlier_layers(lab: Lab) -> Findings:
     there = {chosen.hook_point: sae} | {hook: _alike(lab, hook, sae) for hook in with_saes if lab.of(hook)}
     lacking = [hook for hook in with_saes if hook not in there]
     if lacking:
-        made = lab.train("earlier", lacking, [sae.width], _k(chosen, sae), lab.train_tokens)
+        made = lab.train("earlier", lacking, [sae.width], _topk(lab, chosen, sae), lab.train_tokens)
         there |= {subject.hook_point: subject for subject in made.values()}
     recorded = lab.record([chosen.hook_point, *hooks])
     part = Part("earlier_layers", lab.key(*there.values(), hooks=hooks), _predict, (recorded, chosen.hook_point, there, lab.replicates, lab.seed))
@@ -508,10 +514,11 @@ def _ascii(target: str) -> str:
     return {"e": "error", "ê": "linear", "ε": "nonlinear"}[target]
 
 
-def _k(chosen: Shown, sae: Subject) -> int:
-    """The L0 of `sae`, as a TopK SAE's k."""
+def _topk(lab: Lab, chosen: Shown, sae: Subject) -> SAEConfig:
+    """A TopK SAE of the width and L0 of `sae`."""
     l0 = float(chosen.table.set_index("sae").loc[sae.name, "l0"])
-    return min(sae.width, max(1, round(l0)))
+    k = min(sae.width, max(1, round(l0)))
+    return SAEConfig(architecture="topk", hook_point=sae.hook_point, width=sae.width, k=k, learning_rate=lab.sweep.learning_rates[0])
 
 
 def _model(lab: Lab) -> str:

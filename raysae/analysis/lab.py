@@ -35,7 +35,7 @@ import torch
 from raysae.analysis.activations import StreamActivations, collect
 from raysae.analysis.figures import save
 from raysae.cli import INTERRUPTED, from_flat
-from raysae.config import ActivationSpec, AnalysisConfig, ErrorsConfig, ModelConfig, SweepConfig, UserError, digest, error_kind
+from raysae.config import ActivationSpec, AnalysisConfig, ErrorsConfig, ModelConfig, SAEConfig, SweepConfig, UserError, digest, error_kind
 from raysae.lm.facts import hook_width
 from raysae.lm.model import LanguageModel
 from raysae.sae.base import SAE
@@ -72,6 +72,11 @@ class Subject:
     run_id: str | None
     params: Mapping[str, str]
     metrics: Mapping[str, float]
+
+    @property
+    def config(self) -> SAEConfig | None:
+        """What a sweep trained it as; None where no sweep of ours has."""
+        return from_flat(SAEConfig, self.params) if self.run_id else None
 
     def load(self) -> SAE:
         """The folded SAE, on the GPU that Ray has given this process, if any."""
@@ -345,16 +350,21 @@ class Lab:
     # ---------------------------------------------------------------- SAEs that the sweep lacks
 
     def train(
-        self, purpose: str, hook_points: Sequence[str], widths: Sequence[int], k: int, tokens: int, errors: ErrorsConfig | None = None
+        self, purpose: str, hook_points: Sequence[str], widths: Sequence[int], like: SAEConfig, tokens: int, errors: ErrorsConfig | None = None
     ) -> dict[str, Subject]:
-        """TopK SAEs of every width at every hook point, by name, trained by one sweep with the settings of the study's own; kept beside the study."""
-        rate = self.sweep.learning_rates[0]
+        """SAEs of every width at every hook point, otherwise like `like`, by name, trained by one sweep with the settings of the study's own; kept
+        beside the study.
+
+        Raises:
+            UserError: some of them could not be trained.
+        """
         train = self.sweep.train.model_copy(update={"tokens": tokens, "reports": 2})
         config = self.sweep.model_copy(
             update={
-                "hook_points": list(hook_points), "architectures": ["topk"], "widths": list(widths), "k": [k], "learning_rates": [rate], "seeds": [0],
-                "search": "grid", "scheduler": "none", "train": train, "errors": errors or ErrorsConfig(),
-                "evaluation": self.sweep.evaluation.model_copy(update={"predicted_tokens": 0}),
+                "hook_points": list(hook_points), "architectures": [like.architecture], "widths": list(widths),
+                "k": [] if like.k is None else [like.k], "sparsities": [] if like.sparsity is None else [like.sparsity],
+                "learning_rates": [like.learning_rate], "seeds": [like.seed], "search": "grid", "scheduler": "none", "train": train,
+                "errors": errors or ErrorsConfig(), "evaluation": self.sweep.evaluation.model_copy(update={"predicted_tokens": 0}),
             }
         )  # fmt: skip
         wanted = {sae.name: sae for sae in config.saes()}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import ray
 import torch
 
+from raysae.analysis import experiments
 from raysae.analysis.experiments import regressions
-from raysae.analysis.lab import Lab, Part
+from raysae.analysis.lab import Lab, Part, Subject
 from raysae.cli import from_flat
 from raysae.config import AnalysisConfig, ErrorsConfig, SAEConfig, SweepConfig, TrainConfig, UserError
 from raysae.sae.base import SAE
@@ -18,6 +21,7 @@ from raysae.sae.files import load_sae, save_sae
 from raysae.tracking.runs import flatten
 
 D, HOOK = 64, "resid_post.2"  # of stories260K
+TOPK = SAEConfig(hook_point=HOOK, width=96, k=8, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +178,7 @@ def test_saes_on_errors_are_trained_anew_where_the_probe_is_another(settings: di
     lab, probe = lab_of(settings, sae=[folder]), tmp_path / "probe.safetensors"
 
     def train() -> str:
-        (made,) = lab.train("errors", [f"{HOOK}.linear"], [96], 8, 1000, ErrorsConfig(sae=folder, probe=str(probe))).values()
+        (made,) = lab.train("errors", [f"{HOOK}.linear"], [96], TOPK, 1000, ErrorsConfig(sae=folder, probe=str(probe))).values()
         return made.where
 
     probe.write_bytes(b"one")
@@ -193,7 +197,33 @@ def test_a_sweep_that_fails_is_told_in_one_sentence(settings: dict, tmp_path: Pa
     for code, error in ((1, UserError), (130, KeyboardInterrupt)):
         monkeypatch.setattr("raysae.sweep.run.run_sweep", lambda *_, code=code, **__: code)
         with pytest.raises(error):
-            lab.train("earlier", ["mlp_out.2"], [96], 8, 1000)
+            lab.train("earlier", ["mlp_out.2"], [96], TOPK, 1000)
+
+
+def test_half_trained_controls_differ_in_tokens_alone(settings: dict, tmp_path: Path, swept: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = lab_of(settings, sae=[saved(tmp_path, 96)])
+    relu = SAEConfig(architecture="relu", hook_point=HOOK, width=96, sparsity=1.0, learning_rate=3e-4)
+    given = [relu, relu.model_copy(update={"width": 128}), relu.model_copy(update={"width": 192, "sparsity": 3.0, "seed": 2})]
+    saes = {c.name: Subject(c.name, "", HOOK, c.width, "", "run", {k: str(v) for k, v in c.model_dump(exclude_none=True).items()}, {}) for c in given}
+
+    def table(lab: Lab, saes: dict, found: dict) -> pd.DataFrame:
+        numbers = ("fvu", "l0", "nonlinear_fvu", "r2_error", "r2_error_weighted", "r2_error_norm", "r2_error_rescaled", "r2_error_norm_rescaled")
+        row = {f"{name}{end}": 0.5 for name in numbers for end in ("", "_low", "_high")}
+        return pd.DataFrame([{"width": sae.width} | row for sae in saes.values()])
+
+    monkeypatch.setattr(experiments, "regressions", lambda *_: {})
+    monkeypatch.setattr(experiments, "regression_table", table)
+    findings = experiments.Findings("error_regression", [], pd.DataFrame())
+    both = experiments._half_trained(lab, experiments.Shown(HOOK, table(lab, saes, {}), {}, saes), findings)
+    assert sorted(both["width"]) == [96, 128, 192]
+    assert {"r2_error_half", "r2_error_half_low", "r2_error_norm_half_high"} <= set(both)
+    assert sorted(sae.name for config in swept for sae in config.saes()) == sorted(saes)
+    assert len(swept) == 2, "those of different widths in one sweep"
+    assert all(config.train == lab.sweep.train.model_copy(update={"tokens": lab.sweep.train.tokens // 2, "reports": 2}) for config in swept)
+
+    saes[relu.name] = replace(saes[relu.name], run_id=None)  # of no sweep
+    assert experiments._half_trained(lab, experiments.Shown(HOOK, table(lab, saes, {}), {}, saes), findings) is None
+    assert "was left out" in findings.notes[-1]
 
 
 # ---------------------------------------------------------------- parts
