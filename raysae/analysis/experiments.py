@@ -111,9 +111,14 @@ class Shown:
         return list(self.saes.values())[(len(self.saes) - 1) // 2]
 
 
+def main_hook_point(lab: Lab) -> str:
+    """The one with the most SAEs."""
+    return max(lab.hook_points, key=lambda hook: len(lab.of(hook)))
+
+
 def shown(lab: Lab) -> Shown:
-    """Of the hook point with the most SAEs, and of the architecture with the most there."""
-    hook_point = max(lab.hook_points, key=lambda hook: len(lab.of(hook)))
+    """Of the main hook point, and of the architecture with the most SAEs there."""
+    hook_point = main_hook_point(lab)
     saes = lab.of(hook_point)
     found = regressions(lab, hook_point, saes)
     table = regression_table(lab, saes, found)
@@ -479,7 +484,7 @@ def run_all(config: AnalysisConfig, given: Mapping[str, Any]) -> int:
     began = time.monotonic()
     lab = Lab(config, given)
     print(f"Study {lab.study}: {len(lab.saes)} SAEs at {', '.join(lab.hook_points)}", flush=True)
-    lab.record(list(dict.fromkeys([*lab.hook_points, *_earlier(lab, lab.hook_points[0])])))  # one pass of the language model for all of them
+    lab.record(list(dict.fromkeys([*lab.hook_points, *_earlier(lab, main_hook_point(lab))])))  # one pass of the language model for all of them
     found: dict[str, Findings] = {}
     for analysis in ANALYSES:
         started = time.monotonic()

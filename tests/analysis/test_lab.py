@@ -80,7 +80,11 @@ def test_saes_in_folders_take_model_and_text_from_the_settings(settings: dict, t
 
 def test_of_several_hook_points_those_named(settings: dict, tmp_path: Path) -> None:
     folders = [saved(tmp_path, 96), saved(tmp_path, 128, hook_point="mlp_out.1")]
-    assert lab_of(settings, sae=folders).hook_points == [HOOK, "mlp_out.1"]
+    lab = lab_of(settings, sae=folders)
+    assert lab.hook_points == [HOOK, "mlp_out.1"]
+    assert experiments.main_hook_point(lab) == HOOK
+    more = saved(tmp_path, 192, hook_point="mlp_out.1")
+    assert experiments.main_hook_point(lab_of(settings, sae=[*folders, more])) == "mlp_out.1"
 
 
 def test_a_sweeps_parameters_give_its_config_back() -> None:
