@@ -36,7 +36,7 @@ from raysae.analysis.activations import StreamActivations, collect
 from raysae.analysis.figures import save
 from raysae.cli import INTERRUPTED, from_flat
 from raysae.config import ActivationSpec, AnalysisConfig, ErrorsConfig, ModelConfig, SAEConfig, SweepConfig, UserError, digest, error_kind
-from raysae.lm.facts import hook_width
+from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.lm.model import LanguageModel
 from raysae.sae.base import SAE
 from raysae.sae.files import OWN
@@ -189,8 +189,8 @@ def _settings(config: AnalysisConfig, given: Mapping[str, Any], found: Sequence[
     return name, sweep.model_copy(update=sections), bool(tracked)
 
 
-def _check_origin(found: Sequence[tuple[str, TrackedSAE | None]], settled: Plan, swept: bool) -> str | None:
-    """A warning, where a sweep's SAEs were trained on another stream than the settings give now.
+def _check_origin(found: Sequence[tuple[str, TrackedSAE | None]], settled: Plan, stream: str | None) -> str | None:
+    """A warning, where a sweep's SAEs were not trained on the stream that its settings give now, of hash `stream` (None where there is no sweep).
 
     Raises:
         UserError: on other weights than the model has.
@@ -207,7 +207,7 @@ def _check_origin(found: Sequence[tuple[str, TrackedSAE | None]], settled: Plan,
                 "SAEs again"
             )
         streams.add(origin.get("activation_spec"))
-    if not swept or settled.training.hash in streams or streams <= {None}:
+    if stream is None or stream in streams or streams <= {None}:
         return None
     return (
         "These SAEs were trained on another stream than their sweep's settings give now: the text has changed since, or the command line changes it, "
@@ -238,7 +238,7 @@ class Lab:
         self.study, sweep, swept = _settings(config, given, found)
         self.config, self.sweep = config, with_absolute_paths(sweep)
         self.saes = {sae.name: sae for sae in _subjects(config, found)}
-        self.plan = self._plan(swept)
+        self.plan, self.stream = self._plan(swept)
         facts = self.plan.facts
         for sae in self.saes.values():
             d = hook_width(sae.hook_point, facts)
@@ -246,17 +246,26 @@ class Lab:
                 require_width(load_any(sae.where, sae.hook_point), d)
         self.folder = Path(self.sweep.output) / self.study / "analysis"
         self.replicates, self.seed = config.replicates, config.seed
-        self.warning = _check_origin(found, self.plan, swept)
+        self.warning = _check_origin(found, self.plan, self.stream if swept else None)
         if self.warning:
             print(f"Warning: {self.warning}", file=sys.stderr)
 
-    def _plan(self, swept: bool) -> Plan:
+    def _plan(self, swept: bool) -> tuple[Plan, str]:
+        """The settled plan, with text for the held-out tokens that are wanted, and the hash of the stream that the settings train SAEs on: of a
+        dataset, more text may be read here than a sweep has read."""
         update: dict[str, Any] = {"hook_points": self.hook_points}
         if not swept:  # nothing is trained unless an analysis asks for it
             update["train"] = self.sweep.train.model_copy(update={"tokens": 1})
-            tokens = self.config.tokens if self.sweep.text.source.startswith("hf:") else None  # of a dataset, as much text as is needed is read
-            update["evaluation"] = self.sweep.evaluation.model_copy(update={"rows": tokens or 1})
-        return plan(self.sweep.model_copy(update=update))
+            update["evaluation"] = self.sweep.evaluation.model_copy(update={"rows": 1})
+        sweep = self.sweep.model_copy(update=update)
+        settled = plan(sweep, self.config.tokens or self._usual(model_facts(sweep.model)))
+        as_trained = plan(sweep) if swept and sweep.text.source.startswith("hf:") else settled
+        return settled, as_trained.training.hash
+
+    def _usual(self, facts: ModelFacts) -> int:
+        """Held-out tokens where none are asked for."""
+        widest = max(hook_width(hook_point, facts) for hook_point in self.hook_points)
+        return 3 * min(max(ROWS_PER_DIMENSION * widest, FEWEST_ROWS), MOST_ROWS)
 
     @property
     def hook_points(self) -> list[str]:
@@ -270,9 +279,8 @@ class Lab:
     def shards(self) -> int:
         """How many held-out shards are recorded."""
         spec = self.plan.evaluation
-        widest = max(self.plan.widths.values())
-        usual = 3 * min(max(ROWS_PER_DIMENSION * widest, FEWEST_ROWS), MOST_ROWS)
-        shards = -(-self.config.tokens // spec.rows_per_shard) if self.config.tokens else max(1, round(usual / spec.rows_per_shard))
+        usual = max(1, round(self._usual(self.plan.facts) / spec.rows_per_shard))
+        shards = -(-self.config.tokens // spec.rows_per_shard) if self.config.tokens else usual
         if self.config.tokens and shards > spec.shards:
             raise UserError(
                 f"tokens is {self.config.tokens} and the held-out text yields {spec.rows:,}: lower tokens, raise text.evaluation_fraction or give "
@@ -370,7 +378,7 @@ class Lab:
         wanted = {sae.name: sae for sae in config.saes()}
         # by content: the probe's file has one name and is written anew by every run
         of = [_content(errors.sae), hashlib.sha256(Path(errors.probe).read_bytes()).hexdigest()] if errors else None
-        key = digest([self.plan.training.hash, train.model_dump(), of, sorted(wanted)])[:8]
+        key = digest([self.stream, train.model_dump(), of, sorted(wanted)])[:8]
         config = config.model_copy(update={"study": f"{self.study}-{purpose}-{key}"})
         folder = Path(config.output) / config.study
         if not all((folder / "saes" / name / "outcome.json").exists() for name in wanted):

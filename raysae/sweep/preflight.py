@@ -59,8 +59,10 @@ class Plan:
         return {error_kind(hook)[1]: width for hook, width in self.widths.items()}
 
 
-def plan(config: SweepConfig) -> Plan:
+def plan(config: SweepConfig, held_out: int = 0) -> Plan:
     """Resolve the defaults that depend on the model, tokenise the text (cached) and check that there is enough of it.
+
+    Of a dataset, text for `held_out` held-out rows is read where it has them, though the sweep itself takes fewer.
 
     Raises:
         UserError: model or file not found, unknown hook point, context too long, too little text, too little room for a shard.
@@ -83,7 +85,7 @@ def plan(config: SweepConfig) -> Plan:
         raise UserError(f"stream.skip_positions is {skipped}: it must be at most the context length less 2, {length - 2}")
     stream = config.stream.model_copy(update={"context_length": length, "skip_positions": skipped})
     config = config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream})
-    enough = _enough(config) if config.text.source.startswith("hf:") else None
+    enough = _enough(config, held_out) if config.text.source.startswith("hf:") else None
     contexts = build_contexts(config.text, lambda: load_tokenizer(config.model), tokenizer_digest(config.model), length, enough)
 
     def spec(split: str, epochs: int) -> ActivationSpec:
@@ -109,10 +111,10 @@ def _check_errors(config: SweepConfig, hook: str) -> None:
             raise UserError(f"errors.{field} is {value}: there is no such file or folder")
 
 
-def _enough(config: SweepConfig) -> dict[str, int]:
+def _enough(config: SweepConfig, held_out: int) -> dict[str, int]:
     """Contexts that the run takes of each split, rounded up to a power of two of shards: runs of like size share the tokenised text."""
     rows = config.stream.context_length - config.stream.skip_positions
-    needed = {"train": config.train.steps * config.train.batch / config.stream.epochs, "evaluation": config.evaluation.rows}
+    needed = {"train": config.train.steps * config.train.batch / config.stream.epochs, "evaluation": max(config.evaluation.rows, held_out)}
     shards = {split: math.ceil(count / rows / config.stream.shard_contexts) for split, count in needed.items()}
     return {split: config.stream.shard_contexts * 2 ** math.ceil(math.log2(count)) for split, count in shards.items()}
 

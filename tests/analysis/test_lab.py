@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from raysae.analysis import experiments
 from raysae.analysis.experiments import regressions
 from raysae.analysis.lab import Lab, Part, Subject
 from raysae.cli import from_flat
-from raysae.config import AnalysisConfig, ErrorsConfig, SAEConfig, SweepConfig, TrainConfig, UserError
+from raysae.config import AnalysisConfig, ErrorsConfig, EvaluationConfig, SAEConfig, SweepConfig, TrainConfig, UserError
 from raysae.sae.base import SAE
 from raysae.sae.files import load_sae, save_sae
+from raysae.sweep.preflight import plan
 from raysae.tracking.runs import flatten
 
 D, HOOK = 64, "resid_post.2"  # of stories260K
@@ -85,6 +87,25 @@ def test_of_several_hook_points_those_named(settings: dict, tmp_path: Path) -> N
     assert experiments.main_hook_point(lab) == HOOK
     more = saved(tmp_path, 192, hook_point="mlp_out.1")
     assert experiments.main_hook_point(lab_of(settings, sae=[*folders, more])) == "mlp_out.1"
+
+
+def test_of_a_dataset_as_much_text_is_read_as_is_wanted(settings: dict, tmp_path: Path, shared_data: Path) -> None:
+    stories = (shared_data / "text/tinystories/train_head.txt").read_text().split("<|endoftext|>")[:2500]
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
+    text = {"source": f"hf:json:{tmp_path}/stories.jsonl", "evaluation_fraction": 0.5, "cache": str(tmp_path / "text")}
+    settings |= {"text": text, "sae": [saved(tmp_path, 96)]}
+    lab = lab_of(settings, tokens=None)
+    assert lab.shards == round(60_000 / lab.plan.evaluation.rows_per_shard)
+    more = lab_of(settings, tokens=150_000)
+    assert more.shards * more.plan.evaluation.rows_per_shard >= 150_000
+    with pytest.raises(UserError, match="held-out text yields"):
+        lab_of(settings, tokens=10**7).shards  # noqa: B018
+
+    sizes = {"train": more.sweep.train.model_copy(update={"tokens": 20_000}), "evaluation": EvaluationConfig(rows=20_000)}
+    more.sweep = more.sweep.model_copy(update=sizes)
+    settled, stream = more._plan(swept=True)
+    assert settled.evaluation.rows >= 150_000
+    assert stream == plan(more.sweep.model_copy(update={"hook_points": [HOOK]})).training.hash != settled.training.hash
 
 
 def test_a_sweeps_parameters_give_its_config_back() -> None:
