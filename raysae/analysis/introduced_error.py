@@ -25,6 +25,7 @@ from raysae.sae.base import SAE, Codes
 
 LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0)  # σ_x and σ_r, in units of `noise_unit`
 ABLATED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+NEGLIGIBLE = 0.01  # of the variance: what is expected to be less is not compared, its estimate being as small as its own noise
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,16 @@ class SyntheticModel:
             float((removed + mean.square().sum()) / seen.trace()),
             float((explained.trace() + sigma_r**2 * d - removed) / seen.trace()),
         )
+
+    def compare(self, grid: pd.DataFrame, unit: float) -> pd.DataFrame:
+        """The estimates of `noise_grid` on this model beside their closed forms: ablated, sigma_x, sigma_r, linear, nonlinear, linear_closed_form,
+        nonlinear_closed_form, and `deviation`, the larger of the two as a share of its closed form; NaN where both are negligible."""
+        compared = grid[["ablated", "sigma_x", "sigma_r", "linear", "nonlinear"]].copy()
+        truth = np.array([self.expected(row.ablated, row.sigma_x * unit, row.sigma_r * unit) for row in compared.itertuples()])
+        compared[["linear_closed_form", "nonlinear_closed_form"]] = truth
+        apart = (compared[["linear", "nonlinear"]] / np.maximum(truth, NEGLIGIBLE) - 1).abs()
+        compared["deviation"] = apart.where(truth > NEGLIGIBLE).max(axis=1)
+        return compared
 
 
 # ---------------------------------------------------------------- moments

@@ -150,8 +150,18 @@ def _shown(analysis: str, tables: Mapping[str, pd.DataFrame]) -> list[tuple[str,
             )
         return shown
     if analysis == "introduced_error":
-        own = tables["closed_form"]
-        return [("Estimates on the SAE beside the closed form for a perfect re-encoding", own[(own["sigma_x"] % 2 == 0) & (own["sigma_r"] % 2 == 0)])]
+
+        def some(name: str) -> pd.DataFrame:
+            return tables[name][(tables[name]["sigma_x"] % 2 == 0) & (tables[name]["sigma_r"] % 2 == 0)]
+
+        synthetic = some("synthetic_closed_form")
+        return [
+            ("Estimates on the SAE beside the closed form for a perfect re-encoding", some("closed_form")),
+            (
+                "Estimates on the synthetic model beside their closed form; deviation: relative, where the closed form is not below 0.01",
+                synthetic[synthetic["ablated"].isin((0, 0.5))],
+            ),
+        ]
     if analysis == "downstream_loss":
         columns = ["width", "l0", "fvu", "ce_clean", "ce_sae", "ce_linear", "ce_nonlinear", "recovered_linear", "recovered_nonlinear"]
         return [("Cross-entropy in nats per token", tables["downstream"][columns].sort_values("fvu"))]

@@ -114,8 +114,9 @@ def test_differences_are_judged_by_their_intervals(column: str, claim: str, ends
 def test_introduced_error() -> None:
     good = pd.DataFrame({"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.2, 0.95]})
     bad = good.assign(nonlinear=[0.7, 0.95])
-    for own, expected in ((good, HOLDS), (bad, FAILS)):
-        tables = {"introduced_error": {"correlations": own, "synthetic_correlations": good}}
+    for own, deviation, expected in ((good, 0.01, HOLDS), (bad, 0.01, FAILS), (good, 0.03, FAILS)):
+        compared = pd.DataFrame({"deviation": [0.001, np.nan, deviation]})
+        tables = {"introduced_error": {"correlations": own, "synthetic_correlations": good, "synthetic_closed_form": compared}}
         assert verdict(tables, "The estimates tell") == expected
 
 

@@ -1,6 +1,7 @@
 """Planted errors: the grid's algebra against explicit regressions, and estimates against closed forms and truth."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import LinearRegression
@@ -98,7 +99,7 @@ def test_latents_of_least_mean_value_are_ablated_first(k):
 def synthetic():
     model = SyntheticModel.random(d=32, features=64)
     unit = noise_unit(model.covariance())
-    return model, unit, noise_grid(model.sample(100_000, seed=1), model.sample(100_000, seed=2), ABLATED, LEVELS, unit)
+    return model, unit, noise_grid(model.sample(400_000, seed=1), model.sample(400_000, seed=2), ABLATED, LEVELS, unit)
 
 
 def test_the_synthetic_models_moments():
@@ -114,10 +115,25 @@ def test_the_synthetic_models_moments():
 
 def test_estimates_agree_with_the_synthetic_models_closed_form(synthetic):
     model, unit, grid = synthetic
-    for row in grid.itertuples():
-        linear, nonlinear = model.expected(row.ablated, row.sigma_x * unit, row.sigma_r * unit)
-        assert row.linear == pytest.approx(linear, rel=0.02, abs=2e-3)
-        assert row.nonlinear == pytest.approx(nonlinear, rel=0.02, abs=2e-3)
+    compared = model.compare(grid, unit)
+    assert compared["deviation"].max() < 0.02
+    assert compared["deviation"].notna().sum() > 0.95 * len(compared)
+    for row in compared.itertuples():
+        for name in ("linear", "nonlinear"):
+            value, expected = getattr(row, name), getattr(row, f"{name}_closed_form")
+            assert value == pytest.approx(expected, rel=0.02, abs=0.02 * 0.01), (row, name)
+
+
+def test_deviations_are_relative_to_each_estimate():
+    model = SyntheticModel.random(d=8, features=12)
+    exact = pd.DataFrame([{"ablated": f, "sigma_x": x, "sigma_r": 1.0} for f in (0.0, 0.5) for x in (0.0, 2.0)])
+    exact[["linear", "nonlinear"]] = [model.expected(row.ablated, row.sigma_x, 1.0) for row in exact.itertuples()]
+    assert model.compare(exact, 1.0)["deviation"].max() < 1e-12
+    off = exact.assign(linear=exact["linear"] * 1.05)
+    compared = model.compare(off, 1.0)
+    assert compared["linear_closed_form"].iloc[0] == 0
+    assert compared["deviation"].iloc[0] < 1e-12, "the linear error is negligible there"
+    assert compared["deviation"].iloc[1:].tolist() == pytest.approx([0.05] * 3)
 
 
 def test_estimates_correlate_with_what_was_planted(synthetic):
