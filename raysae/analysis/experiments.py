@@ -177,10 +177,10 @@ def error_regression(lab: Lab) -> Findings:
 
 def _half_trained(lab: Lab, chosen: Shown, findings: Findings) -> pd.DataFrame | None:
     """The SAEs of the figure trained anew on half the tokens, with all else as it was, beside the whole ones."""
-    configs = [sae.config for sae in chosen.saes.values()]
-    if None in configs:
+    configs = [sae.config for sae in chosen.saes.values() if sae.metrics.get("tokens", 0) >= lab.sweep.train.tokens]
+    if len(configs) < len(chosen.saes):
         findings.notes.append(
-            "the control with half the training tokens was left out: it trains SAEs as a sweep has, and some of these are no sweep's"
+            "the control with half the training tokens was left out: it trains SAEs anew, and some of these are no sweep's, or were stopped early"
         )
         return None
     alike: dict[tuple, list[SAEConfig]] = {}  # one sweep for all that differ in width alone

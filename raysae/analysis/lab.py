@@ -74,9 +74,9 @@ class Subject:
     metrics: Mapping[str, float]
 
     @property
-    def config(self) -> SAEConfig | None:
-        """What a sweep trained it as; None where no sweep of ours has."""
-        return from_flat(SAEConfig, self.params) if self.run_id else None
+    def config(self) -> SAEConfig:
+        """What a sweep trained it as."""
+        return from_flat(SAEConfig, self.params)
 
     def load(self) -> SAE:
         """The folded SAE, on the GPU that Ray has given this process, if any."""

@@ -229,7 +229,10 @@ def test_half_trained_controls_differ_in_tokens_alone(settings: dict, tmp_path: 
     lab = lab_of(settings, sae=[saved(tmp_path, 96)])
     relu = SAEConfig(architecture="relu", hook_point=HOOK, width=96, sparsity=1.0, learning_rate=3e-4)
     given = [relu, relu.model_copy(update={"width": 128}), relu.model_copy(update={"width": 192, "sparsity": 3.0, "seed": 2})]
-    saes = {c.name: Subject(c.name, "", HOOK, c.width, "", "run", {k: str(v) for k, v in c.model_dump(exclude_none=True).items()}, {}) for c in given}
+    saes = {}
+    for sae in given:
+        params = {knob: str(value) for knob, value in sae.model_dump(exclude_none=True).items()}
+        saes[sae.name] = Subject(sae.name, "", HOOK, sae.width, "", "run", params, {"tokens": lab.sweep.train.tokens})
 
     def table(lab: Lab, saes: dict, found: dict) -> pd.DataFrame:
         numbers = ("fvu", "l0", "nonlinear_fvu", "r2_error", "r2_error_weighted", "r2_error_norm", "r2_error_rescaled", "r2_error_norm_rescaled")
@@ -246,8 +249,9 @@ def test_half_trained_controls_differ_in_tokens_alone(settings: dict, tmp_path: 
     assert len(swept) == 2, "those of different widths in one sweep"
     assert all(config.train == lab.sweep.train.model_copy(update={"tokens": lab.sweep.train.tokens // 2, "reports": 2}) for config in swept)
 
-    saes[relu.name] = replace(saes[relu.name], run_id=None)  # of no sweep
-    assert experiments._half_trained(lab, experiments.Shown(HOOK, table(lab, saes, {}), {}, saes), findings) is None
+    for changes in ({"run_id": None, "metrics": {}}, {"metrics": {"tokens": 1000}}):  # of no sweep; stopped early
+        some = saes | {relu.name: replace(saes[relu.name], **changes)}
+        assert experiments._half_trained(lab, experiments.Shown(HOOK, table(lab, some, {}), {}, some), findings) is None
     assert "was left out" in findings.notes[-1]
 
 
