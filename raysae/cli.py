@@ -66,7 +66,10 @@ def parse(model: type[Model], argv: Sequence[str], description: str, extra: Mapp
 
     given = _read_yaml(Path(flags.config), model) if flags.config else {}
     for dest in [d for d in vars(flags) if d.startswith("knob ")]:
-        given[dest.removeprefix("knob ")] = vars(flags).pop(dest)
+        name, value = dest.removeprefix("knob "), vars(flags).pop(dest)
+        if isinstance(value, list) and not any(word.strip(" ,") for word in value):  # as an unset variable of the shell gives it
+            raise UserError(f"{name} is empty: give at least one value, or leave the flag out")
+        given[name] = value
     flags.given = {name: _coerced(name, value, knobs[name].annotation) for name, value in given.items()}
     try:
         return model.model_validate(_nested(flags.given)), flags

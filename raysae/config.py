@@ -38,7 +38,7 @@ def digest(content: object) -> str:
 
 
 class ModelConfig(Strict):
-    name: str = Field("embedded", description="'embedded' (the model in the package), a folder, or a Hugging Face model name")
+    name: str = Field("embedded", min_length=1, description="'embedded' (the model in the package), a folder, or a Hugging Face model name")
     revision: str | None = Field(None, description="revision on the Hugging Face hub")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of weights and activations")
     device_map: Literal["auto"] | None = Field(None, description="'auto' spreads one model over all GPUs of a producer")
@@ -308,8 +308,19 @@ class SweepConfig(Strict):
     output: str = Field("runs", description="folder or s3:// URL for checkpoints, SAEs and summaries")
     study: str | None = Field(None, description="name of this sweep's folder; unset: date and time")
 
+    @field_validator("study")
+    @classmethod
+    def _a_folders_name(cls, study: str | None) -> str | None:
+        if study is not None and not re.fullmatch(r"\w[\w.-]*", study):
+            raise ValueError(f"{study!r} is no name for a folder: letters, digits, dots, hyphens and underscores make one")
+        return study
+
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
+        for field in ("hook_points", "architectures", "widths", "k", "sparsities", "learning_rates", "seeds"):
+            values = getattr(self, field)
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"{field} has {twice[0]} twice: every SAE is trained once")
         if any(a in TOPK for a in self.architectures) and not self.k:
             raise ValueError("k is empty: topk and batchtopk need at least one value")
         if any(a in TOPK for a in self.architectures):

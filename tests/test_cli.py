@@ -75,7 +75,7 @@ def test_yaml_lies_between_defaults_and_command_line(tmp_path: Path):
         (["--train.warmup", "2"], "train.warmup is 2: it must be at most 1"),
         (["--widths", "256,0"], "widths contains 0: each must be greater than 0"),
         (["--widths", "big"], "widths contains big: each must be a whole number"),
-        (["--widths"], "widths is empty: it must be a list of at least 1 value"),
+        (["--widths"], "widths is empty: give at least one value, or leave the flag out"),
         (["--stream.lag", "wait"], "stream.lag is wait: it must be one of stall, detach"),
         (["--architectures", "topp"], "architectures contains topp: each must be one of topk, batchtopk, relu, tied, jumprelu"),
         (["--stream.block_mib", "inf"], "stream.block_mib is inf: it must be a finite number"),
@@ -187,3 +187,9 @@ def test_a_required_knob():
     with pytest.raises(UserError, match=r"^sae is missing$"):
         parse(Job, [], "")
     assert "none: it must be given" in help_text(Job, "")
+
+
+@pytest.mark.parametrize("argv", [["--hook_points", ""], ["--widths", ",", "--k", "8"], ["--widths"]])
+def test_an_empty_list_is_told(argv: list[str]) -> None:
+    with pytest.raises(UserError, match=f"{argv[0][2:]} is empty"):
+        parse(SweepConfig, argv, "")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import ray
 from ray._private import ray_constants
 
 from raysae.config import UserError
+
+REACHABLE_SECONDS = 5.0
 
 
 def connect(address: str | None, store_bytes: int) -> None:
@@ -21,6 +24,7 @@ def connect(address: str | None, store_bytes: int) -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     if address and address != "local":
+        _check_reachable(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
         except (ConnectionError, ValueError) as error:
@@ -38,6 +42,17 @@ def connect(address: str | None, store_bytes: int) -> None:
             f"the activations in flight (stream.mib_in_flight), the held-out ones (evaluation.rows × hook_points) and the tokens take "
             f"{store_bytes / 2**30:.1f} GiB of shared memory, which this machine does not have ({str(error).splitlines()[0]}): choose less of them"
         ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """UserError where nobody listens at `HOST:PORT`: Ray itself would try for most of a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):  # `auto`, or what only Ray understands
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACHABLE_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"resources.address is {address}, where no Ray cluster answers ({error})") from error
 
 
 def _stay_on_loopback() -> None:

@@ -55,6 +55,15 @@ def with_absolute_paths(config: SweepConfig) -> SweepConfig:
     return config.model_copy(update={"model": model, "text": text, "errors": config.errors.model_copy(update=errors)})
 
 
+def check_writable(config: SweepConfig) -> None:
+    """UserError, before anything has been started, where the local folder `output` cannot be written."""
+    if "://" in config.output:
+        return
+    there = next(path for path in (Path(config.output), *Path(config.output).parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"output is {config.output}, which cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
+
+
 def new_place(config: SweepConfig, resume: str | None) -> Place:
     """The study's place, made, with its config in it. UserError: a study of this name is there already, or the storage cannot be written."""
     name = resume or config.study or time.strftime("%Y%m%d-%H%M%S")

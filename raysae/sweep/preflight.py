@@ -194,8 +194,8 @@ def check_cluster(plan: Plan) -> int:
         need = banks * trainer + producers * producer
         if need > have[kind] + 1e-6:
             raise UserError(
-                f"the sweep needs {need:g} {kind}s ({banks} trainers of {trainer:g}, {producers} producers of {producer:g}) and the cluster can have "
-                f"{have[kind]:g}: lower resources.trainer_{kind.lower()}s or add machines"
+                f"the sweep needs {need:g} {kind}s ({banks} × {trainer:g} for trainers, {producers} × {producer:g} for language models) and the "
+                f"cluster can have {have[kind]:g}: lower resources.trainer_{kind.lower()}s or add machines"
             )
         largest = max(node["Resources"].get(kind, 0) for node in nodes)
         for field, one in ((f"trainer_{kind.lower()}s", trainer), (f"producer_{kind.lower()}s", producer)):

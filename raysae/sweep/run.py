@@ -29,7 +29,7 @@ from raysae.stream.room import machine_of
 from raysae.stream.state import StreamError
 from raysae.sweep.cluster import connect
 from raysae.sweep.handle import Leave, Over, Rungs, follow, track
-from raysae.sweep.place import Place, new_place, saved_config, with_absolute_paths
+from raysae.sweep.place import Place, check_writable, new_place, saved_config, with_absolute_paths
 from raysae.sweep.preflight import Bank, Plan, check_cluster, pack, plan
 from raysae.sweep.summary import summary_table, write_summary
 from raysae.sweep.table import ENDED
@@ -54,7 +54,9 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
     began = time.monotonic()
     if resume:
         config = saved_config(config.output, resume)
-    settled = plan(with_absolute_paths(config))
+    config = with_absolute_paths(config)
+    check_writable(config)
+    settled = plan(config)
     connect(settled.config.resources.address, _store_bytes(settled))
     banks = pack(settled.saes, check_cluster(settled), settled.widths)
     settled = _fixed(settled, len(banks))
@@ -62,7 +64,7 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
     study = Study(place.local / "outbox.db", settled.config.tracking, place.name, settled.config.model_dump(), made_for=made_for)
     for sae in settled.saes:
         study.child(sae.name, sae.model_dump(exclude_none=True) | {"model": settled.config.model.name})
-    print(f"Study {place.name}: {len(settled.saes)} SAEs in {len(banks)} bank{'s' * (len(banks) > 1)}, {place.folder}", flush=True)
+    print(f"Study {place.name}: {_counted(len(settled.saes), 'SAE')} in {_counted(len(banks), 'bank')}, {place.folder}", flush=True)
     with _interruptible() as interruptions:
         try:
             results, unmeasured, stream = _train_and_evaluate(settled, banks, study, place, allow, interruptions)
@@ -84,7 +86,13 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
 
 def go_on(config: SweepConfig, place: Place) -> str:
     """The command that goes on with the study."""
-    return f"python jobs/scaling_sweep.py --output {config.output} --resume {place.name}"
+    interpreter = Path(sys.executable)
+    shown = interpreter.relative_to(Path.cwd()) if interpreter.is_relative_to(Path.cwd()) else "python"
+    return f"{shown} jobs/scaling_sweep.py --output {config.output} --resume {place.name}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _store_bytes(settled: Plan) -> int:
@@ -267,7 +275,7 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
     console.print(
         f"Language model: {stream['contexts_forwarded']:,} contexts forwarded for training ({needed:,} needed, "
         f"{stream['shards_from_cache']} of {settled.shards} shards from the cache), {stream['evaluation_contexts_forwarded']:,} for held-out rows. "
-        f"{stream['shards_produced']} shards produced, {stream['blocks_served']} blocks served, "
+        f"{stream['blocks_served']} blocks served, "
         f"at most {stream['peak_bytes_in_flight'] / MIB:.0f} MiB in flight. "
         f"Consumers waited {stream['consumer_wait_seconds']:.0f} s, producers {stream['producer_wait_seconds']:.0f} s. "
         f"{seconds / 60:.1f} minutes in all.",
@@ -339,6 +347,8 @@ def _interruptible() -> Iterator[list[int]]:
 
     def interrupt(number: int, frame: object) -> None:
         interruptions.append(number)
+        if len(interruptions) == 1:
+            print("\nStopping: trainers write checkpoints. Once more, and nobody waits for them.", file=sys.stderr)
         raise KeyboardInterrupt
 
     # A job in the background of a shell ignores Ctrl-C, and goes on doing so.

@@ -257,8 +257,8 @@ def _check_documents(text: TextConfig, train: int, evaluation: int) -> None:
     if train == 0 or evaluation == 0:
         amount = "a single document" if total == 1 else f"{total} documents, all of them in one split"
         raise UserError(
-            f"text.source '{text.source}' is {amount}, so that train and evaluation cannot both have text: set text.delimiter to what separates "
-            "documents inside its files, or give more documents"
+            f"text.source '{text.source}' is {amount}, so that train and evaluation cannot both have text: give more documents (a line of "
+            "jsonl, a row of parquet; of txt and md the whole file, unless text.delimiter says what separates documents in it)"
         )
 
 

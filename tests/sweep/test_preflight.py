@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import pytest
 from raysae.cli import parse
 from raysae.config import ResourcesConfig, SAEConfig, SweepConfig, UserError
 from raysae.sweep import preflight
-from raysae.sweep.place import with_absolute_paths
+from raysae.sweep.cluster import connect
+from raysae.sweep.place import check_writable, with_absolute_paths
 from raysae.sweep.preflight import cost, pack, plan
 
 WIDTH = {"resid_post.1": 64, "mlp_out.1": 64}
@@ -107,6 +109,36 @@ def test_what_would_fail_in_a_producer_is_refused_before_anything_starts(setting
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=sentence):
         plan(SweepConfig.model_validate(settings))
+
+
+def test_an_address_where_nobody_listens_is_told_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(UserError, match=f"resources.address is {address}, where no Ray cluster answers"):
+        connect(address, 0)
+
+
+@pytest.mark.parametrize("place", ["file", "file/runs"])
+def test_an_output_that_cannot_be_written_is_refused_first(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"output is {tmp_path}/{place}, which cannot be written: {tmp_path}/file is a file"):
+        check_writable(SweepConfig(output=str(tmp_path / place)))
+    check_writable(SweepConfig(output=str(tmp_path / "new/runs")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"widths": [256, 512, 256]}, "widths has 256 twice"),
+        ({"study": "../x"}, "no name for a folder"),
+        ({"study": ".."}, "no name for a folder"),
+        ({"model": {"name": ""}}, "at least 1 character"),
+    ],
+)
+def test_knobs_that_say_nothing_sensible(settings: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        SweepConfig.model_validate(settings)
 
 
 @pytest.mark.parametrize("uri", ["file:./runs", "./mlruns", "sqlite:/mlflow.db"])
