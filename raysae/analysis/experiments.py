@@ -38,6 +38,7 @@ from raysae.text.contexts import Contexts
 GROUP = 3  # SAEs that share a task's pass over the activations
 LINE_TOKENS = 100  # of the per-token line plot
 FEWEST_WIDTHS = 3  # for a fit against width
+PURSUIT_ROWS = 32_768  # to fit, and as many to measure: by far the slowest analysis, and its intervals are narrow
 SYNTHETIC = {"d": 32, "features": 96, "rows": 400_000}  # the fully synthetic model of introduced_error; rows to fit, and as many to measure
 
 
@@ -364,7 +365,7 @@ def _compare_errors(recorded: Recorded, sae: Subject, probe: Linear, trained: Ma
 def _pursuit_parts(lab: Lab, chosen: Shown) -> list[Part]:
     recorded = lab.record([chosen.hook_point])
     saes = sorted(chosen.saes.values(), key=lambda sae: -sae.width)  # the longest first
-    return [Part("pursuit", lab.key(sae), _pursue, (recorded, sae, lab.replicates, lab.seed)) for sae in saes]
+    return [Part("pursuit", lab.key(sae, rows=PURSUIT_ROWS), _pursue, (recorded, sae, lab.replicates, lab.seed)) for sae in saes]
 
 
 def pursuit(lab: Lab) -> Findings:
@@ -380,7 +381,7 @@ def pursuit(lab: Lab) -> Findings:
 
 
 def _pursue(recorded: Recorded, sae: Subject, replicates: int, seed: int) -> pd.DataFrame:
-    return pursue(recorded.open(), sae.hook_point, {sae.name: sae.load()}, replicates, seed)
+    return pursue(recorded.open(), sae.hook_point, {sae.name: sae.load()}, replicates, seed, PURSUIT_ROWS)
 
 
 # ---------------------------------------------------------------- 8

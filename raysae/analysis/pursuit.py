@@ -16,13 +16,13 @@ and on a GPU, D·r is a dense product.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from raysae.analysis.activations import Activations, reconstruct
+from raysae.analysis.activations import Activations, Chunk, reconstruct
 from raysae.analysis.regression import REPLICATES, ContextSums, Linear, Moments
 from raysae.analysis.table import with_intervals
 from raysae.sae import kernels
@@ -36,8 +36,11 @@ SCORE_BYTES = 64 << 20  # of the scores of one block of tokens, and of G between
 
 
 @torch.no_grad()
-def pursuit(activations: Activations, hook_point: str, saes: Mapping[str, SAE], replicates: int = REPLICATES, seed: int = 0) -> pd.DataFrame:
-    """Analysis 7 for the folded `saes` (by name) of one hook point: probes are fitted on A, everything is measured on C.
+def pursuit(
+    activations: Activations, hook_point: str, saes: Mapping[str, SAE], replicates: int = REPLICATES, seed: int = 0, rows: int | None = None
+) -> pd.DataFrame:
+    """Analysis 7 for the folded `saes` (by name) of one hook point: probes are fitted on A, everything is measured on C, on about `rows` rows of
+    each; unset: all.
 
     Returns:
         a row per SAE: `sae`, `width`, and with the ends of their intervals over contexts (`…_low`, `…_high`)
@@ -48,7 +51,7 @@ def pursuit(activations: Activations, hook_point: str, saes: Mapping[str, SAE], 
     """
     pursuits = {name: Pursuit(sae.decoder()) for name, sae in saes.items()}
     moments = Moments()
-    for chunk in activations.chunks("A"):
+    for chunk in _first(activations.chunks("A"), rows):
         x = chunk.x[hook_point]
         targets = {}
         for name, sae in saes.items():
@@ -58,7 +61,7 @@ def pursuit(activations: Activations, hook_point: str, saes: Mapping[str, SAE], 
     probes = moments.solve().maps
 
     sums = {name: ContextSums(replicates, seed) for name in saes}
-    for chunk in activations.chunks("C"):
+    for chunk in _first(activations.chunks("C"), rows):
         x = chunk.x[hook_point]
         for name, sae in saes.items():
             sums[name].add(chunk.context, x=x, x_squared=x.double().square())
@@ -66,6 +69,16 @@ def pursuit(activations: Activations, hook_point: str, saes: Mapping[str, SAE], 
                 add_errors(sums[name], chunk.context, x, reconstruction, probes[f"{name}/{when}"], when)
                 sums[name].add(chunk.context, **{f"{when}_l0": l0})
     return pd.DataFrame([{"sae": name, "width": sae.n, **_numbers(sums[name])} for name, sae in saes.items()])
+
+
+def _first(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
+    """Whole chunks until there are `rows` rows."""
+    given = 0
+    for chunk in chunks:
+        if rows is not None and given >= rows:
+            return
+        given += len(chunk.context)
+        yield chunk
 
 
 def before_and_after(sae: SAE, pursuit: Pursuit, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -129,11 +129,10 @@ def _numbers(tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> str:
         if table is None or column not in table or not table[column].notna().any():
             continue
         values = table[column].dropna()
-        median = values.sort_values().index[(len(values) - 1) // 2]
-        ends = f" [{_number(table.loc[median, f'{column}_low'])}, {_number(table.loc[median, f'{column}_high'])}]" if f"{column}_low" in table else ""
-        cells = [f"{_number(values[median])}{ends}", f"{_number(values.min())} to {_number(values.max())}", str(len(values)), _text(paper)]
+        ends = f" [{_number(table[f'{column}_low'].median())}, {_number(table[f'{column}_high'].median())}]" if f"{column}_low" in table else ""
+        cells = [f"{_number(values.median())}{ends}", f"{_number(values.min())} to {_number(values.max())}", str(len(values)), _text(paper)]
         rows.append(f"<tr><td>{_text(label)}</td>" + "".join(f'<td class="number">{cell}</td>' for cell in cells[:3]) + f"<td>{cells[3]}</td></tr>")
-    heads = "".join(f'<th class="number">{head}</th>' for head in ("median [its interval]", "range", "of"))
+    heads = "".join(f'<th class="number">{head}</th>' for head in ("median [of its interval]", "range", "of"))
     return f"<table><tr><th>Number</th>{heads}<th>The paper</th></tr>{''.join(rows)}</table>"
 
 
