@@ -82,7 +82,7 @@ class StreamClient:
             self.numerics = together(self.numerics, {key: [value] for key, value in numerics.items()})
             return ref
 
-        return self._get(TRAIN, shard, fetch)
+        return self._get(TRAIN, shard, fetch, wanted=lambda: self._joined)
 
     def evaluation_block(self, shard: int, block: int) -> np.ndarray | None:
         """A block of the held-out stream, as `block`."""
@@ -96,9 +96,11 @@ class StreamClient:
         self._done = done
         self.queue.acknowledge.remote(self.consumer, done)
 
-    def _get(self, stream: str, shard: int, fetch: Callable[[], ray.ObjectRef | None]) -> np.ndarray | None:
+    def _get(
+        self, stream: str, shard: int, fetch: Callable[[], ray.ObjectRef | None], wanted: Callable[[], bool] = lambda: True
+    ) -> np.ndarray | None:
         for attempt in range(1, self.faults.shard_attempts + 1):
-            ref = self._patiently(fetch)
+            ref = patiently(fetch, self.faults.queue_seconds, wanted)
             try:
                 return None if ref is None else ray.get(ref)
             except ObjectLostError:

@@ -135,17 +135,17 @@ def start_stream(
     return queue
 
 
-def patiently(call: Callable[[], Any], seconds: float) -> Any:
-    """The result of a call of the queue, asking again for `seconds` while its process is being restarted. The queue's own errors come without Ray's
-    stack traces."""
+def patiently(call: Callable[[], Any], seconds: float, wanted: Callable[[], bool] = lambda: True) -> Any:
+    """The result of a call of the queue, asking again for `seconds` while its process is being restarted, and as long as it is `wanted`. The queue's
+    own errors come without Ray's stack traces."""
     give_up = time.monotonic() + seconds
     while True:
         try:
             return call()
         except (NotJoinedError, RayActorError):
-            if time.monotonic() > give_up or not ray.is_initialized():
-                raise
             time.sleep(RETRY_PAUSE)
+            if time.monotonic() > give_up or not wanted() or not ray.is_initialized():  # where Ray is gone, a call would end the process
+                raise
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, StreamError) else error) from None
 
