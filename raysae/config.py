@@ -227,7 +227,7 @@ class TrainConfig(Strict):
 
 class EvaluationConfig(Strict):
     rows: int = Field(200_000, gt=0, description="held-out rows for fvu, l0 and dead_fraction")
-    interim_rows: int = Field(16_384, gt=0, description="held-out rows of an interim evaluation")
+    interim_rows: int = Field(8_192, gt=0, description="held-out rows of an interim evaluation")
     predicted_tokens: int = Field(32_768, ge=0, description="tokens for ce_recovered and kl; 0 leaves both out")
 
 

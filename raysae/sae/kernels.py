@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 CHUNK_BYTES = 16 << 20  # of pre-activations at a time …
+DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
 MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
 
 
@@ -149,13 +150,6 @@ def decode_rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     return embedding_bag(indices, weight, mode="sum", per_sample_weights=values)
 
 
-def decode_with_gradient(codes: Nonzeros, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The codes times `weight` (n, d), as (b, d), and a leaf for the values: torch.autograd.grad(product, leaf, g) gives g·weight[feature]."""
-    leaf = codes.values.detach().requires_grad_()
-    with torch.enable_grad():
-        return embedding_bag(codes.features, weight.detach(), codes.starts, mode="sum", per_sample_weights=leaf), leaf
-
-
 class ByFeature:
     """The same nonzeros sorted by feature, for products that end in one row per feature."""
 
@@ -188,6 +182,61 @@ class ByFeature:
     def sum_(self, out: Tensor, values: Tensor, add_to: Tensor | None = None) -> None:
         """Σ of a feature's values, into `out` (n,), or added to it, as in `outer_`."""
         self.outer_(out.unsqueeze(1), values, values.new_ones(self.b, 1), add_to)
+
+
+class SparseCodes:
+    """A (b, n) code matrix as its nonzeros, between a dictionary's forward and backward pass: work for active latents only."""
+
+    def __init__(self, codes: Nonzeros, n: int):
+        self.codes, self.n = codes, n
+
+    def decode(self, weight: Tensor) -> Tensor:
+        """The codes times `weight` (n, d): (b, d)."""
+        codes, self._leaf = self.codes, self.codes.values.detach().requires_grad_()
+        with torch.enable_grad():
+            self._product = embedding_bag(codes.features, weight.detach(), codes.starts, mode="sum", per_sample_weights=self._leaf)
+        return self._product.detach()
+
+    def backward(self, grad: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, add_to: Tensor | None = None) -> None:
+        """Gradients of the latents' weights into W_enc (n, d), b_enc (n,) and W_dec (n, d), from the gradient `grad` (b, d) of what the last
+        `decode` gave and the encoder's input `x` (b, d). With `add_to` (n,), latent f's are added to row add_to[f] of larger ones."""
+        grad_codes = torch.autograd.grad(self._product, self._leaf, grad)[0].mul_(self.codes.values > 0)
+        by_feature = ByFeature(self.codes, self.n)
+        by_feature.outer_(W_dec, self.codes.values, grad, add_to)
+        by_feature.outer_(W_enc, grad_codes, x, add_to)
+        by_feature.sum_(b_enc, grad_codes, add_to)
+
+
+class DenseCodes:
+    """The same with a dense matrix, which is faster where there are few latents: a dense product does its operations so much faster."""
+
+    def __init__(self, codes: Nonzeros, n: int, workspace: Workspace):
+        shape = (len(codes.starts), n)
+        self.matrix = workspace.take("codes", shape, codes.values).zero_()
+        self.matrix.view(-1)[torch.add(codes.features, codes.rows, alpha=n)] = codes.values
+        self.workspace = workspace
+
+    def decode(self, weight: Tensor) -> Tensor:
+        self._weight = weight
+        return self.matrix @ weight
+
+    def backward(self, grad: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, add_to: Tensor | None = None) -> None:
+        grad_codes = torch.mm(grad, self._weight.T, out=self.workspace.take("grad_codes", self.matrix.shape, grad)).mul_(self.matrix > 0)
+        if add_to is None:
+            torch.mm(self.matrix.T, grad, out=W_dec)
+            torch.mm(grad_codes.T, x, out=W_enc)
+            torch.sum(grad_codes, 0, out=b_enc)
+        else:
+            W_dec.index_add_(0, add_to, self.matrix.T @ grad)
+            W_enc.index_add_(0, add_to, grad_codes.T @ x)
+            b_enc.index_add_(0, add_to, grad_codes.sum(0))
+
+
+def code_matrix(codes: Nonzeros, n: int, workspace: Workspace) -> SparseCodes | DenseCodes:
+    """`codes` as a (b, n) matrix in the form that is faster, by their number alone, so that the same codes take the same way every time."""
+    elements = len(codes.starts) * n
+    dense = elements <= DENSE_PER_NONZERO * len(codes.values) and elements * codes.values.element_size() <= MAXIMUM_BYTES
+    return DenseCodes(codes, n, workspace) if dense else SparseCodes(codes, n)
 
 
 # ---------------------------------------------------------------- small parts

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raysae.sae import kernels
 from raysae.sae.base import SAE, Codes, StepInfo
-from raysae.sae.kernels import ByFeature, Nonzeros
+from raysae.sae.kernels import Nonzeros
 
 AUX_NONZEROS = 1 << 19  # of AuxK handled at a time
 
@@ -49,15 +49,11 @@ class TopK(SAE):
         codes, dead_codes = self._select(centred, dead if dead is not None and len(dead) else None)
         active = codes.values > 0
 
-        product, leaf = kernels.decode_with_gradient(codes, self.W_dec)
-        error = torch.sub(centred, product.detach(), out=product.detach())
+        matrix = kernels.code_matrix(codes, self.n, self._workspace)
+        product = matrix.decode(self.W_dec)
+        error = torch.sub(centred, product, out=product)
         grad_x_hat = torch.mul(error, -2 / len(x), out=self._workspace.take("grad_x_hat", x.shape, x))
-        grad_codes = torch.autograd.grad(product, leaf, grad_x_hat)[0].mul_(active)
-
-        by_feature = ByFeature(codes, self.n)
-        by_feature.outer_(self.W_dec.grad, codes.values, grad_x_hat)
-        by_feature.outer_(self.W_enc.grad, grad_codes, centred)
-        by_feature.sum_(self.b_enc.grad, grad_codes)
+        matrix.backward(grad_x_hat, centred, self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)
 
         squared_error = kernels.sum_of_squares(error) / len(x)
         terms = {"loss": squared_error, "squared_error": squared_error, "l0": active.sum() / len(x)}
@@ -106,17 +102,12 @@ class TopK(SAE):
         share = torch.where(enough, 1 / variance, 0)
         weight = 2 * self.train_config.aux_coefficient * self.d * share
         missed = torch.zeros_like(variance)
+        decoder = self.W_dec[codes.dead]
         rows = max(1, AUX_NONZEROS // codes.places.shape[1])
         for start in range(0, len(error), rows):
             part = slice(start, start + rows)
-            local = Nonzeros.of_rows(codes.places[part], codes.values[part])
-            product, leaf = kernels.decode_with_gradient(local._replace(features=codes.dead[local.features]), self.W_dec)
-            difference = product.detach() - error[part]
+            matrix = kernels.code_matrix(Nonzeros.of_rows(codes.places[part], codes.values[part]), len(codes.dead), self._workspace)
+            difference = matrix.decode(decoder).sub_(error[part])
             missed += kernels.sum_of_squares(difference)
-            grad_e_hat = difference.mul_(weight)
-            grad_codes = torch.autograd.grad(product, leaf, grad_e_hat)[0].mul_(local.values > 0)
-            by_feature = ByFeature(local, len(codes.dead))
-            by_feature.outer_(self.W_dec.grad, local.values, grad_e_hat, add_to=codes.dead)
-            by_feature.outer_(self.W_enc.grad, grad_codes, centred[part], add_to=codes.dead)
-            by_feature.sum_(self.b_enc.grad, grad_codes, add_to=codes.dead)
+            matrix.backward(difference.mul_(weight), centred[part], self.W_enc.grad, self.b_enc.grad, self.W_dec.grad, add_to=codes.dead)
         return missed * share

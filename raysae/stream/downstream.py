@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raysae.lm.model import LanguageModel, next_token_loss
+from raysae.lm.model import LanguageModel
 
 LEAST_DENOMINATOR = 0.01  # nats
 ROWS_AT_ONCE = 4096  # rows given to an SAE at a time: wide ones hold (rows, latents)
@@ -112,25 +112,28 @@ def _batch_sums(
         activation[:, skip:] = replacement.expand_as(rows).view_as(original[:, skip:]).to(original)
         return lm.resume(prefix, activation)
 
-    def cross_entropy(logits: Tensor) -> float:
-        return next_token_loss(logits, tokens)[:, skip:].sum(dtype=torch.float64).item()
+    predicted = tokens[:, skip + 1 :].to(original.device).unsqueeze(-1)
 
-    clean_logits = lm.resume(prefix, original)
-    clean = cross_entropy(clean_logits)
-    clean_log_probability = clean_logits[:, skip:-1].float().log_softmax(-1)  # (c, t − 1 − skip, V)
-    del clean_logits
+    def log_probability(logits: Tensor) -> Tensor:
+        return logits[:, skip:-1].float().log_softmax(-1)  # (c, t − 1 − skip, V)
+
+    def cross_entropy(log_probability: Tensor) -> float:
+        return -log_probability.gather(-1, predicted).sum(dtype=torch.float64).item()
+
+    clean_log_probability = log_probability(lm.resume(prefix, original))
+    clean = cross_entropy(clean_log_probability)
     probability = clean_log_probability.exp()
     sae, kl = {}, {}
     for name, reconstruct in saes.items():
-        logits = patched(reconstruct(rows))
-        sae[name] = cross_entropy(logits)
-        difference = clean_log_probability - logits[:, skip:-1].float().log_softmax(-1)
-        kl[name] = difference.mul_(probability).sum(-1).sum(dtype=torch.float64).item()
+        found = log_probability(patched(reconstruct(rows)))
+        sae[name] = cross_entropy(found)
+        difference = torch.sub(clean_log_probability, found, out=found)
+        kl[name] = torch.linalg.vecdot(probability, difference).sum(dtype=torch.float64).item()
     return DownstreamSums(
         tokens=tokens.shape[0] * (tokens.shape[1] - 1 - skip),
         clean=clean,
-        mean=cross_entropy(patched(torch.as_tensor(mean))),
-        zero=cross_entropy(patched(torch.zeros_like(rows[0]))),
+        mean=cross_entropy(log_probability(patched(torch.as_tensor(mean)))),
+        zero=cross_entropy(log_probability(patched(torch.zeros_like(rows[0])))),
         sae=sae,
         kl=kl,
     )

@@ -37,7 +37,9 @@ def check(sae, dead, factor=0.7):
 
 
 @pytest.mark.parametrize("chunk_rows", [7, B])
-def test_gradients_equal_autograd(architecture, chunk_rows, monkeypatch):
+@pytest.mark.parametrize("dense_per_nonzero", [0, 1000])  # sparse and dense matrices of codes
+def test_gradients_equal_autograd(architecture, chunk_rows, dense_per_nonzero, monkeypatch):
+    monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", dense_per_nonzero)
     monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size: chunk_rows)
     check(make(architecture, D, N, bandwidth=0.8), dead=None)
 
@@ -45,7 +47,9 @@ def test_gradients_equal_autograd(architecture, chunk_rows, monkeypatch):
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 @pytest.mark.parametrize("dead_latents", [3, 40])  # fewer and more than k_aux = 8
 @pytest.mark.parametrize("aux_nonzeros", [50, 1 << 19])
-def test_gradients_with_auxk(architecture, dead_latents, aux_nonzeros, monkeypatch):
+@pytest.mark.parametrize("dense_per_nonzero", [0, 1000])
+def test_gradients_with_auxk(architecture, dead_latents, aux_nonzeros, dense_per_nonzero, monkeypatch):
+    monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", dense_per_nonzero)
     monkeypatch.setattr("raysae.sae.topk.AUX_NONZEROS", aux_nonzeros)
     monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size: 11)
     monkeypatch.setattr(kernels.ByFeature, "BLOCK_BYTES", 13 * D * 8)

@@ -62,10 +62,6 @@ def test_products_with_nonzeros(block_bytes, monkeypatch):
     dense = torch.zeros(b, n).double().scatter(1, indices, values)
     torch.testing.assert_close(kernels.decode_rows(indices, values, weight), dense @ weight)
     codes = Nonzeros.of_rows(indices, values)
-    product, leaf = kernels.decode_with_gradient(codes, weight)
-    torch.testing.assert_close(product.detach(), dense @ weight)
-    (gradient,) = torch.autograd.grad(product, leaf, source)
-    torch.testing.assert_close(gradient.view(b, k), (source @ weight.T).gather(1, indices))
     by_feature, out, sums = ByFeature(codes, n), torch.full((n, d), 9.0).double(), torch.full((n,), 9.0).double()
     by_feature.outer_(out, codes.values, source)
     by_feature.sum_(sums, codes.values)
@@ -75,6 +71,38 @@ def test_products_with_nonzeros(block_bytes, monkeypatch):
     larger = torch.ones(n + 5, d).double()
     by_feature.outer_(larger, codes.values, source, add_to=places)
     torch.testing.assert_close(larger[places], 1 + dense.T @ source)
+
+
+@pytest.mark.parametrize("form", ["sparse", "dense"])
+def test_code_matrices(form, monkeypatch):
+    """Forward and backward against autograd through a dense matrix; a place without an active latent gets no gradient."""
+    monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", {"sparse": 0, "dense": 1000}[form])
+    b, n, d, k = 30, 50, 7, 4
+    indices = torch.stack([torch.randperm(n)[:k] for _ in range(b)])
+    x, weight, grad = torch.randn(b, d).double(), torch.randn(n, d).double(), torch.randn(b, d).double()
+    values = torch.randn(b, k).double().relu()
+    assert (values == 0).any()
+    encoder, decoder = (torch.zeros(n, d, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    bias = torch.zeros(n, dtype=torch.float64, requires_grad=True)
+    on = torch.zeros(b, n).double().scatter(1, indices, (values > 0).double())
+    dense = torch.zeros(b, n).double().scatter(1, indices, values)
+    (((dense + on * (x @ encoder.T + bias)) @ (weight + decoder)) * grad).sum().backward()
+
+    codes = kernels.code_matrix(Nonzeros.of_rows(indices, values), n, kernels.Workspace())
+    assert isinstance(codes, {"sparse": kernels.SparseCodes, "dense": kernels.DenseCodes}[form])
+    torch.testing.assert_close(codes.decode(weight), dense @ weight)
+    W_enc, b_enc, W_dec = torch.full((n, d), 9.0).double(), torch.full((n,), 9.0).double(), torch.full((n, d), 9.0).double()
+    codes.backward(grad, x, W_enc, b_enc, W_dec)
+    expected = (encoder.grad, bias.grad, decoder.grad)
+    for found, right in zip((W_enc, b_enc, W_dec), expected, strict=True):
+        torch.testing.assert_close(found, right)
+    places = torch.randperm(n + 5)[:n]
+    larger = torch.ones(n + 5, d).double(), torch.ones(n + 5).double(), torch.ones(n + 5, d).double()
+    codes.decode(weight)
+    codes.backward(grad, x, *larger, add_to=places)
+    for found, right in zip(larger, expected, strict=True):
+        torch.testing.assert_close(found[places], 1 + right)
+        assert (found.sum() - found[places].sum()).item() == pytest.approx(found[0].numel() * 5)
 
 
 def test_geometric_median_is_the_point_of_least_distance():
