@@ -1,13 +1,13 @@
 # Two commands are the whole set-up: `make sweep` and `make test`. Both create the environment first.
 VENV := .venv
 BIN := $(VENV)/bin
-SAELENS := 6.54.12
+PEERS := sae-lens==6.54.12 dictionary-learning==0.1.0 eai-sparsify==1.3.3
 SOAK_SECONDS ?= 600
 SOAK_SEEDS ?= 1,2,3
 export RAY_USAGE_STATS_ENABLED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: sweep test faults ui lint clean test-saelens
+.PHONY: sweep test faults bench ui lint clean test-saelens
 
 sweep: $(VENV)/.installed  ## train the default sweep: 18 SAEs of the embedded language model
 	$(BIN)/python jobs/scaling_sweep.py $(ARGS)
@@ -22,23 +22,27 @@ ui: $(VENV)/.installed  ## open the MLflow UI on the local results
 	$(BIN)/python -m raysae.tracking.ui $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test-saelens: $(VENV)/.installed  ## check in an environment of its own that SAELens reads every architecture with equal reconstructions
-	@if ! $(MAKE) --no-print-directory $(VENV)-saelens/.installed; then \
-		echo "skipped: an environment with sae-lens $(SAELENS) cannot be made here (see pip's message above)"; \
+	@if ! $(MAKE) --no-print-directory $(VENV)-peers/.installed; then \
+		echo "skipped: an environment with $(PEERS) cannot be made here (see pip's message above)"; \
 	else \
 		$(BIN)/python tests/saelens/check_saelens.py write build/saelens && \
-		$(VENV)-saelens/bin/python tests/saelens/check_saelens.py compare build/saelens; \
+		$(VENV)-peers/bin/python tests/saelens/check_saelens.py compare build/saelens; \
 	fi
+
+bench: $(VENV)/.installed $(VENV)-peers/.installed  ## measure ours against the peers, in an environment of their own; for a quiet machine
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:  ## remove the environments and build products; results (runs/, mlflow.db) stay
-	rm -rf $(VENV) $(VENV)-saelens build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)-saelens/.installed:
-	python3 -m venv $(VENV)-saelens
-	$(VENV)-saelens/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)-saelens/bin/python -m pip install --quiet sae-lens==$(SAELENS)
+$(VENV)-peers/.installed:
+	python3 -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-peers/bin/python -m pip install --quiet $(PEERS)
+	$(VENV)-peers/bin/python -m pip uninstall --quiet --yes torchvision  # nnsight brings one that does not fit this torch
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -2,6 +2,7 @@
 
     python benchmarks/one_pass.py                     the default sweep of the embedded model
     python benchmarks/one_pass.py --widths 256,512    any other: the arguments are those of jobs/scaling_sweep.py
+    python benchmarks/one_pass.py --json FILE …       writes the numbers there too; this comes first
 
 Run it on a quiet machine. Each part is measured alone in a process that has all cores to itself: the language model's pass over the shards that the
 sweep reads, and every SAE's step (median). Then the sweep runs as a user runs it, without the activation cache. Its steady-state time is that of the
@@ -29,6 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the sweep's process
 from raysae.cli import parse
 from raysae.config import SweepConfig
 
+REPOSITORY = Path(__file__).parents[1]
 STEPS, WARM = 12, 3
 SHARDS = 3
 
@@ -76,7 +78,7 @@ def run_sweep(argv: list[str]) -> dict[str, float]:
         began = time.time()
         own = ["--output", folder, "--study", "bench", "--tracking.uri", f"sqlite:///{folder}/mlflow.db", "--stream.cache", "off"]
         environment = os.environ | dict([mark.split("=")])
-        subprocess.run([sys.executable, "jobs/scaling_sweep.py", *argv, *own], check=True, env=environment)
+        subprocess.run([sys.executable, str(REPOSITORY / "jobs" / "scaling_sweep.py"), *argv, *own], check=True, env=environment)
         wall = time.time() - began
         reports = [json.loads(path.read_text())["reports"] for path in Path(folder).glob("bench/saes/*/outcome.json")]
     first, last = [each[0] for each in reports], [each[-1] for each in reports]
@@ -118,6 +120,8 @@ def main() -> None:
     if argv[:1] == ["--parts"]:  # in a process of its own, whose memory and threads end with it
         print(json.dumps(measure_parts(argv[1:])))
         return
+    out = Path(argv[1]) if argv[:1] == ["--json"] else None
+    argv = argv[2:] if out else argv
     parse(SweepConfig, argv, __doc__)
     parts = json.loads(
         subprocess.run([sys.executable, __file__, "--parts", *argv], check=True, capture_output=True, text=True).stdout.splitlines()[-1]
@@ -127,6 +131,8 @@ def main() -> None:
     result = {**parts, "ideal": ideal, **sweep, "ratio": sweep["steady_state"] / ideal}
     for name, value in result.items():
         print(f"{name:16s} {value:10.3f}")
+    if out:
+        out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

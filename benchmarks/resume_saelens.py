@@ -1,6 +1,6 @@
 """Kill and resume, side by side with SAELens: how far the resumed SAE's weights are from an undisturbed run's, and what SIGTERM leaves on disk.
 
-.venv/bin/python benchmarks/resume_saelens.py              raysae, then SAELens in .venv-saelens (`make test-saelens` creates it)
+.venv/bin/python benchmarks/resume_saelens.py              raysae, then SAELens in .venv-peers (`make test-saelens` creates it)
 
 Both train one TopK SAE on the same contexts of the same language model, with the same width, k, batch, learning rate and number of steps, on one
 thread per process. raysae runs as its users run it, `jobs/scaling_sweep.py` on a Ray of its own. Each is run
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-SAELENS = REPOSITORY / ".venv-saelens" / "bin" / "python"
+SAELENS = REPOSITORY / ".venv-peers" / "bin" / "python"
 WIDTH, K, BATCH, STEPS, RATE, LAYER, CONTEXT = 256, 16, 1024, 120, 1e-3, 2, 64
 NAME = f"topk_w{WIDTH}_k{K}_resid_post.{LAYER}_lr{RATE:g}_s0"
 STUDY = "study"

@@ -1,0 +1,66 @@
+"""Tokens per second of a producer against a bare forward pass of the same layers of the same model, without hooks, of the same contexts.
+
+    python benchmarks/producer.py [--model embedded] [--hook-point resid_post.2] [--threads 2] [--repeats 7] [--json FILE]
+
+The producer makes whole shards, as in a sweep: forward pass, capture, permutation, blocks. The bare pass is transformers' own model, cut off behind
+the same block. The two take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a job's processes; read when torch is imported
+
+import torch
+
+from raysae.config import SweepConfig
+from raysae.lm.model import LanguageModel
+from raysae.stream.shard import ShardMaker
+from raysae.sweep.preflight import plan
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--hook-point", default="resid_post.2")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    settled = plan(SweepConfig.model_validate({"model": {"name": options.model}, "hook_points": [options.hook_point]}))
+    spec, contexts = settled.training, settled.contexts["train"]
+    maker = ShardMaker(LanguageModel.load(settled.config.model), contexts, spec, [options.hook_point], settled.config.stream.block_mib)
+    bare = LanguageModel.load(settled.config.model).model.base_model
+    bare.layers = bare.layers[: int(options.hook_point.split(".")[1]) + 1]
+    bare.norm = torch.nn.Identity()
+    batches = torch.from_numpy(contexts[spec.contexts_of(0)]).split(spec.batch_contexts)
+
+    def forward() -> None:
+        for batch in batches:
+            bare(input_ids=batch, use_cache=False)
+
+    seconds = {"producer": [], "bare": []}
+    for repeat in range(options.repeats + 1):
+        for name, call in (("producer", lambda: maker.make(0)), ("bare", forward)):
+            began = time.perf_counter()
+            call()
+            if repeat:  # the first is a warm-up
+                seconds[name].append(time.perf_counter() - began)
+    tokens = spec.shard_contexts * spec.context_length
+    rates = {name: tokens / statistics.median(times) for name, times in seconds.items()}
+    ratio = rates["producer"] / rates["bare"]
+    print(f"producer {rates['producer']:,.0f} tokens/s, bare forward pass {rates['bare']:,.0f} tokens/s: {ratio:.3f}")
+    if options.json:
+        options.json.write_text(json.dumps({**rates, "ratio": ratio}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

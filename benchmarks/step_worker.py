@@ -1,0 +1,151 @@
+"""One side of `steps.py`: a training step of raysae or of a peer, taken as often as a line on standard input says.
+
+    python benchmarks/step_worker.py SIDE ARCHITECTURE D N K BATCH
+
+Prints a line of JSON per line read: {"seconds": …} for a number of steps; for `memory` {"bytes": …}, the peak of resident memory in the steps so far
+beyond what was resident before the first one, less gradients and Adam's moments. It runs in the peers' environment too and so imports nothing but
+torch and what SIDE needs.
+
+Every side does what its own trainer does in a step: forward, backward, gradient clipping, removal of the parallel gradient and unit decoder rows
+where it has them, Adam, learning-rate schedule, count of latents that fired. No latent is dead here, so AuxK is idle on all sides; logging, where a
+trainer leaves it out by itself, is off.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+BATCHES = 4  # different ones, taken in turn
+STEPS = 1000  # of the schedules
+Step = Callable[[int, torch.Tensor], object]  # (number of the step, batch (b, d))
+
+
+def raysae(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step, list[torch.nn.Parameter]]:
+    from raysae.config import SAEConfig, TrainConfig
+    from raysae.train.bank import Bank
+
+    sparsity = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity": 0.01}
+    config = SAEConfig(architecture=architecture, width=n, hook_point="resid_post.0", learning_rate=2e-4, seed=0, **sparsity)
+    train = TrainConfig(batch=batch, tokens=STEPS * batch, aux_coefficient=0)
+    bank = Bank(d, train)
+    member = bank.add(config.name, config)
+    member.initialise(torch.randn(batch, d))
+    return lambda step, x: bank.step(x, step * batch), list(member.parameters.values())
+
+
+def sparsify(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step, list[torch.nn.Parameter]]:
+    from sparsify import SparseCoder, SparseCoderConfig
+    from transformers import get_linear_schedule_with_warmup
+
+    assert architecture == "topk"
+    sae = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k), "cpu", dtype=torch.float32)
+    optimizer = torch.optim.Adam([{"params": sae.parameters(), "lr": 2e-4}])
+    schedule = get_linear_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
+    quiet, fired = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
+
+    def step(number: int, x: torch.Tensor) -> None:  # as sparsify's Trainer.fit with loss_fn="fvu", AuxK and logging off
+        if number == 0:
+            sae.b_dec.data = x.mean(0)
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(x=x, y=x, dead_mask=None)
+        fired[out.latent_indices.flatten()] = True
+        (out.fvu + out.multi_topk_fvu / 8).backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        quiet.add_(len(x))
+        quiet[fired] = 0
+        fired.zero_()
+
+    return step, list(sae.parameters())
+
+
+def saelens(architecture: str, d: int, n: int, k: int, batch: int, sparse: bool = False) -> tuple[Step, list[torch.nn.Parameter]]:
+    from sae_lens import BatchTopKTrainingSAEConfig, JumpReLUTrainingSAEConfig, LoggingConfig, StandardTrainingSAEConfig, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.saes.sae import TrainingSAE
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    common = {"d_in": d, "d_sae": n, "dtype": "float32", "device": "cpu"}
+    config = {
+        "topk": lambda: TopKTrainingSAEConfig(k=k, use_sparse_activations=sparse, **common),
+        "batchtopk": lambda: BatchTopKTrainingSAEConfig(k=k, **common),
+        "jumprelu": lambda: JumpReLUTrainingSAEConfig(**common),
+        "relu": lambda: StandardTrainingSAEConfig(**common),
+    }[architecture]()
+    sae = TrainingSAE.from_dict(config.to_dict())
+    trainer_config = SAETrainerConfig(
+        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=STEPS * batch, device="cpu", autocast=False,
+        lr=2e-4, lr_end=2e-5, lr_scheduler_name="constant", lr_warm_up_steps=STEPS // 20, adam_beta1=0.9, adam_beta2=0.999,
+        lr_decay_steps=STEPS // 5, n_restart_cycles=1, train_batch_size_samples=batch, dead_feature_window=10**9, feature_sampling_window=10**9,
+        logger=LoggingConfig(log_to_wandb=False),
+    )  # fmt: skip
+    trainer = SAETrainer(trainer_config, sae, iter(()))
+
+    def step(number: int, x: torch.Tensor) -> None:
+        trainer.step(x)
+        trainer.n_training_steps += 1
+
+    return step, list(sae.parameters())
+
+
+def saelens_sparse(*sizes: int | str) -> tuple[Step, list[torch.nn.Parameter]]:
+    return saelens(*sizes, sparse=True)
+
+
+def dictionary_learning(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step, list[torch.nn.Parameter]]:
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+    from dictionary_learning.trainers.standard import StandardTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    kind = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer, "jumprelu": JumpReluTrainer, "relu": StandardTrainer}[architecture]
+    sparse = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity_warmup_steps": None}
+    own = {"resample_steps": None} if architecture == "relu" else {}
+    trainer = kind(
+        steps=STEPS, activation_dim=d, dict_size=n, layer=0, lm_name="none", lr=2e-4, warmup_steps=STEPS // 20, device="cpu", seed=0, **sparse, **own
+    )
+    return trainer.update, list(trainer.ae.parameters())
+
+
+SIDES = {f.__name__: f for f in (raysae, sparsify, saelens, saelens_sparse, dictionary_learning)}
+
+
+def resident(key: str) -> int:
+    """VmRSS or VmHWM (the peak since it was last reset) of this process, in bytes."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+
+def main() -> None:
+    side, architecture, *sizes = sys.argv[1:]
+    d, n, k, batch = map(int, sizes)
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a peer prints must not come between the answers
+    torch.manual_seed(0)
+    batches = [torch.randn(batch, d) for _ in range(BATCHES)]
+    step, parameters = SIDES[side](architecture, d, n, k, batch)
+    before = resident("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # reset the peak
+    done = 0
+    for line in sys.stdin:
+        if line.strip() == "memory":
+            kept = 3 * sum(p.numel() * p.element_size() for p in parameters)  # gradients and Adam's two moments
+            answer = {"bytes": resident("VmHWM") - before - kept}
+        else:
+            began = time.perf_counter()
+            for _ in range(int(line)):
+                step(done, batches[done % BATCHES])
+                done += 1
+            answer = {"seconds": time.perf_counter() - began}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
