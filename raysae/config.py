@@ -258,8 +258,13 @@ class FaultsConfig(Strict):
         900, gt=0, description="a sweep that has no place on the cluster for a producer or trainer for so long, or no model loaded, ends and says why"
     )
     start_attempts: int = Field(3, gt=0, description="times in a row that a producer's model may fail to load")
-    shard_attempts: int = Field(4, gt=0, description="times a shard is tried before it counts as bad")
-    producer_deaths: int = Field(12, ge=0, description="producers that may die or hang within ten minutes; more end the sweep")
+    shard_attempts: int = Field(
+        4,
+        gt=0,
+        description="times a shard is tried before it counts as bad; where its producer dies or hangs, which is mostly not its fault, three "
+        "times as many",
+    )
+    producer_deaths: int = Field(12, ge=0, description="deaths or hangs per producer within ten minutes that are borne; more end the sweep")
     trainer_restarts: int = Field(100, ge=0, description="times a trainer's process, or the handle of a trial, is restarted")
     queue_seconds: float = Field(120, gt=0, description="for which a queue that does not answer (its process is being restarted) is asked again")
     stop_seconds: float = Field(

@@ -118,12 +118,6 @@ class ProducerPool:
                 log.warning("a producer moves: its machine is being drained")
                 producer.leaving = True
 
-    def close(self) -> None:
-        """Let all producers go, for good."""
-        self.failure = self.failure or "the stream is closed"
-        for producer in list(self.producers):
-            self._remove(producer)
-
     def _add(self) -> None:
         producer = Producing(self.create())
         self.producers.append(producer)
@@ -147,12 +141,19 @@ class ProducerPool:
             producer.idle_since = began = time.monotonic()
             if producer.leaving:
                 self.tend(False)
+                if producer not in self.producers:  # it was let go: a job that it took now would be nobody's
+                    return
             try:
                 job = await self.take()
             finally:
                 producer.idle_since = None
                 self.waited(time.monotonic() - began)
-            error, died = await self._do(job, producer)
+            try:
+                error, died = await self._do(job, producer)
+            except Exception as ours:  # the job is nobody's now: to go on would be to wait for it
+                log.exception("what a producer has done could not be noted")
+                self._give_up(one_line(ours))
+                return
             if died:
                 self._bury(producer, error, died=True)
                 return
@@ -176,13 +177,13 @@ class ProducerPool:
             first, *others = refs if job.returns > 1 else [refs]
             async with asyncio.timeout(job.seconds):
                 result = await first
+            job.done(result, others)
         except Exception as error:
             if isinstance(error, TimeoutError) and not isinstance(error, RayTaskError):
                 error = TimeoutError(f"a producer was silent for {job.seconds:g} s")
             died = not isinstance(error, RayTaskError)
             job.failed(error, died)
             return error, died
-        job.done(result, others)
         return None, False
 
     def _bury(self, producer: Producing, error: Exception, died: bool) -> None:
@@ -200,7 +201,7 @@ class ProducerPool:
             self._deaths.popleft()
         if self._failed_starts >= self.faults.start_attempts:
             self._give_up(f"the language model could not be started in {self.faults.start_attempts} attempts: {one_line(error)}")
-        elif len(self._deaths) > self.faults.producer_deaths:
+        elif len(self._deaths) > self.faults.producer_deaths * max(1, len(self.producers)):
             self._give_up(f"{len(self._deaths)} producers died within {DEATHS_SECONDS:g} s, the last one: {one_line(error)}")
         else:
             self.tend(False)

@@ -6,14 +6,14 @@ Importing this module imports neither torch nor transformers: the queue, which d
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
 
-from raysae.config import ActivationSpec, ModelConfig, StreamConfig
+from raysae.config import ActivationSpec, ModelConfig, StreamConfig, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # OpenMP threads that spin at barriers slow every process of a shared machine down, 15-fold where there are more of them than cores.
 ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
-SAES_AT_ONCE = 8  # in memory together beside the language model
 NICENESS = 10  # on CPU, trainers come first: shards made ahead of need only wait in memory
 
 
@@ -62,6 +61,12 @@ class Producer:
             torch.set_num_threads(production.threads)
         self.production = production
         self.lm = LanguageModel.load(production.model, "cuda" if gpu else "cpu")
+        for spec in production.specs.values():
+            if spec.model != self.lm.facts.digest:
+                raise UserError(
+                    f"model.name is {production.model.name!r}: on this machine it is not what the driver has (its digest is {self.lm.facts.digest}, "
+                    f"not {spec.model}): put the same files there"
+                )
         self.contexts: dict[str, Contexts] = {name: ray.get(ray.cloudpickle.loads(ref)) for name, ref in production.contexts.items()}
         self.makers = {name: self._maker(name) for name in production.specs}
 
@@ -108,24 +113,14 @@ class Producer:
         indices = np.concatenate([spec.contexts_of(shard) for shard in shards])[:wanted]
         tokens = torch.from_numpy(self.contexts[stream][indices]).to(self.lm.device)
         mean = torch.from_numpy(np.array(mean)).to(self.lm.device)
-        results: dict[str, dict] = {}
         with torch.no_grad():
-            for group in _in_groups(saes, SAES_AT_ONCE):
-                loaded = {name: _where_rows_are(load_sae(folder)) for name, folder in group.items()}
-                results |= downstream_metrics(self.lm, tokens, hook_point, loaded, mean, spec.skip_positions).finish()
-        return results
+            loaded = {name: _where_rows_are(load_sae(folder)) for name, folder in saes.items()}
+            return downstream_metrics(self.lm, tokens, hook_point, loaded, mean, spec.skip_positions).finish()
 
 
 def nonfinite(meta: Mapping[str, object]) -> str:
     """What is wrong with a shard, in words."""
     return f"activations at {', '.join(meta['nonfinite'])} are NaN or infinite in contexts {', '.join(map(str, meta['nonfinite_contexts']))}"
-
-
-def _in_groups(saes: Mapping[str, str], size: int) -> Iterator[dict[str, str]]:
-    """`saes` in parts of at most `size`: those of a part are in memory together and share a clean pass."""
-    names = list(saes)
-    for start in range(0, len(names), size):
-        yield {name: saes[name] for name in names[start : start + size]}
 
 
 def _where_rows_are(sae: SAE) -> Callable[[Tensor], Tensor]:

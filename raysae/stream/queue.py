@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +40,8 @@ TEND_SECONDS = 1.0
 PATIENCE, LEAST_PATIENCE = 10, 30.0  # a producer may take this many times the longest shard so far, and this many seconds at least
 RETRY_PAUSE = 0.5  # seconds
 CONTEXTS_NAMED = 8  # of a bad shard, in a sentence
+SAES_AT_ONCE = 8  # evaluated by a producer in one call: in memory together beside the language model, on one clean pass
+DEATH = Fraction(1, 3)  # of an attempt at a shard: mostly the shard is not what killed the producer
 
 COUNTERS = {
     "contexts_forwarded": "Contexts the language model has read for training",
@@ -203,11 +206,6 @@ class StreamQueue:
         if self._tending is None:
             self._tending = asyncio.get_running_loop().create_task(self._tend())
 
-    async def stop(self) -> None:
-        """Let the producers go; whoever asks for a block from now on gets an error."""
-        self.pool.close()
-        self._notify()
-
     # ---------------------------------------------------------------- consumers
 
     async def expect(self, consumers: Iterable[str]) -> None:
@@ -296,10 +294,12 @@ class StreamQueue:
             self._settle()
 
     async def evaluate(self, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int) -> dict[str, dict]:
-        """Metrics in the language model of saved SAEs (name → folder), computed by a producer; see `Producer.evaluate`."""
+        """Metrics in the language model of saved SAEs (name → folder), computed by producers, a few SAEs each; see `Producer.evaluate`."""
         await self.start()
-        result, _ = await self._result(self._errand("evaluate", (EVALUATION, hook_point, dict(saes), mean, predicted_tokens), 1))
-        return result
+        names = list(saes)
+        groups = [{name: saes[name] for name in names[i : i + SAES_AT_ONCE]} for i in range(0, len(names), SAES_AT_ONCE)]
+        errands = [self._errand("evaluate", (EVALUATION, hook_point, group, mean, predicted_tokens), 1) for group in groups]
+        return {name: metrics for errand in errands for name, metrics in (await self._result(errand))[0].items()}
 
     async def stats(self) -> dict[str, object]:
         """Totals (see COUNTERS), bytes in flight now, at most and allowed, producers, and each consumer's position in shards and whether it waits."""
@@ -333,7 +333,7 @@ class StreamQueue:
                 return Job(
                     "produce", (TRAIN, shard, self._tolerant(self.state.last_attempt(shard))), self._returns[TRAIN],
                     done=lambda meta, refs: self._produced(shard, meta, refs),
-                    failed=lambda error, died: self._failed(shard, error),
+                    failed=lambda error, died: self._failed(shard, error, died),
                     seconds=self._patience(),
                 )  # fmt: skip
             await self._changed.wait()
@@ -349,9 +349,9 @@ class StreamQueue:
             self._shards[shard] = meta, refs
         self._settle()
 
-    def _failed(self, shard: int, error: Exception) -> None:
+    def _failed(self, shard: int, error: Exception, died: bool) -> None:
         reason = self._note_failure(TRAIN, shard, error)
-        if self.state.fail(shard, reason) and self._skip(TRAIN, shard, reason):
+        if self.state.fail(shard, reason, DEATH if died else 1) and self._skip(TRAIN, shard, reason):
             self.state.skip(shard)
         self._settle()
 
@@ -391,7 +391,11 @@ class StreamQueue:
         if self.production.stream.bad_shards == "stop":
             return False
         shards = self.state.shards if stream == TRAIN else self.production.specs[stream].shards
-        return self.skipped.add(stream, shard, shards, reason, self.production.specs[stream].contexts_of(shard).tolist())
+        try:
+            return self.skipped.add(stream, shard, shards, reason, self.production.specs[stream].contexts_of(shard).tolist())
+        except (UserError, OSError) as error:  # what is not written down is not skipped: after a restart it might be trained on
+            log.error("shard %d of the %s stream cannot be skipped: %s", shard, stream, one_line(error))
+            return False
 
     def _errand(self, method: str, args: tuple, returns: int) -> asyncio.Future:
         """Queue a call of a producer; the future gives (first result, references to the others), no references where a held-out shard is skipped.
@@ -399,6 +403,9 @@ class StreamQueue:
         future = asyncio.get_running_loop().create_future()
         attempts = itertools.count(1)
         produce = method == "produce"
+
+        def patience() -> float:
+            return self._patience() if produce else self.faults.hang_seconds
 
         def arguments(attempt: int) -> tuple:
             return (*args, self._tolerant(attempt >= self.faults.shard_attempts)) if produce else args
@@ -413,7 +420,7 @@ class StreamQueue:
         def failed(error: Exception, died: bool) -> None:
             reason = self._note_failure(*args, error) if produce else one_line(error)
             if (died or produce) and (attempt := next(attempts)) < self.faults.shard_attempts:
-                self._errands.append(replace(job, args=arguments(attempt + 1)))
+                self._errands.append(replace(job, args=arguments(attempt + 1), seconds=patience()))
             elif produce and self._skip(*args, reason):
                 future.set_result((None, []))
             elif produce:
@@ -424,7 +431,7 @@ class StreamQueue:
                 future.set_exception(error)
             self._notify()
 
-        job = Job(method, arguments(1), returns, done, failed, seconds=self._patience() if produce else self.faults.hang_seconds)
+        job = Job(method, arguments(1), returns, done, failed, seconds=patience())
         self._errands.append(job)
         self._notify()
         return future

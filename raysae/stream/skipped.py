@@ -28,11 +28,16 @@ class Skipped:
         return {int(shard) for shard in self.shards.get(stream, {})}
 
     def add(self, stream: str, shard: int, shards: int, reason: str, contexts: list[int]) -> bool:
-        """Skip a shard of a stream of `shards`; False, and nothing is done, where too many are skipped already."""
+        """Skip a shard of a stream of `shards`; False, and nothing is done, where too many are skipped already.
+
+        UserError, and nothing is done: it cannot be written down.
+        """
         if len(self.of(stream)) >= max(1, SHARE * shards):
             return False
-        self.shards.setdefault(stream, {})[str(shard)] = {"reason": reason, "contexts": contexts}
+        shards_of = self.shards.get(stream, {}) | {str(shard): {"reason": reason, "contexts": contexts}}
+        skipped = self.shards | {stream: shards_of}
         if self.file:
             files, path = fsspec.core.url_to_fs(self.file)
-            write_atomically(files, path, sealed(self.shards))
+            write_atomically(files, path, sealed(skipped))
+        self.shards = skipped  # not before it is on disk
         return True

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 
@@ -60,7 +61,7 @@ class StreamState:
         shards: shards in the stream; indices run from 0.
         cap: shards that may be held or in production together, ≥ 1.
         lag: what a consumer does that is a window ahead of the slowest: `stall` waits, `detach` goes on in a pass of its own.
-        attempts: times a shard is tried before it is bad.
+        attempts: times a shard is tried before it is bad; see `fail`.
         skipped: shards that no consumer gets.
     """
 
@@ -74,7 +75,7 @@ class StreamState:
         self.held: set[int] = set()
         self.attempts = attempts
         self.skipped = set(skipped)
-        self._failures: dict[int, int] = {}
+        self._failures: dict[int, Fraction | int] = {}
         self._bad: dict[int, str] = {}
         self._turn = 0
 
@@ -169,12 +170,12 @@ class StreamState:
         self._release()
         return shard in self.held
 
-    def fail(self, shard: int, reason: str) -> bool:
-        """Production of a leased shard failed: it is to be leased again, `attempts` times in all; then it is bad, and the answer True."""
+    def fail(self, shard: int, reason: str, weight: Fraction | int = 1) -> bool:
+        """Production of a leased shard failed: it is to be leased again, until its failures weigh `attempts`; then it is bad: True."""
         if shard not in self.leased:
             return False
         self.leased.remove(shard)
-        self._failures[shard] = self._failures.get(shard, 0) + 1
+        self._failures[shard] = self._failures.get(shard, 0) + weight
         if self._failures[shard] < self.attempts:
             return False
         self._bad[shard] = reason

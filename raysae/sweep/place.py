@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import yaml
 from raysae.config import SweepConfig, UserError
 from raysae.storage import write_atomically
 
-CONFIG = "config.yaml"
+CONFIG, LOCK = "config.yaml", "driver.lock"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,17 @@ def new_place(config: SweepConfig, resume: str | None) -> Place:
             raise
         raise UserError(f"output is {config.output}, which cannot be written ({error}): name a folder or a URL such as s3://bucket/runs") from error
     return place
+
+
+@contextmanager
+def driving(place: Place) -> Iterator[None]:
+    """Around a driver's work: UserError where another driver of this study runs on this machine. The lock goes with its process."""
+    with (place.local / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"study is '{place.name}', which still runs: wait for its end, or stop it first") from None
+        yield
 
 
 def saved_config(output: str, study: str) -> SweepConfig:

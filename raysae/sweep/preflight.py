@@ -84,7 +84,8 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
     if skipped > length - 2:
         raise UserError(f"stream.skip_positions is {skipped}: it must be at most the context length less 2, {length - 2}")
     stream = config.stream.model_copy(update={"context_length": length, "skip_positions": skipped})
-    config = config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream})
+    model = config.model.model_copy(update={"revision": facts.commit or config.model.revision})  # whatever appears on the hub meanwhile
+    config = config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream, "model": model})
     enough = _enough(config, held_out) if config.text.source.startswith("hf:") else None
     contexts = build_contexts(config.text, lambda: load_tokenizer(config.model), tokenizer_digest(config.model), length, enough)
 

@@ -29,7 +29,7 @@ from raysae.stream.room import machine_of
 from raysae.stream.state import StreamError
 from raysae.sweep.cluster import connect
 from raysae.sweep.handle import Leave, Over, Rungs, follow, track
-from raysae.sweep.place import Place, check_writable, new_place, saved_config, with_absolute_paths
+from raysae.sweep.place import Place, check_writable, driving, new_place, saved_config, with_absolute_paths
 from raysae.sweep.preflight import Bank, Plan, check_cluster, pack, plan
 from raysae.sweep.summary import summary_table, write_summary
 from raysae.sweep.table import ENDED
@@ -61,6 +61,12 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
     banks = pack(settled.saes, check_cluster(settled), settled.widths)
     settled = _fixed(settled, len(banks))
     place = new_place(settled.config, resume)
+    with driving(place):
+        return _drive(settled, banks, place, allow, made_for, began)
+
+
+def _drive(settled: Plan, banks: list[Bank], place: Place, allow: frozenset[str], made_for: str | None, began: float) -> int:
+    """The exit code."""
     study = Study(place.local / "outbox.db", settled.config.tracking, place.name, settled.config.model_dump(), made_for=made_for)
     for sae in settled.saes:
         study.child(sae.name, sae.model_dump(exclude_none=True) | {"model": settled.config.model.name})

@@ -37,7 +37,7 @@ class _Trainer:
     """A trainer as the watch sees it: what it was last asked and what it last said."""
 
     actor: ActorHandle
-    asked: list[ray.ObjectRef] | None = None  # status and news, not answered yet
+    asked: list[ray.ObjectRef] | None = None  # status, news and seconds of silence, not answered yet
     since: float = 0.0  # when it was asked
     starts_since: float | None = None  # set while it has no place or starts
     stopping: ray.ObjectRef | None = None  # it writes checkpoints, to be restarted on another machine
@@ -59,6 +59,7 @@ class Watch:
         self._ended_since: float | None = None
         self._draining: set[str] = set()
         self._stream: ray.ObjectRef | None = None
+        self._stream_since = 0.0  # when the queue was asked for it
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -106,15 +107,17 @@ class Watch:
         """Take in what the trainer answers, or note that it does not."""
         now = time.monotonic()
         if trainer.asked is None:
-            trainer.asked, trainer.since = [trainer.actor.status.remote(), trainer.actor.news.remote(self.tracked)], now
+            actor = trainer.actor
+            trainer.asked, trainer.since = [actor.status.remote(), actor.news.remote(self.tracked), actor.silent_seconds.remote()], now
         try:
-            status, news = ray.get(trainer.asked, timeout=patience)
+            status, news, silent = ray.get(trainer.asked, timeout=patience)
         except GetTimeoutError:
             self._silent(bank, trainer, now)
             return
         except RayError as error:  # it died too often
             trainer.status = [row if row["state"] in ENDED else row | {"state": "failed", "message": str(error)} for row in trainer.status]
             trainer.asked = None
+            self.queue.leave.remote(bank)  # at every look, for the queue may restart: nobody else is to wait for it
             return
         trainer.asked = trainer.starts_since = None
         trainer.status = status
@@ -122,6 +125,8 @@ class Watch:
             for report in reports:
                 track(self.study, name, report)
             self.tracked[name] += len(reports)
+        if silent > self.faults.hang_seconds and trainer.stopping is None:  # it answers, and does not train
+            self._restart(bank, trainer, silent)
 
     def _silent(self, bank: str, trainer: _Trainer, now: float) -> None:
         """A trainer has not answered yet: does it hang, does it still start, or has it no place?"""
@@ -130,8 +135,7 @@ class Watch:
         if machine_of(trainer.actor):
             trainer.starts_since = None
             if now - trainer.since > self.faults.hang_seconds:
-                log.warning("trainer %s has been silent for %.0f s: it is restarted from its checkpoints", bank, now - trainer.since)
-                ray.kill(trainer.actor, no_restart=False)
+                self._restart(bank, trainer, now - trainer.since)
                 trainer.since = now
             return
         trainer.since = now  # its silence counts from when it is there
@@ -141,6 +145,11 @@ class Watch:
                 self.failure = f"the trainer {bank} has not started within {self.faults.start_seconds:g} s"
             else:
                 self.failure = f"no machine has had room for the trainer {bank} for {self.faults.start_seconds:g} s: {missing(self.needs)}"
+
+    @staticmethod
+    def _restart(bank: str, trainer: _Trainer, silent: float) -> None:
+        log.warning("trainer %s has been silent for %.0f s: it is restarted from its checkpoints", bank, silent)
+        ray.kill(trainer.actor, no_restart=False)
 
     # ---------------------------------------------------------------- machines that go
 
@@ -170,10 +179,16 @@ class Watch:
 
     def _stream_stats(self, patience: float) -> dict | None:
         """The queue's newest answer; None while there is none."""
-        self._stream = self._stream or self.queue.stats.remote()
+        now = time.monotonic()
+        if self._stream is None:
+            self._stream, self._stream_since = self.queue.stats.remote(), now
         try:
             stream, self._stream = ray.get(self._stream, timeout=patience), None
         except GetTimeoutError:
+            if now - self._stream_since > self.faults.hang_seconds:
+                log.warning("the queue has been silent for %.0f s: it is restarted", now - self._stream_since)
+                ray.kill(self.queue, no_restart=False)
+                self._stream = None
             return None
         except RayError:  # its process is being restarted
             self._stream = stream = None

@@ -143,6 +143,10 @@ class Trainer:
             rows = [row if row["state"] in ENDED else row | {"state": "failed", "message": message} for row in rows]
         return rows
 
+    def silent_seconds(self) -> float:
+        """See `Loop.silent_seconds`; 0 once the loop has ended."""
+        return self.loop.silent_seconds() if self._thread.is_alive() else 0.0
+
     def reports(self, name: str, since: int = 0) -> tuple[list[dict], bool]:
         """The reports of `name` from number `since` on, and whether it has ended. Waits for a new one, half a minute at most."""
         with self._changed:

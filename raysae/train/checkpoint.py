@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 
 import fsspec
@@ -80,13 +81,17 @@ class CheckpointStore:
         path = f"{self.folder}/{number:09d}.{hashlib.sha256(content).hexdigest()}{SUFFIX}"
         write_atomically(self.files, path, content, f"the checkpoints before it in {self.folder} are whole")
         for old in earlier[KEPT - 1 :]:
-            self.files.rm_file(old)
+            with suppress(FileNotFoundError):  # a process that was given up for dead may still be there, and be as tidy
+                self.files.rm_file(old)
         return path
 
     def load(self, present: dict[str, Scalar], allow: set[str] = frozenset()) -> Checkpoint | None:
         """The newest intact checkpoint, None where there is none; damaged ones are named in a warning. UserError: see `check_fingerprint`."""
         for path in self.paths():
-            content = self.files.cat_file(path)
+            try:
+                content = self.files.cat_file(path)
+            except FileNotFoundError:  # as above
+                continue
             if hashlib.sha256(content).hexdigest() != path.removesuffix(SUFFIX).rpartition(".")[2]:
                 log.warning("checkpoint %s is damaged (its SHA-256 is not the one in its name): the one before it is used, if any", path)
                 continue

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -60,6 +61,9 @@ class Source(Protocol):
 
     def evaluation(self, rows: int) -> Iterator[torch.Tensor]:
         """The first `rows` held-out raw rows in chunks `(r, d)`."""
+
+    def leave(self) -> None:
+        """Nothing is read for now: nobody need wait."""
 
 
 @dataclass
@@ -139,7 +143,8 @@ class Loop:
         self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._reader: Reader | None = None
-        self._blocked_since: float | None = None
+        self._blocked_since: float | None = None  # set while it waits for others: rows, requests
+        self._sign = clock()  # of life, the last one
         self._pace = (0, 0.0, 0.0)  # rows, seconds and seconds waited of the present pass, evaluations and checkpoints left out
 
     # ---------------------------------------------------------------- requests, from any thread
@@ -150,14 +155,15 @@ class Loop:
         self._requests.put(lambda: self._add(config.name))
 
     def leave(self, name: str, reason: str, tokens: int = 0) -> None:
-        """End an SAE early, once it has seen `tokens` at least: it is evaluated on all held-out rows and saved. One that has ended stays as it is.
+        """End an SAE early, at its next step or once it has seen `tokens`: it is evaluated on all held-out rows and saved. One that has ended stays
+        as it is. Not at the present step: it may have been reported on, and there is one report per step.
 
         Once this has returned it holds, whatever dies: it is on disk.
         """
         with self._ending:
             progress = self.progress.get(name)
             if progress is not None and not progress.ended:
-                self._store(name).wish_leave({"reason": reason, "tokens": max(tokens, progress.tokens)})
+                self._store(name).wish_leave({"reason": reason, "tokens": max(tokens, progress.tokens + bool(progress.tokens))})
                 self._requests.put(lambda: self._leave(name))
 
     def stop(self) -> None:
@@ -166,6 +172,10 @@ class Loop:
         if (reader := self._reader) is not None:
             reader.close()
         self._requests.put(lambda: None)
+
+    def silent_seconds(self) -> float:
+        """How long the loop has been at one thing of its own: a step, a chunk of an evaluation, a checkpoint. 0 while it waits for others."""
+        return 0.0 if self._blocked_since is not None else self.clock() - self._sign
 
     def status(self) -> list[dict]:
         """name, state, tokens, tokens_per_second, fvu, l0, waited_share and message of every SAE, in the order of their coming."""
@@ -217,7 +227,10 @@ class Loop:
             elif until_idle:
                 return
             else:
-                self._requests.get()()
+                self.source.leave()
+                with self._blocked():
+                    request = self._requests.get()
+                request()
         self._checkpoint()
 
     def _pass(self, row: int) -> None:
@@ -228,6 +241,7 @@ class Loop:
             self._pace = (0, 0.0, 0.0)
             began = self.clock()
             while not self._stopping and (cohort := self.bank.at(row)):
+                self._sign = self.clock()
                 self._show(cohort)
                 x = self._next(reader, cohort)
                 if x is not None:
@@ -250,9 +264,9 @@ class Loop:
 
     def _next(self, reader: Reader, cohort: list[Member]) -> torch.Tensor | None:
         """The next batch; None where it is skipped, or where `stop` closed the reader meanwhile."""
-        self._blocked_since = self.clock()
         try:
-            x = reader.next()
+            with self._blocked():
+                x = reader.next()
             self._note_numerics(cohort)
             return x
         except Exception as error:
@@ -262,7 +276,15 @@ class Loop:
             if isinstance(error, StreamError):
                 raise StreamError(f"at step {cohort[0].steps_done}: {error}") from None
             raise
+
+    @contextmanager
+    def _blocked(self) -> Iterator[None]:
+        """Around what waits for others."""
+        self._blocked_since = self.clock()
+        try:
+            yield
         finally:
+            self._sign = self.clock()
             self._blocked_since = None
 
     def _note_numerics(self, cohort: list[Member]) -> None:
@@ -276,7 +298,8 @@ class Loop:
     def _initialise(self, row: int) -> None:
         new = [member for member in self.bank.at(row) if not member.initialised]
         if new:
-            rows = self.source.first_rows()
+            with self._blocked():
+                rows = self.source.first_rows()
             for member in new:
                 member.initialise(rows)
 
@@ -297,10 +320,10 @@ class Loop:
             elif member.finished:
                 self._finish(progress, "done")
             else:
-                if member.steps_done in self.report_steps:
-                    self._report(progress, final=False)
                 if progress.leave_at is not None and member.next_row >= progress.leave_at:
                     self._leave_now(progress)
+                elif member.steps_done in self.report_steps:
+                    self._report(progress, final=False)
 
     def _report(self, progress: Progress, final: bool) -> None:
         """Evaluate on held-out rows, on all of them if `final`: then the report also has the density histogram."""
@@ -308,7 +331,7 @@ class Loop:
         progress.state = "evaluating"
         self.on_change()
         rows = self.evaluation.rows if final else min(self.evaluation.interim_rows, self.evaluation.rows)
-        metrics = reconstruction_metrics(member.sae.folded(), self.source.evaluation(rows))
+        metrics = reconstruction_metrics(member.sae.folded(), self._evaluation(rows))
         rate, waited = self._rates()
         report = {
             "name": member.name,
@@ -330,6 +353,15 @@ class Loop:
         progress.reports.append(report)
         progress.state = "working"
         self.on_change()
+
+    def _evaluation(self, rows: int) -> Iterator[torch.Tensor]:
+        chunks = iter(self.source.evaluation(rows))
+        while True:
+            with self._blocked():
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
 
     def _finish(self, progress: Progress, state: str, message: str | None = None) -> None:
         """Final evaluation, files, end."""
@@ -370,6 +402,7 @@ class Loop:
         for progress in self._in_training():
             if progress.member.initialised and progress.member.next_row != progress.saved_row:
                 self._save(progress)
+                self._sign = self.clock()
         self.cadence.written(began)
 
     def _save(self, progress: Progress) -> None:
@@ -409,7 +442,8 @@ class Loop:
         progress = self.progress[name]
         if progress.member is not None and (wish := self._store(name).wished_leave()):
             progress.message, progress.leave_at = wish["reason"], wish["tokens"]
-            if progress.member.next_row >= progress.leave_at:
+            reported = bool(progress.reports) and progress.reports[-1]["tokens"] == progress.tokens
+            if progress.member.next_row >= progress.leave_at and not reported:
                 self._leave_now(progress)
 
     def _leave_now(self, progress: Progress) -> None:

@@ -39,6 +39,9 @@ class StreamSource:
         chunks = self._evaluation(rows)
         return map(self.transform, chunks) if self.transform else chunks
 
+    def leave(self) -> None:
+        self.client.leave()
+
     def _first_rows(self) -> torch.Tensor:
         wanted = min(INITIAL_ROWS, self.plan.training.rows_per_shard)
         blocks, rows, shard = [], 0, 0

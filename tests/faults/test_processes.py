@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 import ray
+import torch
+from safetensors.torch import load_file
 
-from tests.faults.harness import LONG, PATIENCE, Sweep, assert_same
+from tests.faults.harness import ENVIRONMENT, LONG, PATIENCE, REPOSITORY, Sweep, assert_same, result_of
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
 Start = Callable[..., Sweep]
@@ -54,14 +58,17 @@ def test_killed(sweep: Start, undisturbed: Start, moment: float) -> None:
 
 @pytest.mark.long
 def test_hung(sweep: Start, undisturbed: Start, moment: float) -> None:
-    """Stopped, so that they are alive and silent: the producer is replaced and its process does not stay; the trainer is restarted from its
-    checkpoints."""
+    """Stopped, so that they are alive and silent: the producer is replaced and its process does not stay; queue and trainer are restarted, the trainer
+    from its checkpoints."""
     ours = sweep(**LONG, faults__hang_seconds=8)
     ours.until_share(moment)
     hung = ours.wait_for("producer")
     os.kill(hung, signal.SIGSTOP)
     ours.wait_for("producer", {hung}, seconds=60)
     ours.until(lambda: not os.path.exists(f"/proc/{hung}"), 30, "the hung process is still there")
+    queue = ours.wait_for("queue")
+    os.kill(queue, signal.SIGSTOP)
+    ours.wait_for("queue", {queue}, seconds=60)
     before = set(ours.pids("trainer"))
     os.kill(min(before), signal.SIGSTOP)
     ours.wait_for("trainer", before, seconds=60)
@@ -88,6 +95,23 @@ def test_driver(sweep: Start, undisturbed: Start, moment: float) -> None:
     ours.start()
     ours.finish()
     assert_same(ours, undisturbed())
+
+
+def test_a_trainer_dead_for_good_is_not_waited_for(sweep: Start, undisturbed: Start) -> None:
+    """Its SAEs have failed, the others are what they would have been. And while a study runs, nobody else can go on with it."""
+    ours = sweep(**LONG, faults__trainer_restarts=0)
+    ours.until_share(0.05)
+    command = [sys.executable, str(REPOSITORY / "jobs" / "scaling_sweep.py"), "--output", str(ours.folder / "runs"), "--resume", ours.study]
+    second = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert "study is 'study', which still runs: wait for its end, or stop it first" in " ".join(second.stderr.split())
+    ours.kill("trainer")
+    assert ours.driver.wait(PATIENCE) == 1, ours.log()
+    calm = result_of(undisturbed(**LONG)).saes
+    ended = {path.parent.name: load_file(path) for path in (ours.place / "saes").glob("*/sae_weights.safetensors")}
+    assert len(ended) == 2
+    assert all(torch.equal(bits, ended[name][key]) for name in ended for key, bits in calm[name].items())
+    assert "SAEs that have not come to their end go on with" in " ".join(ours.log().split())
 
 
 @pytest.mark.long

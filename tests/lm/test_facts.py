@@ -64,8 +64,9 @@ def test_digest_follows_content_not_place(llama, tmp_path, monkeypatch):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert digest_of(copy) != digest_of(llama)
-    monkeypatch.setattr(facts_module, "HASHED_WHOLE", 1000)  # now by header, size and time of change
-    assert digest_of(llama) == digest_of(llama) != digest_of(copy)
+    monkeypatch.setattr(facts_module, "HASHED_WHOLE", 1000)  # now by size and pieces
+    monkeypatch.setattr(facts_module, "SAMPLE", 100)
+    assert digest_of(llama) == digest_of(shutil.copytree(llama, tmp_path / "third")) != digest_of(copy)
 
 
 def test_parse_hook_point(llama):

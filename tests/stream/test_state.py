@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -268,6 +270,15 @@ def test_a_shard_that_cannot_be_produced_is_named_to_its_consumers():
     with pytest.raises(StreamError, match=r"shard 0 .* consumer a .*out of memory"):
         state.ready("a", 0)
     assert state.lease() == 1
+
+
+def test_a_dead_producer_weighs_less_than_a_failure_of_its_shard():
+    state = StreamState(100, cap=2, attempts=2)
+    state.join("a", 0)
+    for death in range(1, 7):
+        assert state.lease() == 0
+        assert state.last_attempt(0) == (death > 3)
+        assert state.fail(0, "killed", Fraction(1, 3)) == (death == 6)
 
 
 def test_a_skipped_shard_is_passed_over_by_everyone_and_takes_no_place():

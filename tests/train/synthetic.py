@@ -66,3 +66,6 @@ class ArraySource:
 
     def evaluation(self, rows: int):
         yield from self.held_out[:rows].split(190)
+
+    def leave(self) -> None:
+        pass

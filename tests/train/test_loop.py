@@ -179,13 +179,13 @@ def test_an_sae_that_leaves_early_is_evaluated_and_saved(tmp_path):
     loop.run()
     reports, ended = loop.reports(A.name)
     assert ended
-    assert [r["tokens"] for r in reports] == [320, 640, 640]
+    assert [r["tokens"] for r in reports] == [320, 640, 704], "one report per step"
     assert reports[-1]["final"]
     assert reports[-1]["evaluation_rows"] == 600
     first = loop.status()[0]
-    assert (first["state"], first["tokens"], first["message"]) == ("stopped", 640, "stopped by the scheduler")
+    assert (first["state"], first["tokens"], first["message"]) == ("stopped", 704, "stopped by the scheduler")
     assert saved_bits(company, A.name)
-    assert json.loads((company / "saes" / A.name / "outcome.json").read_text())["tokens"] == 640
+    assert json.loads((company / "saes" / A.name / "outcome.json").read_text())["tokens"] == 704
     assert_same_sae(alone, company, B.name)
     assert trained(company, A, B).source.opened == []
 
@@ -219,7 +219,7 @@ def test_killed_while_leaving_still_leaves(tmp_path):
     again = trained(tmp_path, A)
     assert again.source.served == []
     assert again.status()[0]["state"] == "stopped"
-    assert again.status()[0]["tokens"] == 640
+    assert again.status()[0]["tokens"] == 704
 
 
 def test_killed_right_after_it_was_told_to_leave_it_leaves_at_the_same_row(tmp_path):
@@ -229,7 +229,7 @@ def test_killed_right_after_it_was_told_to_leave_it_leaves_at_the_same_row(tmp_p
     loop.add(A)
     loop.on_change = lambda: len(loop.reports(A.name)[0]) == 2 and loop.leave(A.name, "worse than others")
     loop.run()
-    assert loop.status()[0]["tokens"] == 640
+    assert loop.status()[0]["tokens"] == 704
 
     loop = loop_on(broken)
     loop.add(A)
@@ -248,9 +248,9 @@ def test_killed_right_after_it_was_told_to_leave_it_leaves_at_the_same_row(tmp_p
     again.leave(A.name, "told again, because the caller heard no answer")
     again.run()
     status = again.status()[0]
-    assert (status["state"], status["tokens"], status["message"]) == ("stopped", 640, "worse than others")
+    assert (status["state"], status["tokens"], status["message"]) == ("stopped", 704, "worse than others")
     assert_same_sae(whole, broken, A.name)
-    assert [r["tokens"] for r in again.reports(A.name)[0]] == [320, 640, 640]
+    assert [r["tokens"] for r in again.reports(A.name)[0]] == [320, 640, 704]
     assert not list((broken / "checkpoints").rglob("*.json"))
 
 
@@ -353,3 +353,41 @@ def test_a_wish_to_leave_that_comes_while_an_sae_ends_does_no_harm(tmp_path, mon
     assert asked
     assert loop.status()[0]["state"] == "done"
     assert not (tmp_path / "checkpoints" / A.name).exists()
+
+
+def test_the_loop_is_silent_while_it_works_and_not_while_it_waits(tmp_path, monkeypatch):
+    """What a watch restarts it by: a step that does not end, but no rows that do not come."""
+    now, heard = [0.0], {"step": [], "rows": [], "held-out rows": []}
+
+    class SlowSource(ArraySource):
+        def open(self, row):
+            reader = super().open(row)
+            take = reader.next
+
+            def late():
+                now[0] += 1000
+                heard["rows"].append(loop.silent_seconds())
+                return take()
+
+            reader.next = late
+            return reader
+
+        def evaluation(self, rows):
+            for chunk in super().evaluation(rows):
+                now[0] += 1000
+                heard["held-out rows"].append(loop.silent_seconds())
+                yield chunk
+
+    loop = loop_on(tmp_path, SlowSource(), clock=lambda: now[0])
+    step = loop.bank.step
+
+    def slow_step(x, row):
+        now[0] += 7
+        heard["step"].append(loop.silent_seconds())
+        return step(x, row)
+
+    monkeypatch.setattr(loop.bank, "step", slow_step)
+    loop.add(A)
+    loop.run()
+    assert set(heard["step"]) == {7.0}
+    assert set(heard["rows"]) == set(heard["held-out rows"]) == {0.0}
