@@ -58,7 +58,7 @@ def test_killed(sweep: Start, undisturbed: Start, moment: float) -> None:
 
 @pytest.mark.long
 def test_hung(sweep: Start, undisturbed: Start, moment: float) -> None:
-    """Stopped, so that they are alive and silent: the producer is replaced and its process does not stay; queue and trainer are restarted, the trainer
+    """Stopped, so that they are alive and silent: the producer is replaced and its process does not stay; the queue is restarted, and the trainer
     from its checkpoints."""
     ours = sweep(**LONG, faults__hang_seconds=8)
     ours.until_share(moment)

@@ -7,7 +7,8 @@ import pytest
 import ray
 import torch
 
-from raysae.config import ActivationSpec, ModelConfig, ResourcesConfig, SAEConfig, StreamConfig, TrainConfig
+from raysae.config import ActivationSpec, FaultsConfig, ModelConfig, ResourcesConfig, SAEConfig, StreamConfig, TrainConfig
+from raysae.lm.facts import model_facts
 from raysae.lm.model import LanguageModel
 from raysae.sae.base import SAE
 from raysae.sae.files import save_sae
@@ -15,6 +16,7 @@ from raysae.stream.client import StreamClient
 from raysae.stream.downstream import downstream_metrics
 from raysae.stream.queue import start_stream
 from raysae.stream.shard import ShardMaker
+from raysae.stream.state import StreamError
 from raysae.text.contexts import Contexts
 
 HOOKS = {"resid_post.2": 64, "mlp_out.3": 64}
@@ -33,19 +35,18 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
     tokens = np.random.default_rng(0).integers(3, 512, (512, 16)).astype(np.uint16)
     contexts = Contexts("digest", tokens)
     spec = ActivationSpec(
-        model="m", text="digest", contexts=512, context_length=16, skip_positions=4, dtype="float32", seed=3, epochs=1, shard_contexts=256,
-        batch_contexts=64,
+        model=model_facts(model).digest, text="digest", contexts=512, context_length=16, skip_positions=4, dtype="float32", seed=3, epochs=1,
+        shard_contexts=256, batch_contexts=64,
     )  # fmt: skip
-    queue = start_stream(
-        model=model,
-        stream=StreamConfig(block_mib=BLOCK_MIB, cache_dir=str(tmp_path / "cache")),
-        resources=ResourcesConfig(),
-        training=spec,
-        evaluation=spec,
-        contexts={"train": contexts, "evaluation": contexts},
-        widths=HOOKS,
-        threads=1,
-    )
+    common = {"model": model, "resources": ResourcesConfig(), "contexts": {"train": contexts, "evaluation": contexts}, "widths": HOOKS, "threads": 1}
+    stream = StreamConfig(block_mib=BLOCK_MIB, cache_dir=str(tmp_path / "cache"))
+    other = spec.model_copy(update={"model": "of other weights"})
+    refused = start_stream(stream=stream, training=other, evaluation=other, faults=FaultsConfig(start_attempts=1), **common)
+    with pytest.raises(StreamError, match="it is not what the driver has .* put the same files there"):
+        StreamClient(refused, "a", "resid_post.2", other, 64, BLOCK_MIB).open(0, 1).next()
+    ray.kill(refused)
+
+    queue = start_stream(stream=stream, training=spec, evaluation=spec, **common)
     torch.set_num_threads(1)
     lm = LanguageModel.load(model)
     maker = ShardMaker(lm, contexts, spec, list(HOOKS), BLOCK_MIB)
