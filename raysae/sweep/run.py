@@ -112,7 +112,7 @@ def _train_and_evaluate(
     queue = start_stream(
         model=config.model, stream=config.stream, resources=config.resources, training=settled.training, evaluation=settled.evaluation,
         contexts=settled.contexts, widths=settled.streamed_widths, shards=settled.shards, threads=config.stream.threads, name=name,
-        faults=config.faults, skipped=f"{place.folder}/skipped.json",
+        faults=config.faults, skipped=place.skipped,
     )  # fmt: skip
     queue.expect.remote([bank.name for bank in banks])
     trainers = {
