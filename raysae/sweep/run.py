@@ -35,6 +35,7 @@ from raysae.sweep.summary import summary_table, write_summary
 from raysae.sweep.table import ENDED
 from raysae.sweep.watch import StuckError, Watch
 from raysae.tracking.find import URL_TAG
+from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
 from raysae.train.actor import start_trainer
 
@@ -73,15 +74,22 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
             interrupted = isinstance(error, KeyboardInterrupt)
             told = "Interrupted" if interrupted else "The sweep broke off"
             print(f"\n{told}; checkpoints are kept. To go on: {go_on(settled.config, place)}", file=sys.stderr)
-            study.end(None, "KILLED" if interrupted else "FAILED")
-            study.flush(20)
-            study.close()
+            _close(study, "KILLED" if interrupted else "FAILED")
             if interrupted:
                 return INTERRUPTED
             if isinstance(error, StuckError):
                 print(f"error: {error}", file=sys.stderr)
                 return 1
             raise
+
+
+def _close(study: Study, status: str) -> None:
+    """End the study's runs in MLflow. Nothing is heard meanwhile, half a minute at most: broken off, it would leave them open."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    study.end(None, status)
+    study.flush(20)
+    study.close()
 
 
 def go_on(config: SweepConfig, place: Place) -> str:
@@ -286,9 +294,8 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
             console.print(f"Skipped: shard {shard} of the {of} stream, {noted['reason']}", highlight=False, soft_wrap=True)
     for sentence in unmeasured:
         console.print(sentence, highlight=False, soft_wrap=True)
-    if failed or unmeasured:
-        what = "SAEs that have not come to their end go on" if failed else "It is tried again"
-        console.print(f"{what} with: {go_on(config, place)}", highlight=False, soft_wrap=True)
+    for sentence in _what_next(results, unmeasured, config, place):
+        console.print(sentence, highlight=False, soft_wrap=True)
     unsent = study.flush(60)
     study.close()
     console.print(f"SAEs:    {place.folder}/saes\nSummary: {place.local / 'summary'}", highlight=False, soft_wrap=True)
@@ -298,7 +305,29 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
         console.print(
             f"MLflow:  experiment '{config.tracking.experiment}' at {config.tracking.uri}: {_how_to_open(config)}", highlight=False, soft_wrap=True
         )
+    if refused := refusal(study.outbox):
+        console.print(f"         {refused}", highlight=False, soft_wrap=True)
     return 1 if failed or unmeasured else 0
+
+
+def _what_next(results: pd.DataFrame, unmeasured: list[str], config: SweepConfig, place: Place) -> Iterator[str]:
+    """What can be done about what has failed. An SAE that has an outcome, be it that its loss was NaN, is not trained again."""
+    failed = results.loc[~results["status"].isin(("done", "stopped")), "name"]
+    if len(failed):
+        from raysae.train.outcome import Outcomes  # with torch, which the driver does not need otherwise
+
+        outcomes = Outcomes(f"{place.folder}/saes")
+        for_good = [name for name in failed if outcomes.load(name)]
+        if for_good:
+            yield (
+                f"{_counted(len(for_good), 'SAE')} failed for good: trained again, the same would come out. A new study with other settings, "
+                "such as a lower learning rate, may do better."
+            )
+        if len(for_good) < len(failed):
+            yield f"SAEs that have not come to their end go on with: {go_on(config, place)}"
+            return
+    if unmeasured:
+        yield f"It is tried again with: {go_on(config, place)}"
 
 
 def _headlines(results: pd.DataFrame, stream: dict) -> dict[str, float]:
