@@ -276,10 +276,10 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
     if unmeasured:
         study.tag(None, {"raysae.unmeasured": "; ".join(unmeasured)})
     failed = int((~results["status"].isin(("done", "stopped"))).sum())
-    study.metrics(None, _headlines(results, stream) | {"saes": len(results), "saes_failed": failed, "minutes": seconds / 60}, step=0)
+    needed = settled.shards * settled.training.shard_contexts
+    study.metrics(None, _headlines(results, stream, needed) | {"saes": len(results), "saes_failed": failed, "minutes": seconds / 60}, step=0)
     study.end(None, "FAILED" if failed == len(results) else "FINISHED")
     console.print(summary_table(results, f"Study {place.name}"))
-    needed = settled.shards * settled.training.shard_contexts
     console.print(
         f"Language model: {stream['contexts_forwarded']:,} contexts forwarded for training ({needed:,} needed, "
         f"{stream['shards_from_cache']} of {settled.shards} shards from the cache), {stream['evaluation_contexts_forwarded']:,} for held-out rows. "
@@ -297,7 +297,6 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
     for sentence in _what_next(results, unmeasured, config, place):
         console.print(sentence, highlight=False, soft_wrap=True)
     unsent = study.flush(60)
-    study.close()
     console.print(f"SAEs:    {place.folder}/saes\nSummary: {place.local / 'summary'}", highlight=False, soft_wrap=True)
     if unsent:
         console.print(f"MLflow:  {unsent} entries wait in {study.outbox.path}: python -m raysae.tracking.send {study.outbox.path}", soft_wrap=True)
@@ -307,6 +306,7 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
         )
     if refused := refusal(study.outbox):
         console.print(f"         {refused}", highlight=False, soft_wrap=True)
+    study.close()
     return 1 if failed or unmeasured else 0
 
 
@@ -330,11 +330,15 @@ def _what_next(results: pd.DataFrame, unmeasured: list[str], config: SweepConfig
         yield f"It is tried again with: {go_on(config, place)}"
 
 
-def _headlines(results: pd.DataFrame, stream: dict) -> dict[str, float]:
-    """The study's own numbers, in sections of MLflow's page by their prefixes. At step 0: MLflow draws what has steps as a line."""
+def _headlines(results: pd.DataFrame, stream: dict, needed: int) -> dict[str, float]:
+    """The study's own numbers, in sections of MLflow's page by their prefixes. At step 0: MLflow draws what has steps as a line.
+
+    Contexts needed, shards skipped and rows consumed (by all SAEs) are the same whatever died; the others count what was done, done twice included.
+    """
     best = {key: results[key].agg(pick) for key, pick in (("fvu", "min"), ("ce_recovered", "max")) if key in results}
     shown = ("contexts_forwarded", "evaluation_contexts_forwarded", "shards_from_cache", "consumer_wait_seconds", "producer_wait_seconds")
     flow = {key: stream[key] for key in shown} | {"peak_mib_in_flight": stream["peak_bytes_in_flight"] / MIB}
+    flow |= {"contexts_needed": needed, "shards_skipped": sum(map(len, stream["shards_skipped"].values())), "rows_consumed": results["tokens"].sum()}
     return {f"best/{key}": value for key, value in best.items() if pd.notna(value)} | {f"stream/{key}": value for key, value in flow.items()}
 
 
