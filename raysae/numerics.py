@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -14,14 +17,26 @@ Seen = Mapping[str, list[Scalar]]  # fact → its values so far, in the order of
 def device_facts(device: torch.device | str) -> dict[str, Scalar]:
     """torch's version, the kind of device and the settings of its arithmetic, as they are for the thread that calls this.
 
+    Of a CPU the kind is its model and the vector instructions that PyTorch's own kernels use: MKL and oneDNN choose theirs by the model.
     A GPU's results do not depend on the number of CPU threads, nor a CPU's on TF32: the other fact is left out.
     """
     device = torch.device(device)
     facts: dict[str, Scalar] = {"torch": str(torch.__version__)}
     if device.type == "cuda":
         return facts | {"device": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
-    capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
-    return facts | {"device": f"{device.type} {capability}".strip(), "threads": torch.get_num_threads()}
+    kind = f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
+    return facts | {"device": kind, "threads": torch.get_num_threads()}
+
+
+@cache
+def cpu_model(described: Path = Path("/proc/cpuinfo")) -> str:
+    """Name, family and model number of the CPU where the system tells them (Linux, x86), as in "AMD EPYC (25/1)": virtual machines give several
+    generations one name. Elsewhere what Python knows of it."""
+    pairs = (line.partition(":") for line in described.read_text().split("\n\n")[0].splitlines()) if described.exists() else ()
+    first = {key.strip(): value.strip() for key, _, value in pairs}  # of the first core
+    if "model name" in first:
+        return f"{first['model name']} ({first.get('cpu family')}/{first.get('model')})"
+    return platform.processor() or platform.machine()
 
 
 def be_deterministic() -> None:

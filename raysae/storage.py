@@ -62,7 +62,7 @@ def write_atomically(files: fsspec.AbstractFileSystem, path: str, content: bytes
 
 
 def _write_locally(folder: str, path: str, content: bytes) -> None:
-    temporary = f"{folder}/.{uuid.uuid4().hex}{PARTIAL}"
+    temporary = f"{folder}/.{path.rpartition('/')[2]}.{uuid.uuid4().hex}{PARTIAL}"
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -48,6 +48,7 @@ from raysae.sweep.place import saved_config, with_absolute_paths
 from raysae.sweep.preflight import Plan, plan
 from raysae.text.contexts import Contexts
 from raysae.tracking.find import TrackedSAE, find_saes, study_params
+from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
 
 MIB = 2**20
@@ -443,6 +444,8 @@ class Lab:
             run.end(None, "FINISHED")
             if unsent := run.flush(60):
                 print(f"MLflow:  {unsent} entries wait in {outbox}: python -m raysae.tracking.send {outbox}", file=sys.stderr)
+            if refused := refusal(run.outbox):
+                print(refused, file=sys.stderr)
         finally:
             run.close()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import time
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from raysae.config import ActivationSpec, StreamConfig, digest
 from raysae.storage import open_location
 from raysae.stream.blocks import WIRE_DTYPES, bytes_per_shard
 
+LEFTOVER_SECONDS = 86_400  # a file that is still being written after so long is a dead process's
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -120,6 +122,10 @@ def _write(file, header: bytes, rows: np.ndarray) -> None:
 
 def _write_local(path: Path, header: bytes, rows: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(".*.safetensors-*"):
+        with contextlib.suppress(OSError):  # gone already, or not ours to remove
+            if leftover.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
+                leftover.unlink()
     work = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         with work.open("wb") as file:

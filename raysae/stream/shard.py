@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 def numerics(lm: LanguageModel) -> dict[str, Scalar]:
     """What the bits of a shard depend on beside its spec, flat and readable. They are in the cache's key, and go with every block into the
-    fingerprint of the SAEs that are trained on it."""
+    fingerprint of the SAEs that are trained on it. numpy permutes the contexts of an epoch and the rows of a shard."""
     return {
         **device_facts(lm.device),
+        "numpy": np.__version__,
         "transformers": transformers.__version__,
         "attention": lm.attention,
         "dtype": str(lm.dtype).removeprefix("torch."),

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import fsspec
 
+from raysae.config import UserError
 from raysae.storage import sealed, unsealed, write_atomically
 
+FILE = "skipped.json"  # in the study's folder
 SHARE = 0.1  # of a stream's shards at most, or one: where more are bad it is not the text that should go
 
 
 class Skipped:
-    """Per stream the shards that are skipped, each with its reason and contexts; kept in `file`, a path or URL, if one is given."""
+    """Per stream the shards that are skipped, each with its reason and contexts; kept in `file`, a path or URL, if one is given. UserError: it is
+    damaged; SAEs would then not skip what those before them have skipped."""
 
     def __init__(self, file: str | None) -> None:
         self.file = file
@@ -22,7 +25,10 @@ class Skipped:
         if file:
             files, path = fsspec.core.url_to_fs(file)
             if files.exists(path):
-                self.shards = unsealed(files.cat_file(path), file)
+                try:
+                    self.shards = unsealed(files.cat_file(path), file)
+                except UserError as error:
+                    raise UserError(f"{error}; put back a copy of it, or begin a new study: which shards this one skips is not known") from error
 
     def of(self, stream: str) -> set[int]:
         return {int(shard) for shard in self.shards.get(stream, {})}

@@ -15,6 +15,8 @@ import yaml
 
 from raysae.config import SweepConfig, UserError
 from raysae.storage import write_atomically
+from raysae.stream.skipped import FILE as SKIPPED
+from raysae.stream.skipped import Skipped
 
 CONFIG, LOCK = "config.yaml", "driver.lock"
 
@@ -30,6 +32,10 @@ class Place:
     @property
     def remote(self) -> bool:
         return "://" in self.folder
+
+    @property
+    def skipped(self) -> str:
+        return f"{self.folder}/{SKIPPED}"
 
     def sae(self, name: str) -> str:
         return f"{self.folder}/saes/{name}"
@@ -99,12 +105,13 @@ def driving(place: Place) -> Iterator[None]:
 
 
 def saved_config(output: str, study: str) -> SweepConfig:
-    """The config a study was started with. UserError: there is no such study in `output`."""
+    """The config a study was started with. UserError: there is no such study in `output`, or what it cannot go on without is damaged."""
     output = output if "://" in output else str(_base() / Path(output).expanduser())
     files, path = fsspec.core.url_to_fs(output)
     if not files.exists(f"{path}/{study}/{CONFIG}"):
         known = sorted(found.split("/")[-2] for found in files.glob(f"{path}/*/{CONFIG}"))
         raise UserError(f"--resume {study}: there is no such study in {output}" + (f", there are {', '.join(known)}" if known else ""))
+    Skipped(f"{output}/{study}/{SKIPPED}")
     try:
         return SweepConfig.model_validate(yaml.safe_load(files.cat_file(f"{path}/{study}/{CONFIG}")))
     except (yaml.YAMLError, ValueError) as error:

@@ -35,6 +35,7 @@ from raysae.sweep.summary import summary_table, write_summary
 from raysae.sweep.table import ENDED
 from raysae.sweep.watch import StuckError, Watch
 from raysae.tracking.find import URL_TAG
+from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
 from raysae.train.actor import start_trainer
 
@@ -79,15 +80,22 @@ def _drive(settled: Plan, banks: list[Bank], place: Place, allow: frozenset[str]
             interrupted = isinstance(error, KeyboardInterrupt)
             told = "Interrupted" if interrupted else "The sweep broke off"
             print(f"\n{told}; checkpoints are kept. To go on: {go_on(settled.config, place)}", file=sys.stderr)
-            study.end(None, "KILLED" if interrupted else "FAILED")
-            study.flush(20)
-            study.close()
+            _close(study, "KILLED" if interrupted else "FAILED")
             if interrupted:
                 return INTERRUPTED
             if isinstance(error, StuckError):
                 print(f"error: {error}", file=sys.stderr)
                 return 1
             raise
+
+
+def _close(study: Study, status: str) -> None:
+    """End the study's runs in MLflow. Nothing is heard meanwhile, half a minute at most: broken off, it would leave them open."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    study.end(None, status)
+    study.flush(20)
+    study.close()
 
 
 def go_on(config: SweepConfig, place: Place) -> str:
@@ -118,7 +126,7 @@ def _train_and_evaluate(
     queue = start_stream(
         model=config.model, stream=config.stream, resources=config.resources, training=settled.training, evaluation=settled.evaluation,
         contexts=settled.contexts, widths=settled.streamed_widths, shards=settled.shards, threads=config.stream.threads, name=name,
-        faults=config.faults, skipped=f"{place.folder}/skipped.json",
+        faults=config.faults, skipped=place.skipped,
     )  # fmt: skip
     queue.expect.remote([bank.name for bank in banks])
     trainers = {
@@ -274,10 +282,10 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
     if unmeasured:
         study.tag(None, {"raysae.unmeasured": "; ".join(unmeasured)})
     failed = int((~results["status"].isin(("done", "stopped"))).sum())
-    study.metrics(None, _headlines(results, stream) | {"saes": len(results), "saes_failed": failed, "minutes": seconds / 60}, step=0)
+    needed = settled.shards * settled.training.shard_contexts
+    study.metrics(None, _headlines(results, stream, needed) | {"saes": len(results), "saes_failed": failed, "minutes": seconds / 60}, step=0)
     study.end(None, "FAILED" if failed == len(results) else "FINISHED")
     console.print(summary_table(results, f"Study {place.name}"))
-    needed = settled.shards * settled.training.shard_contexts
     console.print(
         f"Language model: {stream['contexts_forwarded']:,} contexts forwarded for training ({needed:,} needed, "
         f"{stream['shards_from_cache']} of {settled.shards} shards from the cache), {stream['evaluation_contexts_forwarded']:,} for held-out rows. "
@@ -292,11 +300,9 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
             console.print(f"Skipped: shard {shard} of the {of} stream, {noted['reason']}", highlight=False, soft_wrap=True)
     for sentence in unmeasured:
         console.print(sentence, highlight=False, soft_wrap=True)
-    if failed or unmeasured:
-        what = "SAEs that have not come to their end go on" if failed else "It is tried again"
-        console.print(f"{what} with: {go_on(config, place)}", highlight=False, soft_wrap=True)
+    for sentence in _what_next(results, unmeasured, config, place):
+        console.print(sentence, highlight=False, soft_wrap=True)
     unsent = study.flush(60)
-    study.close()
     console.print(f"SAEs:    {place.folder}/saes\nSummary: {place.local / 'summary'}", highlight=False, soft_wrap=True)
     if unsent:
         console.print(f"MLflow:  {unsent} entries wait in {study.outbox.path}: python -m raysae.tracking.send {study.outbox.path}", soft_wrap=True)
@@ -304,14 +310,41 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
         console.print(
             f"MLflow:  experiment '{config.tracking.experiment}' at {config.tracking.uri}: {_how_to_open(config)}", highlight=False, soft_wrap=True
         )
+    if refused := refusal(study.outbox):
+        console.print(f"         {refused}", highlight=False, soft_wrap=True)
+    study.close()
     return 1 if failed or unmeasured else 0
 
 
-def _headlines(results: pd.DataFrame, stream: dict) -> dict[str, float]:
-    """The study's own numbers, in sections of MLflow's page by their prefixes. At step 0: MLflow draws what has steps as a line."""
+def _what_next(results: pd.DataFrame, unmeasured: list[str], config: SweepConfig, place: Place) -> Iterator[str]:
+    """What can be done about what has failed. An SAE that has an outcome, be it that its loss was NaN, is not trained again."""
+    failed = results.loc[~results["status"].isin(("done", "stopped")), "name"]
+    if len(failed):
+        from raysae.train.outcome import Outcomes  # with torch, which the driver does not need otherwise
+
+        outcomes = Outcomes(f"{place.folder}/saes")
+        for_good = [name for name in failed if outcomes.load(name)]
+        if for_good:
+            yield (
+                f"{_counted(len(for_good), 'SAE')} failed for good: trained again, the same would come out. A new study with other settings, "
+                "such as a lower learning rate, may do better."
+            )
+        if len(for_good) < len(failed):
+            yield f"SAEs that have not come to their end go on with: {go_on(config, place)}"
+            return
+    if unmeasured:
+        yield f"It is tried again with: {go_on(config, place)}"
+
+
+def _headlines(results: pd.DataFrame, stream: dict, needed: int) -> dict[str, float]:
+    """The study's own numbers, in sections of MLflow's page by their prefixes. At step 0: MLflow draws what has steps as a line.
+
+    Contexts needed, shards skipped and rows consumed (by all SAEs) are the same whatever died; the others count what was done, done twice included.
+    """
     best = {key: results[key].agg(pick) for key, pick in (("fvu", "min"), ("ce_recovered", "max")) if key in results}
     shown = ("contexts_forwarded", "evaluation_contexts_forwarded", "shards_from_cache", "consumer_wait_seconds", "producer_wait_seconds")
     flow = {key: stream[key] for key in shown} | {"peak_mib_in_flight": stream["peak_bytes_in_flight"] / MIB}
+    flow |= {"contexts_needed": needed, "shards_skipped": sum(map(len, stream["shards_skipped"].values())), "rows_consumed": results["tokens"].sum()}
     return {f"best/{key}": value for key, value in best.items() if pd.notna(value)} | {f"stream/{key}": value for key, value in flow.items()}
 
 

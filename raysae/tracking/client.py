@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from raysae.config import UserError
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -43,7 +45,10 @@ def absolute(uri: str) -> str:
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """The experiment called `name`, created where missing. Beside a SQLite file, artifacts go to the folder `mlartifacts` next to it."""
+    """The experiment called `name`, created where missing. Beside a SQLite file, artifacts go to the folder `mlartifacts` next to it.
+
+    UserError: the experiment was deleted.
+    """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         location = (
@@ -52,5 +57,5 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         # Without its kind the UI opens the experiment as one of language-model traces.
         return client.create_experiment(name, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"})
     if experiment.lifecycle_stage != "active":
-        raise RuntimeError(f"the experiment {name!r} was deleted in MLflow: restore it there, or name another one with --tracking.experiment")
+        raise UserError(f"the experiment {name!r} was deleted in MLflow: restore it there, or name another one")
     return experiment.experiment_id

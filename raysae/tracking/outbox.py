@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS artifacts (
 CREATE INDEX IF NOT EXISTS unsent_metrics ON metrics (run, time) WHERE state = 0;
 """
 CONTENT = ("metrics", "params", "tags", "artifacts")
+REFUSED_NAMED = 5  # of the entries that the server refused, in a sentence
 
 
 class Run(NamedTuple):
@@ -45,6 +46,17 @@ class Metric(NamedTuple):
     step: int
     value: float
     time: int
+
+
+def refusal(outbox: Outbox) -> str | None:
+    """A sentence on what the server will never take: how much, and the first few; None where there is nothing."""
+    refused = outbox.refused()
+    if not refused:
+        return None
+    names, count = list(refused), sum(refused.values())
+    more = f" and {len(names) - REFUSED_NAMED} more" if len(names) > REFUSED_NAMED else ""
+    shown = ", ".join(names[:REFUSED_NAMED]) + more
+    return f"MLflow has refused {count} {'entry' if count == 1 else 'entries'} for good, kept in {outbox.path} alone: {shown}"
 
 
 class Outbox:
@@ -138,6 +150,15 @@ class Outbox:
     def unsent(self) -> int:
         """How many numbers, parameters, tags, artifacts, starts and ends of runs wait to be sent."""
         return sum(self._db.execute(f"SELECT count(*) FROM {table} WHERE state = 0").fetchone()[0] for table in ("runs", *CONTENT))
+
+    def refused(self) -> dict[str, int]:
+        """How many entries the server will never take, by name: `{"metrics fvu of a": 20, "artifacts /x/y.png of the study": 1}`."""
+        columns = {"runs": "'start or end'", "artifacts": "path"}
+        found = {}
+        for table in ("runs", *CONTENT):
+            query = f"SELECT {columns.get(table, 'key')} AS name, run, count(*) FROM {table} WHERE state = {REFUSED} GROUP BY name, run"
+            found |= {f"{table} {name} of {run or 'the study'}": count for name, run, count in self._db.execute(query)}
+        return found
 
     def unsent_runs(self) -> set[str]:
         query = " UNION ".join(f"SELECT run FROM {table} WHERE state = 0" for table in ("runs", *CONTENT))

@@ -9,16 +9,18 @@ from raysae.cli import main
 from raysae.config import UserError
 from raysae.tracking.client import absolute
 from raysae.tracking.delivery import Delivery
-from raysae.tracking.outbox import KILLED, RUNNING, STUDY, Outbox
+from raysae.tracking.outbox import KILLED, RUNNING, STUDY, Outbox, refusal
 from raysae.tracking.runs import direct
 from raysae.tracking.sender import try_lock
 
 
 def send(path: str | Path, uri: str | None = None, experiment: str | None = None) -> int:
     """Sends what the outbox at `path` still holds; to another `uri` or `experiment`, all of it. Returns how many entries were sent.
+    What MLflow refuses for good is not among them, and stays in the outbox (see `outbox.refusal`).
 
     Runs that a dead driver has left open are closed as KILLED, at the time of its last sign of life (`--resume` opens them again).
-    Raises UserError where there is no outbox, its sweep is alive, or MLflow does not answer: what has not been sent is kept.
+    Raises UserError where there is no outbox, its sweep is alive, the experiment was deleted, or MLflow does not answer: what has not been sent is
+    kept.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} is not there: name the outbox file of a study")
@@ -34,14 +36,15 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
         direct(outbox, absolute(uri or outbox.meta("uri")), experiment or outbox.meta("experiment"))
         if any(run.status == RUNNING for run in outbox.runs()):
             outbox.end(STUDY, KILLED, outbox.last_time())
-        waiting = outbox.unsent()
+        waiting, refused = outbox.unsent(), sum(outbox.refused().values())
         try:
             Delivery(outbox).deliver()
         except (MlflowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"MLflow at {outbox.meta('uri')} takes nothing now ({reason}): what it has not taken is kept in {path}") from error
+        sent = waiting - (sum(outbox.refused().values()) - refused)
     outbox.close()
-    return waiting
+    return sent
 
 
 def job(argv: list[str]) -> int:
@@ -53,6 +56,8 @@ def job(argv: list[str]) -> int:
     parser.add_argument("--experiment", help="MLflow experiment; unset: the study's own")
     arguments = parser.parse_args(argv)
     print(f"{send(arguments.outbox, arguments.uri, arguments.experiment)} entries sent")
+    if refused := refusal(Outbox(arguments.outbox)):
+        print(refused)
     return 0
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from raysae.config import ActivationSpec, SAEConfig, TrainConfig, UserError
 from raysae.numerics import Scalar, device_facts
-from raysae.storage import sealed, unsealed, write_atomically
+from raysae.storage import PARTIAL, sealed, unsealed, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,12 @@ class CheckpointStore:
 
     def save(self, checkpoint: Checkpoint) -> str:
         """Write the checkpoint and drop all but the two newest; returns its path. A crash at any point leaves the earlier ones whole, and so does
-        storage that takes no more (UserError)."""
+        storage that takes no more (UserError).
+
+        One process at a time saves here: half a checkpoint is one that a process before it was killed at, and goes first, to make room.
+        """
+        for leftover in self.files.glob(f"{self.folder}/.*{SUFFIX}.*{PARTIAL}"):
+            self.files.rm_file(leftover)
         header = json.dumps({"header": checkpoint.header, "fingerprint": checkpoint.fingerprint})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         content = safetensors.torch.save(tensors, {HEADER: header})
@@ -116,13 +121,18 @@ class CheckpointStore:
 
     def wish_leave(self, wish: dict) -> None:
         """Note that the SAE is to end early; what was noted before stays."""
-        path = f"{self.folder}/{LEAVE}"
-        if not self.files.exists(path):
-            write_atomically(self.files, path, sealed(wish))
+        if self.wished_leave() is None:
+            write_atomically(self.files, f"{self.folder}/{LEAVE}", sealed(wish))
 
     def wished_leave(self) -> dict | None:
+        """What was noted, None where nothing was. A damaged note counts as none, with a warning: the worst that comes of it is an SAE that is trained
+        for longer, and a sweep that is resumed asks its scheduler again."""
         path = f"{self.folder}/{LEAVE}"
-        return unsealed(self.files.cat_file(path), path) if self.files.exists(path) else None
+        try:
+            return unsealed(self.files.cat_file(path), path) if self.files.exists(path) else None
+        except UserError as error:
+            log.warning("%s: that its SAE was to end early is forgotten, until it is told so again", error)
+            return None
 
     def clear(self) -> None:
         """Remove everything: the SAE is finished."""

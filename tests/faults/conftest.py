@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from tests.faults.harness import Sweep, materials
+from tests.faults.harness import PATIENCE, Sweep, materials
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def undisturbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             sweep = Sweep("local", made, tmp_path_factory.mktemp("undisturbed"), {name.replace("__", "."): value for name, value in knobs.items()})
             sweep.start()
             try:
-                sweep.finish()
+                sweep.finish(3 * PATIENCE)  # a soak's is long
             finally:
                 sweep.close()
             done[key] = sweep

@@ -32,7 +32,11 @@ CONTEXT, SKIPPED, BATCH = 64, 8, 64
 SHARD_ROWS = 256 * (CONTEXT - SKIPPED)
 ACTORS = {"producer": "Producer", "trainer": "Trainer", "queue": "StreamQueue", "trial": "ImplicitFunc"}  # kind of process → class of its Ray actor
 MEASURED = ("time", "tokens_per_second", "waited_share", "step_seconds")  # in seconds: no two runs agree
-WORK = ("stream/", "minutes")  # metrics of a study that count the work done, repeated work included
+WORK = (  # metrics of a study that count the work done, repeated work included
+    "stream/contexts_forwarded", "stream/evaluation_contexts_forwarded", "stream/shards_from_cache", "stream/consumer_wait_seconds",
+    "stream/producer_wait_seconds", "stream/peak_mib_in_flight", "minutes",
+)  # fmt: skip
+SAME = ("stream/contexts_needed", "stream/shards_skipped", "stream/rows_consumed")  # the stream's counters that are the same whatever dies
 LONG = {"train__tokens": 12 * SHARD_ROWS, "stream__epochs": 2}  # knobs of a sweep that lasts for several faults, on a fast machine too
 PATIENCE = 600.0  # on a machine that is busy with other things; nothing takes nearly as long on a quiet one
 
@@ -175,6 +179,10 @@ class Sweep:
         saes = len(str(self.knobs.get("widths", "64,128")).split(",")) * len(str(self.knobs.get("k", "4,8")).split(","))
         self.until(lambda: len(steps := self.progress()) == saes and min(steps.values()) >= share * rows, otherwise=f"not at {share:.0%}")
 
+    def number(self, key: str) -> float:
+        """The largest value of a metric, of whatever run at whatever step."""
+        return self.numbers(f"SELECT max(value) FROM metrics WHERE key = '{key}'")[0][0]
+
     def numbers(self, query: str) -> list[tuple]:
         db = sqlite3.connect(f"file:{self.place / 'outbox.db'}?mode=ro", uri=True, timeout=10)
         try:
@@ -232,7 +240,7 @@ def _without_own(params: dict[str, str]) -> dict[str, str]:
 
 
 def _varies(key: str) -> bool:
-    return key in MEASURED or key.startswith(WORK)
+    return key in MEASURED or key in WORK
 
 
 def assert_same(disturbed: Sweep, undisturbed: Sweep) -> None:
@@ -247,6 +255,7 @@ def assert_same(disturbed: Sweep, undisturbed: Sweep) -> None:
         assert tokens == sorted(set(tokens))
     assert ours.descriptions == theirs.descriptions
     assert ours.outbox == theirs.outbox
+    assert set(SAME) <= {key for _, key, _, _ in theirs.outbox}
     assert ours.mlflow.keys() == {name if name != undisturbed.study else disturbed.study for name in theirs.mlflow}
     for name, run in theirs.mlflow.items():
         mine = ours.mlflow[disturbed.study if name == undisturbed.study else name]
@@ -275,6 +284,7 @@ class Killer(threading.Thread):
         self.sweep, self.seed, self.seconds, self.pauses = sweep, seed, seconds, pauses
         self.random = random.Random(seed)
         self.strikes: list[tuple[float, str, int]] = []
+        self.outlived = False  # whether the sweep was still running when the time was over
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -293,6 +303,7 @@ class Killer(threading.Thread):
                     os.kill(pid, signal.SIGSTOP if kind.endswith("hangs") else signal.SIGKILL)
                 if kind == "driver" and self.sweep.driver.wait() == -signal.SIGKILL:
                     self.sweep.start()
+            self.outlived = self.sweep.driver.poll() is None
         except BaseException as error:
             self.error = error
 

@@ -22,6 +22,8 @@ from raysae.sae.files import load_sae
 from raysae.stream.blocks import bytes_per_shard
 from raysae.stream.cache import BlockCache
 from raysae.stream.shard import ShardMaker
+from raysae.stream.skipped import Skipped
+from raysae.sweep.place import saved_config
 from raysae.text.contexts import build_contexts
 from tests.stream.fakes import WIDTHS, FakeLanguageModel, fake_contexts, fake_spec
 from tests.train.synthetic import TRAIN, config
@@ -114,6 +116,36 @@ def test_ended_sae(undisturbed, tmp_path, caplog, damage, file):
     for c in (A, B):
         assert_same_sae(folder, tmp_path, c.name)
         assert lasting(again.reports(c.name)[0]) == reports[c.name]
+
+
+@DAMAGES
+def test_wish_to_leave(undisturbed, tmp_path, caplog, damage):
+    """Of one SAE: it is trained to its end, the other one ends early as it was told."""
+    loop = loop_on(tmp_path, killed_at(640))
+    for c in (A, B):
+        loop.add(c)
+    loop.on_change = lambda: [loop.leave(c.name, "worse than others", tokens=960) for c in (A, B) if loop.progress[c.name].tokens == 320]
+    with pytest.raises(KilledError):
+        loop.run()
+    path = tmp_path / "checkpoints" / A.name / "leave.json"
+    harm(path, damage)
+    again = trained(tmp_path, A, B)
+    assert f"{path} is damaged" in caplog.text
+    assert [(row["state"], row["tokens"]) for row in again.status()] == [("done", TRAIN.tokens), ("stopped", 960)]
+    assert_same_sae(undisturbed[0], tmp_path, A.name)
+
+
+@DAMAGES
+def test_skipped_shards(tmp_path, damage):
+    """The study cannot be gone on with: refused by name, before anything starts."""
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "config.yaml").write_text("study: s\n")
+    record = tmp_path / "s" / "skipped.json"
+    Skipped(str(record)).add("train", 2, 10, "bad", [1, 2])
+    assert saved_config(str(tmp_path), "s").study == "s"
+    harm(record, damage)
+    with pytest.raises(UserError, match=rf"^{record} is damaged.*begin a new study"):
+        saved_config(str(tmp_path), "s")
 
 
 def test_killed_while_an_sae_is_saved(undisturbed, tmp_path):

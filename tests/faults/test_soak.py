@@ -5,24 +5,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
 import pytest
 
-from tests.faults.harness import SHARD_ROWS, Killer, Sweep, assert_same
+from tests.faults.harness import PATIENCE, SHARD_ROWS, Killer, Sweep, assert_same
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(3600)]
 SECONDS = float(os.environ.get("SOAK_SECONDS", 30))
 SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
 STRIKES_PER_SHARD = 20  # that a killer may have on the same shard, and
 DEATHS = 1000  # that it may cause among producers: neither is what this test is about
+MARGIN = 1.5  # tokens that the sweep has, as a multiple of those it could train on in SECONDS if nobody disturbed it
+MOST_WORK = 3  # contexts forwarded since the queue's last start, as a multiple of those needed: trainers go back by a checkpoint's age at each death
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_soak(seed: int, sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep]) -> None:
     print(f"\nsoak: SOAK_SECONDS={SECONDS:g} SOAK_SEEDS={seed} replays it", flush=True)
-    tokens = int(max(16, SECONDS / 6)) * SHARD_ROWS  # so that the run lasts for as long as the strikes, on a fast machine too
+    pace = undisturbed().number("tokens_per_second")  # on this machine
+    tokens = math.ceil(max(16, MARGIN * SECONDS * pace / SHARD_ROWS)) * SHARD_ROWS
     knobs = {"train__tokens": tokens, "stream__epochs": 1 + tokens // (10 * SHARD_ROWS)}
     faults = {"faults__hang_seconds": 8, "faults__producer_deaths": DEATHS, "faults__shard_attempts": STRIKES_PER_SHARD}
     ours = sweep(**knobs, **faults)
@@ -30,6 +34,11 @@ def test_soak(seed: int, sweep: Callable[..., Sweep], undisturbed: Callable[...,
     killer = Killer(ours, seed, SECONDS)
     killer.start()
     killer.check()
+    assert killer.outlived, f"the sweep ended before {SECONDS:g} s were over: {tokens} tokens are too few"
     assert len(killer.strikes) >= SECONDS / 15
-    ours.finish(1800)
-    assert_same(ours, undisturbed(**knobs))
+    ours.finish(3 * PATIENCE)
+    calm = undisturbed(**knobs)
+    assert_same(ours, calm)
+    needed = calm.number("stream/contexts_needed")
+    assert calm.number("stream/contexts_forwarded") >= needed
+    assert ours.number("stream/contexts_forwarded") <= MOST_WORK * needed

@@ -1,6 +1,8 @@
 """The activation cache: equal bits, a prefix of the pass, damage found and made good."""
 
+import os
 import struct
+import time
 import warnings
 from pathlib import Path
 
@@ -177,6 +179,19 @@ def test_a_failed_write_leaves_no_torn_file(tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match="No space left"):
         maker(cache).make(0)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_killed_writers_have_left_goes_after_a_day(tmp_path):
+    cache = BlockCache(str(tmp_path), SPEC, WIDTHS, 6 * SHARD)
+    maker(cache).make(0)
+    folder = Path(cache.path("mlp_act.1", 0)).parent
+    old, new = folder / ".000001.safetensors-0a", folder / ".000002.safetensors-0b"  # the second may still be being written, on another machine
+    for path, age in ((old, 25), (new, 23), (folder / "000000.safetensors", 25)):
+        path.touch()
+        os.utime(path, (time.time() - 3600 * age,) * 2)
+    maker(cache).make(1)
+    assert not old.exists()
+    assert sorted(path.name for path in folder.iterdir()) == [new.name, "000000.safetensors", "000001.safetensors"]
 
 
 def test_when_a_pass_is_cached(tmp_path):

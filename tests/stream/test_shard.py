@@ -132,6 +132,10 @@ def test_contexts_of_another_text_are_refused():
         ShardMaker(FakeLanguageModel(), other, fake_spec(CONTEXTS), HOOKS, BLOCK_MIB)
 
 
+def test_numerics_tell_the_version_of_what_permutes():
+    assert numerics(FakeLanguageModel())["numpy"] == np.__version__
+
+
 def test_numerics_follow_the_threads():
     threads = torch.get_num_threads()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -21,9 +22,9 @@ from mlflow.entities import Run
 from raysae.config import SweepConfig, TrackingConfig, UserError
 from raysae.tracking import delivery
 from raysae.tracking.find import find_saes
-from raysae.tracking.outbox import Outbox
+from raysae.tracking.outbox import Outbox, refusal
 from raysae.tracking.runs import Study, flatten
-from raysae.tracking.send import send
+from raysae.tracking.send import job, send
 
 ROOT = Path(__file__).parents[2]
 CONFIG = SweepConfig(hook_points=["resid_post.2"]).model_dump()
@@ -155,7 +156,9 @@ def test_a_batch_whose_answer_was_lost_is_stored_once(tracking: TrackingConfig, 
     assert [step for step, _, _ in history(tracking, all_runs(tracking)["a"], "fvu")] == list(range(100))
 
 
-def test_what_mlflow_refuses_does_not_hold_up_the_rest(tracking: TrackingConfig, box: Path, caplog: pytest.LogCaptureFixture):
+def test_what_mlflow_refuses_does_not_hold_up_the_rest(
+    tracking: TrackingConfig, box: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+):
     study = Study(box, tracking, "s1", CONFIG)
     study.child("a", {"k": 8, "bad{key}": 1, "width": 5, "long": "x" * 9000})
     study.metrics("a", {"fvu": 0.1, "bad{key}": 1}, 1)
@@ -167,6 +170,15 @@ def test_what_mlflow_refuses_does_not_hold_up_the_rest(tracking: TrackingConfig,
     assert run.data.metrics == {"fvu": 0.1}
     assert "bad{key}" in caplog.text
     assert "/no/such/file" in caplog.text
+    told = "3 entries for good, kept in .* alone: metrics bad{key} of a, params bad{key} of a, artifacts /no/such/file of a$"
+    assert re.search(told, refusal(Outbox(box)))
+    assert send(box) == 2, "the ends of both runs"
+    Outbox(box).add_metrics("a", {"also bad{key}": 1.0, "l0": 8.0}, 2, 1000)
+    assert send(box) == 1, "what is refused does not count as sent"
+    job([str(box)])
+    sent, refused = capsys.readouterr().out.splitlines()[-2:]
+    assert sent == "0 entries sent"
+    assert refused.startswith("MLflow has refused 4 entries for good")
 
 
 def test_a_run_deleted_on_the_server_is_sent_anew(tracking: TrackingConfig, box: Path):
@@ -182,6 +194,16 @@ def test_a_run_deleted_on_the_server_is_sent_anew(tracking: TrackingConfig, box:
     runs = all_runs(tracking)
     assert [value for _, value, _ in history(tracking, runs["a"], "fvu")] == [0.1, 0.2]
     assert runs["a"].data.tags["mlflow.parentRunId"] == runs["s1"].info.run_id
+
+
+def test_a_deleted_experiment_is_told_in_a_sentence(tracking: TrackingConfig, box: Path):
+    study = Study(box, tracking, "s1", CONFIG)
+    closed(study)
+    client = MlflowClient(tracking.uri)
+    client.delete_experiment(client.get_experiment_by_name(tracking.experiment).experiment_id)
+    with pytest.raises(UserError, match=r"^the experiment .* was deleted in MLflow: restore it there, or name another one$"):
+        send(box)
+    assert send(box, experiment="another") > 0
 
 
 @pytest.fixture

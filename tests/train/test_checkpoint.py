@@ -91,6 +91,41 @@ def test_a_crash_while_writing_leaves_the_earlier_one(tmp_path, monkeypatch):
     assert store.load(FACTS).header["reports"][0]["fvu"] == 0
 
 
+def test_what_a_killed_process_has_half_written_goes_with_the_next_one(tmp_path, monkeypatch):
+    store = CheckpointStore(str(tmp_path))
+    store.save(example(0))
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", die)
+        patched.setattr(os, "unlink", lambda path: None)  # SIGKILL leaves no time for it
+        with pytest.raises(KeyboardInterrupt):
+            store.save(example(1))
+        with pytest.raises(KeyboardInterrupt):
+            store.wish_leave({"tokens": 1})
+    checkpoint, wish = sorted(tmp_path.glob(".*.partial"))
+    assert checkpoint.name.startswith(".000000002.")
+    store.save(example(2))
+    assert not checkpoint.exists()
+    assert wish.exists(), "another thread may be writing it"
+    store.clear()
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"tokens": 640, "sha256": "0"}'])
+def test_a_damaged_wish_to_leave_is_named_and_counts_as_none(tmp_path, caplog, content):
+    store = CheckpointStore(str(tmp_path))
+    store.wish_leave({"reason": "worse than others", "tokens": 640})
+    (tmp_path / "leave.json").write_bytes(content)
+    assert store.wished_leave() is None
+    assert f"{tmp_path}/leave.json is damaged" in caplog.text
+    store.wish_leave({"reason": "told again", "tokens": 960})
+    store.wish_leave({"reason": "and again", "tokens": 1280})
+    assert store.wished_leave() == {"reason": "told again", "tokens": 960}
+
+
 def test_file_is_plain_safetensors(tmp_path):
     path = CheckpointStore(str(tmp_path)).save(example(2))
     assert module.safetensors.torch.load_file(path)["weights"][0, 0] == 2

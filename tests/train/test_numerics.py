@@ -4,9 +4,10 @@ import json
 import logging
 
 import pytest
+import torch
 
 from raysae.config import UserError
-from raysae.numerics import device_facts, together, told
+from raysae.numerics import cpu_model, device_facts, together, told
 from tests.train.synthetic import TRAIN, ArraySource, config
 from tests.train.test_loop import KilledError, assert_same_sae, killed_at, loop_on, trained
 
@@ -91,3 +92,27 @@ def test_together_and_told():
     both = together(one, {"threads": [2, 1], "tf32": [False]})
     assert both == {"threads": [1, 2], "device": ["cpu"], "tf32": [False]}
     assert told(both) == {"producer.threads": "1 and 2", "producer.device": "cpu", "producer.tf32": False}
+
+
+def test_the_device_is_the_model_of_the_cpu_with_its_instructions(tmp_path):
+    assert device_facts("cpu")["device"] == f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+    described = tmp_path / "cpuinfo"
+    core = "processor\t: {}\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Intel(R) Xeon(R) Platinum 8481C\n"
+    described.write_text(core.format(0) + "\n" + core.format(1))
+    assert cpu_model(described) == "Intel(R) Xeon(R) Platinum 8481C (6/143)"
+    arm = tmp_path / "arm"
+    arm.write_text("processor\t: 0\nCPU part\t: 0xd0c\n")
+    assert cpu_model(arm) == cpu_model(tmp_path / "no such file") != ""
+
+
+def test_another_cpu_is_refused_on_resume_unless_allowed_by_name(tmp_path, monkeypatch):
+    loop = loop_on(tmp_path, killed_at(640))
+    loop.add(A)
+    with pytest.raises(KilledError):
+        loop.run()
+    monkeypatch.setattr("raysae.numerics.cpu_model", lambda: "Another CPU (1/2)")
+    refused = loop_on(tmp_path, ArraySource())
+    refused.add(A)
+    with pytest.raises(UserError, match=r"differs in device \(was .*, is Another CPU \(1/2\), .*--allow device"):
+        refused.run()
+    assert trained(tmp_path, A, allow={"device"}).status()[0]["state"] == "done"
