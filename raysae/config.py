@@ -251,8 +251,8 @@ class FaultsConfig(Strict):
     hang_seconds: float = Field(
         900,
         gt=0,
-        description="a producer or trainer that is silent for longer is replaced; a producer sooner, once it is known how long a shard takes: after "
-        "ten times that, 30 s at least",
+        description="a producer, trainer or queue that is silent for longer is replaced; a producer sooner, once it is known how long a shard takes: "
+        "after ten times that, 30 s at least",
     )
     start_seconds: float = Field(
         900, gt=0, description="a sweep that has no place on the cluster for a producer or trainer for so long, or no model loaded, ends and says why"
