@@ -74,7 +74,7 @@ def saelens(architecture: str, d: int, n: int, k: int, batch: int, sparse: bool 
 
     common = {"d_in": d, "d_sae": n, "dtype": "float32", "device": "cpu"}
     config = {
-        "topk": lambda: TopKTrainingSAEConfig(k=k, use_sparse_activations=sparse, **common),
+        "topk": lambda: TopKTrainingSAEConfig(k=k, use_sparse_activations=sparse, rescale_acts_by_decoder_norm=not sparse, **common),
         "batchtopk": lambda: BatchTopKTrainingSAEConfig(k=k, **common),
         "jumprelu": lambda: JumpReLUTrainingSAEConfig(**common),
         "relu": lambda: StandardTrainingSAEConfig(**common),

@@ -27,6 +27,7 @@ HAVE = {
     "relu": ("raysae", "saelens", "dictionary_learning"),
     "tied": ("raysae",),
 }
+NO_TRITON = {"SPARSIFY_DISABLE_TRITON": "1"}  # it finds Triton, which has nothing to run on without a GPU
 KEEP = 4 << 30
 ALLOCATORS = {
     "default": {},
@@ -50,7 +51,7 @@ class Worker:
     """A process that waits for lines and answers each."""
 
     def __init__(self, command: list[str], environment: dict[str, str], threads: int) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"} | environment
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", **NO_TRITON} | environment
         self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def ask(self, line: object) -> object:

@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
+    "SPARSIFY_DISABLE_TRITON": "1",  # it finds Triton, which has nothing to run on without a GPU
 }
 
 
@@ -68,13 +69,15 @@ def saelens(folder: str, tokens: int, model: str) -> None:
     from sae_lens.training.activation_scaler import ActivationScaler
 
     saes = {
-        f"{n}-{k}": TopKTrainingSAEConfig(d_in=256, d_sae=n, k=k, normalize_activations="expected_average_only_in", use_sparse_activations=True)
+        f"{n}-{k}": TopKTrainingSAEConfig(
+            d_in=256, d_sae=n, k=k, normalize_activations="expected_average_only_in", use_sparse_activations=True, rescale_acts_by_decoder_norm=False
+        )
         for n in WIDTHS
         for k in KS
     }
     config = MultiSAETrainingRunnerConfig(
         saes=saes, hook_names=f"model.layers.{LAYER}", model_name=model, model_class_name="AutoModelForCausalLM", dataset_path="contexts",
-        streaming=False, context_size=CONTEXT, prepend_bos=False, training_tokens=tokens, train_batch_size_tokens=BATCH, n_batches_in_buffer=16,
+        streaming=False, context_size=CONTEXT, prepend_bos=False, training_tokens=tokens, train_batch_size_tokens=BATCH, n_batches_in_buffer=128,
         store_batch_size_prompts=32, n_batches_for_norm_estimate=8, lr=RATE, lr_warm_up_steps=tokens // BATCH // 20, seed=0, device="cpu",
         logger=LoggingConfig(log_to_wandb=False), checkpoint_path=None, output_path=f"{folder}/output",
     )  # fmt: skip
