@@ -95,7 +95,8 @@ def _controlled(tables: Tables, column: str, judged: Callable[[float, float], Ve
             continue
         low, value, high = (float(table[f"{column}{control}{end}"].median()) for end in ("_low", "", "_high"))
         verdicts.append(judged(low, high))
-        seen.append(f"{label}{value:.2f} [{low:.2f}, {high:.2f}]")
+        counterparts = f" ({len(table)} of the SAEs; all tokens: {table[column].median():.2f})" if control == "_half" and column in table else ""
+        seen.append(f"{label}{value:.2f} [{low:.2f}, {high:.2f}]{counterparts}")
     whole = found["regressions"][column]
     return _unanimous(verdicts), f"median R² {', '.join(seen)}; over SAEs {whole.min():.2f} to {whole.max():.2f}"
 

@@ -40,7 +40,7 @@ from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.lm.model import LanguageModel
 from raysae.sae.base import SAE
 from raysae.sae.files import OWN
-from raysae.sae.importers import FILES, file_system, load_any, require_width
+from raysae.sae.importers import FILES, NamedSAE, file_system, load_any, require_width
 from raysae.stream.producer import ENVIRONMENT
 from raysae.stream.shard import ShardMaker
 from raysae.sweep import cluster
@@ -135,15 +135,27 @@ def _found(config: AnalysisConfig) -> list[tuple[str, TrackedSAE | None]]:
     return found
 
 
+def _loaded(where: str, given: str | None) -> NamedSAE:
+    """The SAE at the hook point that its files say, or at the one given where they say nothing: it does not go before what they say."""
+    try:
+        return load_any(where)
+    except UserError:
+        if given is None:
+            raise
+        return load_any(where, given)
+
+
 def _subjects(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | None]]) -> tuple[Subject, ...]:
     subjects: dict[str, Subject] = {}
+    known: set[str] = set()
     given = config.hook_points[0] if len(config.hook_points) == 1 and config.sae else None
     for where, tracked in found:
         if tracked:
             hook_point, width, name = tracked.params["hook_point"], int(tracked.params["width"]), tracked.name
         else:
-            loaded = load_any(where, given)
+            loaded = _loaded(where, given)
             hook_point, width, name = loaded.sae.config.hook_point, loaded.sae.n, loaded.name
+        known.add(hook_point)
         if config.hook_points and hook_point not in config.hook_points:
             continue
         if error_kind(hook_point)[0]:
@@ -154,7 +166,7 @@ def _subjects(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | No
         run_id, metrics = (tracked.run_id, tracked.metrics) if tracked else (None, {})
         subjects[name] = Subject(name, where, hook_point, width, _content(where), run_id, params, metrics)
     if not subjects:
-        there = sorted({tracked.params["hook_point"] for _, tracked in found if tracked})
+        there = sorted(known)
         others = f", there are some of {', '.join(there)}" if there else ""
         raise UserError(f"hook_points is {', '.join(config.hook_points)}: no SAE is of it{others}")
     return tuple(subjects.values())

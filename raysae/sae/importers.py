@@ -37,6 +37,9 @@ from raysae.sae.files import CONFIG, OWN, TRANSFORMER_LENS, WEIGHTS, load_sae
 from raysae.storage import open_location
 
 SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG = "sae.safetensors", "params.npz", "params.safetensors", "ae.pt", "config.json"
+UNREADABLE = (  # what readers of damaged files raise
+    SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, TypeError, RuntimeError, EOFError, LookupError
+)  # fmt: skip
 FILES = (OWN, CONFIG, WEIGHTS, SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG)
 
 
@@ -161,8 +164,19 @@ class _Source:
                 with np.load(path) as arrays:
                     return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, TypeError, RuntimeError, EOFError) as error:
-            raise UserError(f"{self.where}: {name} is damaged, or holds more than tensors ({str(error).strip().splitlines()[0][:100]})") from None
+        except (
+            SafetensorError,
+            zipfile.BadZipFile,
+            pickle.UnpicklingError,
+            OSError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+            EOFError,
+            LookupError,
+        ) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
+            raise UserError(f"{self.where}: {name} is damaged, or holds more than tensors ({reason})") from None
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
             raise UserError(f"{self.where}: {name} does not hold an SAE's tensors by name")
         return content

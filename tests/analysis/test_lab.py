@@ -138,6 +138,7 @@ def test_a_parameter_that_does_not_fit_is_told() -> None:
         ({}, ["tracking.uri", "no such database"]),
         ({"tokens": 10**9}, ["tokens is 1000000000", "held-out text yields"]),
         ({"hook_points": ["resid_post.1", "mlp_out.1"]}, ["hook_points is resid_post.1, mlp_out.1", "no SAE is of it"]),
+        ({"hook_points": ["mlp_out.1"]}, ["hook_points is mlp_out.1: no SAE is of it, there are some of resid_post."]),
         ({"stream": {"context_length": 100_000}}, ["stream.context_length", "512"]),
         ({"model": {"name": "/nowhere/model"}}, ["model.name", "/nowhere/model"]),
     ],

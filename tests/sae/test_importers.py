@@ -356,6 +356,14 @@ def test_pickled_code_is_not_run(tmp_path):
         load_any(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"junkjunk", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"])
+def test_damaged_pickles(content, tmp_path):
+    write_dictionary(tmp_path, "AutoEncoder", {})
+    (tmp_path / "ae.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"ae\.pt is damaged, or holds more than tensors"):
+        load_any(tmp_path)
+
+
 # ---------------------------------------------------------------- all of them
 
 
