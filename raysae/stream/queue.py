@@ -181,6 +181,7 @@ class StreamQueue:
         self.skipped = Skipped(skipped)
         self.state = StreamState(shards, cap, config.lag, faults.shard_attempts, self.skipped.of(TRAIN))
         self.shard_bytes = _shard_bytes(production.specs[TRAIN], production.widths)
+        self._blocks = blocks
         self._offsets = {TRAIN: _offsets(blocks), EVALUATION: _offsets(evaluation_blocks)}
         self._returns = {TRAIN: 1 + sum(blocks.values()), EVALUATION: 1 + sum(evaluation_blocks.values())}
         self._hook_point: dict[str, str] = {}  # of each consumer
@@ -250,9 +251,10 @@ class StreamQueue:
         if self.state.advance(consumer, done_shards):
             self._settle()
 
-    async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> tuple[ray.ObjectRef | None, Mapping[str, object]]:
-        """A block of the training stream at the consumer's hook point, when it is there, and the numerics of its shard; `done_shards` as in
-        `acknowledge`. The reference comes inside a tuple, or Ray would send the block itself. None: the shard is skipped.
+    async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
+        """A shard's blocks of the training stream at the consumer's hook point, from `block` on, when they are there, and their numerics;
+        `done_shards` as in `acknowledge`. All in one call, because it is calls that a queue of many consumers spends its time on. A consumer that
+        lets go of each reference once it has the block, and of all when it leaves, pins no more than is held for it anyway. []: the shard is skipped.
 
         Raises:
             NotJoinedError: `consumer` is unknown.
@@ -262,11 +264,14 @@ class StreamQueue:
         while not self.state.ready(consumer, shard):
             await self._arrival(consumer, shard)
         if shard in self.state.skipped:
-            return None, {}
+            return [], {}
         meta, refs = self._shards[shard]
-        self._check_finite(meta, TRAIN, shard, self._hook_point[consumer])
-        self._count("blocks_served", 1)
-        return refs[self._offsets[TRAIN][self._hook_point[consumer]] + block], meta["numerics"]
+        hook_point = self._hook_point[consumer]
+        self._check_finite(meta, TRAIN, shard, hook_point)
+        first = self._offsets[TRAIN][hook_point]
+        blocks = refs[first + block : first + self._blocks[hook_point]]
+        self._count("blocks_served", len(blocks))
+        return blocks, meta["numerics"]
 
     async def evaluation_block(self, hook_point: str, shard: int, block: int) -> list[ray.ObjectRef | None]:
         """A block of the held-out stream. Each shard is produced once, when it is first asked for, and kept. [None]: the shard is skipped."""
