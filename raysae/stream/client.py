@@ -50,10 +50,11 @@ class StreamClient:
         self._done = 0  # shards completely consumed
         self._until: int | None = None
         self._joined = False
+        self._refs: dict[tuple[int, int], ray.ObjectRef] = {}  # (shard, block) → what is not read yet of the shard that was last fetched
 
     def open(self, row: int, batch: int, end: int | None = None, device: torch.device | str = "cpu") -> BatchReader:
         """Join the training stream at `row`; batches of it up to row `end`. One reader at a time: closing it leaves the stream."""
-        self.numerics = {}
+        self.numerics, self._refs = {}, {}
         self._done = row // self.training.rows_per_shard
         self._until = None if end is None else -(-end // self.training.rows_per_shard)
         self._joined = True
@@ -66,20 +67,27 @@ class StreamClient:
     def leave(self) -> None:
         """Tell the queue that this consumer needs nothing more for now: others no longer wait for it."""
         self._joined = False
+        self._refs = {}
         self.queue.leave.remote(self.consumer)
 
     def block(self, shard: int, block: int) -> np.ndarray | None:
         """A block of the training stream, waiting for it: `(rows, width)`, read-only, in the object store's memory. None: the shard is skipped."""
 
         def fetch() -> ray.ObjectRef | None:
+            if (ref := self._refs.pop((shard, block), None)) is not None:
+                return ref
             try:
-                ref, numerics = ray.get(self.queue.fetch.remote(self.consumer, shard, block, self._done))
+                found, numerics = ray.get(self.queue.fetch.remote(self.consumer, shard, block, self._done))
             except NotJoinedError:
                 if not self._joined:
                     raise StreamError(f"consumer {self.consumer} has left the stream") from None
                 self._join()  # the queue was restarted
                 raise
             self.numerics = together(self.numerics, {key: [value] for key, value in numerics.items()})
+            self._refs = refs = {(shard, block + i): ref for i, ref in enumerate(found)}
+            ref = refs.pop((shard, block), None)
+            if not self._joined:  # it has left meanwhile, and lets go of everything
+                refs.clear()
             return ref
 
         return self._get(TRAIN, shard, fetch, wanted=lambda: self._joined)

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +153,15 @@ def patiently(call: Callable[[], Any], seconds: float, wanted: Callable[[], bool
             raise (error.cause if isinstance(error.cause, StreamError) else error) from None
 
 
+@dataclass(eq=False)
+class _Wait:
+    """A fetch that waits for its shard."""
+
+    consumer: str
+    shard: int
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
 class StreamQueue:
     """See the module and `start_stream`. `blocks` gives the blocks per shard of each hook point, in the order in which producers return them."""
 
@@ -175,16 +184,20 @@ class StreamQueue:
         self.skipped = Skipped(skipped)
         self.state = StreamState(shards, cap, config.lag, faults.shard_attempts, self.skipped.of(TRAIN))
         self.shard_bytes = _shard_bytes(production.specs[TRAIN], production.widths)
+        self._blocks = blocks
         self._offsets = {TRAIN: _offsets(blocks), EVALUATION: _offsets(evaluation_blocks)}
         self._returns = {TRAIN: 1 + sum(blocks.values()), EVALUATION: 1 + sum(evaluation_blocks.values())}
         self._hook_point: dict[str, str] = {}  # of each consumer
         self._shards: dict[int, tuple[Mapping[str, object], list[ray.ObjectRef]]] = {}  # meta and blocks of the training shards held
         self._evaluation: dict[int, asyncio.Future] = {}  # the blocks of the held-out shards, kept to the end
         self._errands: list[Job] = []  # all jobs but training shards; they come first, since someone waits for each of them
-        self._waiting: dict[str, int] = {}  # fetches per consumer that wait now
-        self._changed = asyncio.Event()
+        self._waits: set[_Wait] = set()
+        self._work = asyncio.Event()  # set by whatever may give a producer something to do
+        self._next = asyncio.Lock()  # of the producers without a job one looks for the next, the others stand in line
+        self._answered = asyncio.Event()  # of an errand; set once, then there is a new one
         self._tending: asyncio.Task | None = None
         self._totals = dict.fromkeys(COUNTERS, 0.0)
+        self._told = dict(self._totals)  # to Ray's metrics; telling them costs more than serving a block does otherwise
         self._counters = {name: Counter(f"raysae_{name}", description=text) for name, text in COUNTERS.items()}
         self._gauges = {name: Gauge(f"raysae_{name}", description=text) for name, text in GAUGES.items()}
         self._peak_bytes = 0
@@ -198,7 +211,7 @@ class StreamQueue:
             needs={key: actor_options[key] for key in ("num_cpus", "num_gpus")},
             faults=faults,
             waited=lambda seconds: self._count("producer_wait_seconds", seconds),
-            changed=self._notify,
+            changed=self._gave_up,
         )
 
     async def start(self) -> None:
@@ -223,40 +236,40 @@ class StreamQueue:
             raise StreamError(f"hook point {hook_point} is not streamed: {', '.join(self.production.widths)} are")
         self.state.join(consumer, row // self.production.specs[TRAIN].rows_per_shard, until_shard)
         self._hook_point[consumer] = hook_point
+        self._wake(lambda wait: wait.consumer == consumer)
         self._settle()
 
     async def leave(self, consumer: str) -> None:
         self.state.leave(consumer)
+        self._wake(lambda wait: wait.consumer == consumer)
         self._settle()
 
     async def acknowledge(self, consumer: str, done_shards: int) -> None:
         """`consumer` has completely consumed the shards below `done_shards`."""
-        self.state.advance(consumer, done_shards)
-        self._settle()
+        if self.state.advance(consumer, done_shards):
+            self._settle()
 
-    async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> tuple[ray.ObjectRef | None, Mapping[str, object]]:
-        """A block of the training stream at the consumer's hook point, when it is there, and the numerics of its shard; `done_shards` as in
-        `acknowledge`. The reference comes inside a tuple, or Ray would send the block itself. None: the shard is skipped.
+    async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
+        """A shard's blocks of the training stream at the consumer's hook point, from `block` on, when they are there, and their numerics;
+        `done_shards` as in `acknowledge`. All in one call, because it is calls that a queue of many consumers spends its time on. A consumer that
+        lets go of each reference once it has the block, and of all when it leaves, pins no more than is held for it anyway. []: the shard is skipped.
 
         Raises:
             NotJoinedError: `consumer` is unknown.
             StreamError: the shard is none of the consumer's, or it could not be produced at its hook point, or there are no producers any more.
         """
         await self.acknowledge(consumer, done_shards)
-        began = time.monotonic()
-        self._waiting[consumer] = self._waiting.get(consumer, 0) + 1
-        try:
-            while not self.state.ready(consumer, shard):
-                await self._change()
-        finally:
-            self._waiting[consumer] -= 1
-            self._count("consumer_wait_seconds", time.monotonic() - began)
+        while not self.state.ready(consumer, shard):
+            await self._arrival(consumer, shard)
         if shard in self.state.skipped:
-            return None, {}
+            return [], {}
         meta, refs = self._shards[shard]
-        self._check_finite(meta, TRAIN, shard, self._hook_point[consumer])
-        self._count("blocks_served", 1)
-        return refs[self._offsets[TRAIN][self._hook_point[consumer]] + block], meta["numerics"]
+        hook_point = self._hook_point[consumer]
+        self._check_finite(meta, TRAIN, shard, hook_point)
+        first = self._offsets[TRAIN][hook_point]
+        blocks = refs[first + block : first + self._blocks[hook_point]]
+        self._count("blocks_served", len(blocks))
+        return blocks, meta["numerics"]
 
     async def evaluation_block(self, hook_point: str, shard: int, block: int) -> list[ray.ObjectRef | None]:
         """A block of the held-out stream. Each shard is produced once, when it is first asked for, and kept. [None]: the shard is skipped."""
@@ -304,8 +317,9 @@ class StreamQueue:
     async def stats(self) -> dict[str, object]:
         """Totals (see COUNTERS), bytes in flight now, at most and allowed, producers, and each consumer's position in shards and whether it waits."""
         whole = {name: value if name.endswith("seconds") else int(value) for name, value in self._totals.items()}
+        waiting = {wait.consumer for wait in self._waits}
         consumers = {
-            name: {"position": consumer.position, "until": consumer.until, "waiting": self._waiting.get(name, 0) > 0}
+            name: {"position": consumer.position, "until": consumer.until, "waiting": name in waiting}
             for name, consumer in self.state.consumers.items()
             if consumer.real
         }
@@ -324,19 +338,21 @@ class StreamQueue:
 
     async def _take(self) -> Job:
         """The next job for a producer. Nothing is awaited between the decision and the return: a cancelled producer takes no job with it."""
-        while True:
-            if self._errands:
-                return self._errands.pop(0)
-            if (shard := self.state.lease()) is not None:
-                self._settle()
-                self._peak_bytes = max(self._peak_bytes, self._bytes)
-                return Job(
-                    "produce", (TRAIN, shard, self._tolerant(self.state.last_attempt(shard))), self._returns[TRAIN],
-                    done=lambda meta, refs: self._produced(shard, meta, refs),
-                    failed=lambda error, died: self._failed(shard, error, died),
-                    seconds=self._patience(),
-                )  # fmt: skip
-            await self._changed.wait()
+        async with self._next:
+            while True:
+                if self._errands:
+                    return self._errands.pop(0)
+                if (shard := self.state.lease()) is not None:
+                    self._settle()
+                    self._peak_bytes = max(self._peak_bytes, self._bytes)
+                    return Job(
+                        "produce", (TRAIN, shard, self._tolerant(self.state.last_attempt(shard))), self._returns[TRAIN],
+                        done=lambda meta, refs: self._produced(shard, meta, refs),
+                        failed=lambda error, died: self._failed(shard, error, died),
+                        seconds=self._patience(),
+                    )  # fmt: skip
+                self._work.clear()
+                await self._work.wait()
 
     def _produced(self, shard: int, meta: Mapping[str, object], refs: list[ray.ObjectRef]) -> None:
         self._count("shards_produced", 1)
@@ -347,12 +363,15 @@ class StreamQueue:
             self._note_failure(TRAIN, shard, ValueError(nonfinite(meta)))
         if self.state.produced(shard):
             self._shards[shard] = meta, refs
+            self._wake(lambda wait: wait.shard == shard)
         self._settle()
 
     def _failed(self, shard: int, error: Exception, died: bool) -> None:
         reason = self._note_failure(TRAIN, shard, error)
-        if self.state.fail(shard, reason, DEATH if died else 1) and self._skip(TRAIN, shard, reason):
-            self.state.skip(shard)
+        if self.state.fail(shard, reason, DEATH if died else 1):
+            if self._skip(TRAIN, shard, reason):
+                self.state.skip(shard)
+            self._wake(lambda wait: wait.shard == shard)
         self._settle()
 
     def _tolerant(self, last_attempt: bool) -> bool:
@@ -420,7 +439,7 @@ class StreamQueue:
         def failed(error: Exception, died: bool) -> None:
             reason = self._note_failure(*args, error) if produce else one_line(error)
             if (died or produce) and (attempt := next(attempts)) < self.faults.shard_attempts:
-                self._errands.append(replace(job, args=arguments(attempt + 1), seconds=patience()))
+                self._send(replace(job, args=arguments(attempt + 1), seconds=patience()))
             elif produce and self._skip(*args, reason):
                 future.set_result((None, []))
             elif produce:
@@ -432,13 +451,17 @@ class StreamQueue:
             self._notify()
 
         job = Job(method, arguments(1), returns, done, failed, seconds=patience())
-        self._errands.append(job)
-        self._notify()
+        self._send(job)
         return future
+
+    def _send(self, errand: Job) -> None:
+        self._errands.append(errand)
+        self._work.set()
 
     async def _result(self, future: asyncio.Future) -> tuple:
         while not future.done():
-            await self._change()
+            self._check_pool()
+            await self._answered.wait()
         return future.result()
 
     # ---------------------------------------------------------------- bookkeeping
@@ -454,37 +477,58 @@ class StreamQueue:
     def _tend_once(self) -> None:
         if self.state.expire(time.monotonic()):
             self._settle()
-        waiting = any(self._waiting.values()) and len(self.state.leased) + len(self.state.held) < self.state.cap
+        waiting = self._waits and len(self.state.leased) + len(self.state.held) < self.state.cap
         idle = any(producer.idle_since is not None for producer in self.pool.producers)
-        self.pool.tend(pressed=(waiting or bool(self._errands)) and not idle)
+        self.pool.tend(pressed=bool(waiting or self._errands) and not idle)
+        for name, total in self._totals.items():
+            if total > self._told[name]:
+                self._counters[name].inc(total - self._told[name])
+        self._told = dict(self._totals)
         self._gauges["bytes_in_flight"].set(self._bytes)
         self._gauges["producers"].set(len(self.pool.pids))
-        self._gauges["consumers_waiting"].set(sum(n > 0 for n in self._waiting.values()))
+        self._gauges["consumers_waiting"].set(len({wait.consumer for wait in self._waits}))
 
     @property
     def _bytes(self) -> int:
         return (len(self.state.held) + len(self.state.leased)) * self.shard_bytes
 
     def _settle(self) -> None:
-        """After a change of state: drop the references it no longer holds, wake whoever waits."""
+        """After a change of state: drop the references it no longer holds; there may be a shard to produce."""
         for shard in self._shards.keys() - self.state.held:
             del self._shards[shard]
-        self._notify()
+        self._work.set()
+
+    async def _arrival(self, consumer: str, shard: int) -> None:
+        """Wait until something has become of the shard, or of the consumer. Nothing else wakes: each shard is waited for by many."""
+        self._check_pool()
+        wait, began = _Wait(consumer, shard), time.monotonic()
+        self._waits.add(wait)
+        try:
+            await wait.over.wait()
+        finally:
+            self._waits.remove(wait)
+            self._count("consumer_wait_seconds", time.monotonic() - began)
+
+    def _wake(self, whom: Callable[[_Wait], bool]) -> None:
+        for wait in filter(whom, self._waits):
+            wait.over.set()
 
     def _notify(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._answered.set()
+        self._answered = asyncio.Event()
 
-    async def _change(self) -> None:
-        """Wait for the next change of anything; StreamError where none will come."""
+    def _gave_up(self) -> None:
+        """The pool has: whoever waits is told."""
+        self._wake(lambda wait: True)
+        self._notify()
+
+    def _check_pool(self) -> None:
+        """StreamError where what is waited for will not come."""
         if self.pool.failure:
             raise StreamError(f"the activation stream has no producers: {self.pool.failure}")
-        await self._changed.wait()
 
     def _count(self, name: str, value: float) -> None:
-        if value:
-            self._totals[name] += value
-            self._counters[name].inc(value)
+        self._totals[name] += value
 
 
 def _shard_bytes(spec: ActivationSpec, widths: Mapping[str, int]) -> int:

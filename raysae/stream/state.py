@@ -1,7 +1,8 @@
 """Which shard to produce next, what to hold and who may read it: the queue's decisions, as plain deterministic code.
 
 No clock, no threads, no Ray: `queue.StreamQueue` is a shell around this class and passes the time in. The only facts are the consumers'
-positions (shards completely consumed) and the shards held or being produced; everything else is derived from them.
+positions (shards completely consumed) and the shards held or being produced; everything else is derived from them. Hundreds of consumers stand at a
+few positions only: they are kept by position, so that no decision looks at each of them.
 
 A *pass* is a group of consumers that read together. Its *base* is the smallest position in it, its *window* the shards [base, base + window);
 only these are produced for it. Under `lag="stall"` a chain of consumers no more than a window apart is one pass, so that a consumer far ahead
@@ -37,7 +38,7 @@ class NotJoinedError(StreamError):
     """A consumer that the stream does not know (any more), for instance after the queue's restart: join again and go on."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Consumer:
     """A reader of the stream. `position` counts the shards it has completely consumed; it needs the shards [position, until)."""
 
@@ -71,6 +72,7 @@ class StreamState:
         self.lag = lag
         self.window = cap if lag == "stall" else max(1, cap // 2)
         self.consumers: dict[str, Consumer] = {}
+        self._standing: dict[int, dict[Consumer, None]] = {}  # those that still need something, by position; the inner dicts are ordered sets
         self.leased: set[int] = set()
         self.held: set[int] = set()
         self.attempts = attempts
@@ -84,7 +86,8 @@ class StreamState:
     def expect(self, names: Iterable[str], until: float) -> None:
         """Keep the first shards for consumers that will join by time `until`. Nothing is produced for them before they do."""
         for name in names:
-            self.consumers.setdefault(name, Consumer(0, self.shards, expected_until=until))
+            if name not in self.consumers:
+                self._place(name, Consumer(0, self.shards, expected_until=until))
 
     def expire(self, now: float) -> bool:
         """Give up the expected consumers that are overdue; whether there were any."""
@@ -98,18 +101,18 @@ class StreamState:
         until = self.shards if until is None else until
         if not 0 <= position <= self.shards or until > self.shards:
             raise StreamError(f"consumer {name} asks for shards {position} to {until} of a stream of {self.shards} shards")
-        self.consumers[name] = consumer = Consumer(position, until)
-        self._move(consumer, position)
+        self._place(name, Consumer(self._behind_skipped(position), until))
 
-    def advance(self, name: str, done: int) -> None:
-        """`name` has consumed the shards below `done`. Never goes back: late or repeated messages do no harm."""
+    def advance(self, name: str, done: int) -> bool:
+        """`name` has consumed the shards below `done`; whether that was news. Never goes back: late or repeated messages do no harm."""
         consumer = self._consumer(name)
-        if done > consumer.position:
-            self._move(consumer, done)
+        if done <= consumer.position:
+            return False
+        self._move(consumer, done)
+        return True
 
     def leave(self, name: str) -> None:
-        self.consumers.pop(name, None)
-        self._release()
+        self._place(name, None)
 
     def ready(self, name: str, shard: int) -> bool:
         """Whether `name` can read `shard` now, or pass over it.
@@ -132,11 +135,11 @@ class StreamState:
     def passes(self) -> list[list[Consumer]]:
         """The consumers that still need something, in groups that read together, each by position."""
         passes: list[list[Consumer]] = []
-        for consumer in sorted((c for c in self.consumers.values() if c.position < c.until), key=lambda c: c.position):
-            if passes and self._together(passes[-1], consumer):
-                passes[-1].append(consumer)
+        for position in sorted(self._standing):
+            if passes and self._together(passes[-1], position):
+                passes[-1].extend(self._standing[position])
             else:
-                passes.append([consumer])
+                passes.append(list(self._standing[position]))
         return passes
 
     def lease(self) -> int | None:
@@ -147,7 +150,7 @@ class StreamState:
             if missing is not None:
                 base = members[0].position
                 occupied = sum(base <= shard < base + self.window for shard in self.leased | self.held)
-                starving = self._stuck(members) and missing <= min(c.position for c in members if c.real)
+                starving = missing == next(c.position for c in members if c.real)
                 candidates.append((not starving, occupied, max(c.turn for c in members), missing, members))
         if not candidates:
             return None
@@ -167,7 +170,7 @@ class StreamState:
         self.leased.remove(shard)
         self._failures.pop(shard, None)
         self.held.add(shard)
-        self._release()
+        self._release(shard, shard + 1)
         return shard in self.held
 
     def fail(self, shard: int, reason: str, weight: Fraction | int = 1) -> bool:
@@ -204,17 +207,17 @@ class StreamState:
             raise NotJoinedError(f"consumer {name} has not joined the stream")
         return consumer
 
-    def _together(self, members: list[Consumer], consumer: Consumer) -> bool:
+    def _together(self, members: list[Consumer], position: int) -> bool:
         if self.lag == "stall":
-            return consumer.position <= members[-1].position + self.window
-        return consumer.position < members[0].position + self.window
+            return position <= members[-1].position + self.window
+        return position < members[0].position + self.window
 
     def _missing(self, members: list[Consumer]) -> int | None:
         """The lowest shard in the pass's window that a member needs and that is neither held nor in production."""
         base = members[0].position
+        there = self.held | self.leased | self.skipped | self._bad.keys()
         for shard in range(base, base + self.window):
-            wanted = any(c.real and c.needs(shard) for c in members)
-            if wanted and shard not in self.held | self.leased | self.skipped | self._bad.keys():
+            if shard not in there and any(c.real and c.needs(shard) for c in members):
                 return shard
         return None
 
@@ -223,17 +226,47 @@ class StreamState:
         slowest = next((c for c in members if c.real), None)
         return slowest is None or slowest.position not in self.held | self.leased
 
-    def _move(self, consumer: Consumer, position: int) -> None:
-        """To `position`, or behind the skipped shards there: nobody waits for a consumer that has only such ones before it."""
+    def _behind_skipped(self, position: int) -> int:
+        """Nobody waits for a consumer that has only skipped shards before it."""
         while position in self.skipped:
             position += 1
-        consumer.position = position
-        self._release()
+        return position
 
-    def _release(self) -> None:
-        """Let go of the shards that no consumer is at most a window below of."""
-        for shard in list(self.held):
-            if not any(c.needs(shard) and shard < c.position + self.window for c in self.consumers.values()):
+    def _move(self, consumer: Consumer, position: int) -> None:
+        """To `position`, or behind the skipped shards there. Only the shards that it passes can lose their last reader."""
+        first = consumer.position
+        self._take_away(consumer)
+        consumer.position = self._behind_skipped(position)
+        self._put(consumer)
+        self._release(first, consumer.position)
+
+    def _place(self, name: str, consumer: Consumer | None) -> None:
+        """`name` is this consumer from now on, or none."""
+        old = self.consumers.pop(name, None)
+        if consumer:
+            self.consumers[name] = consumer
+            self._put(consumer)
+        if old:
+            self._take_away(old)
+            self._release(old.position, old.position + self.window)
+
+    def _put(self, consumer: Consumer) -> None:
+        if consumer.position < consumer.until:
+            self._standing.setdefault(consumer.position, {})[consumer] = None
+
+    def _take_away(self, consumer: Consumer) -> None:
+        if consumer.position < consumer.until:
+            there = self._standing[consumer.position]
+            del there[consumer]
+            if not there:
+                del self._standing[consumer.position]
+
+    def _release(self, first: int, last: int) -> None:
+        """Let go of the shards of [first, last) that no consumer is at most a window below of."""
+        for shard in [shard for shard in self.held if first <= shard < last]:
+            if not any(
+                position <= shard < position + self.window and any(shard < c.until for c in there) for position, there in self._standing.items()
+            ):
                 self.held.remove(shard)
 
     def _give_up(self) -> bool:

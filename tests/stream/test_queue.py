@@ -179,6 +179,18 @@ def test_a_single_place_is_enough(stream):
     assert stats(queue)["peak_bytes_in_flight"] == SHARD_MIB * 2**20
 
 
+def test_a_shard_is_one_call_and_no_reference_outlives_its_reader(stream):
+    queue = stream()
+    trainer = Trainer(queue, "a", batch=ROWS // 2)
+    trainer.check()
+    assert stats(queue)["blocks_served"] == SPEC.shards * len(cut(rows_of("train", "resid_post.0", 0), "float32", BLOCK_MIB))
+    reader = trainer.client.open(0, 16)
+    reader.next()
+    assert trainer.client._refs, "the rest of the shard came with its first block"
+    reader.close()
+    assert not trainer.client._refs
+
+
 def test_killed_producers_lose_nothing(stream):
     queue = stream(model="slow", producers_min=2, producers_max=2)
     trainer = Trainer(queue, "a")

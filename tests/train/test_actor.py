@@ -52,7 +52,7 @@ class ArrayQueue:
             not first_look and self.pause is not None and shard * SPEC.rows_per_shard + block * rows_per_block(D, SPEC.dtype, BLOCK_MIB) >= self.pause
         ):
             await asyncio.sleep(0.02)
-        return self.blocks[shard][block], {"threads": 1}
+        return [self.blocks[shard][block]], {"threads": 1}
 
     async def evaluation_block(self, hook_point, shard, block):
         return [self.held_out[block]]
