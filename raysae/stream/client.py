@@ -9,7 +9,7 @@ import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError
+from ray.exceptions import GetTimeoutError, ObjectLostError
 
 from raysae.config import ActivationSpec, FaultsConfig
 from raysae.numerics import Seen, together
@@ -50,7 +50,9 @@ class StreamClient:
         self._done = 0  # shards completely consumed
         self._until: int | None = None
         self._joined = False
-        self._refs: dict[tuple[int, int], ray.ObjectRef] = {}  # (shard, block) → what is not read yet of the shard that was last fetched
+        # (shard, block) → reference, kept until the shard is consumed. A process that lets go of its last reference to an object while another thread
+        # receives one may never get the object (Ray 2.60), and a block may be fetched by two: the reader ahead of time, and whoever wants first rows.
+        self._refs: dict[tuple[int, int], ray.ObjectRef] = {}
 
     def open(self, row: int, batch: int, end: int | None = None, device: torch.device | str = "cpu") -> BatchReader:
         """Join the training stream at `row`; batches of it up to row `end`. One reader at a time: closing it leaves the stream."""
@@ -74,7 +76,7 @@ class StreamClient:
         """A block of the training stream, waiting for it: `(rows, width)`, read-only, in the object store's memory. None: the shard is skipped."""
 
         def fetch() -> ray.ObjectRef | None:
-            if (ref := self._refs.pop((shard, block), None)) is not None:
+            if (ref := self._refs.get((shard, block))) is not None:
                 return ref
             try:
                 found, numerics = ray.get(self.queue.fetch.remote(self.consumer, shard, block, self._done))
@@ -84,11 +86,10 @@ class StreamClient:
                 self._join()  # the queue was restarted
                 raise
             self.numerics = together(self.numerics, {key: [value] for key, value in numerics.items()})
-            self._refs = refs = {(shard, block + i): ref for i, ref in enumerate(found)}
-            ref = refs.pop((shard, block), None)
-            if not self._joined:  # it has left meanwhile, and lets go of everything
-                refs.clear()
-            return ref
+            if self._joined:  # otherwise it has left meanwhile, and lets go of everything
+                for i, ref in enumerate(found):
+                    self._refs.setdefault((shard, block + i), ref)
+            return found[0] if found else None
 
         return self._get(TRAIN, shard, fetch, wanted=lambda: self._joined)
 
@@ -102,6 +103,7 @@ class StreamClient:
 
     def _acknowledge(self, done: int) -> None:
         self._done = done
+        self._forget(lambda shard: shard < done)
         self.queue.acknowledge.remote(self.consumer, done)
 
     def _get(
@@ -110,12 +112,19 @@ class StreamClient:
         for attempt in range(1, self.faults.shard_attempts + 1):
             ref = patiently(fetch, self.faults.queue_seconds, wanted)
             try:
-                return None if ref is None else ray.get(ref)
-            except ObjectLostError:
+                return None if ref is None else ray.get(ref, timeout=self.faults.block_seconds)
+            except (ObjectLostError, GetTimeoutError):
                 if attempt == self.faults.shard_attempts:
                     raise
+                if stream == TRAIN:
+                    self._forget(lambda other: other == shard)
                 lost = ref.hex()
                 self._patiently(lambda: ray.get(self.queue.lost.remote(stream, shard, lost)))  # noqa: B023, called at once
+
+    def _forget(self, which: Callable[[int], bool]) -> None:
+        """Let go of the references to such shards."""
+        for place in filter(lambda place: which(place[0]), list(self._refs)):
+            self._refs.pop(place, None)
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         return patiently(call, self.faults.queue_seconds)

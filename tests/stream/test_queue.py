@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.exceptions import GetTimeoutError
 
 from raysae.config import ActivationSpec, FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
 from raysae.storage import unsealed
@@ -189,6 +190,22 @@ def test_a_shard_is_one_call_and_no_reference_outlives_its_reader(stream):
     assert trainer.client._refs, "the rest of the shard came with its first block"
     reader.close()
     assert not trainer.client._refs
+
+
+def test_a_block_that_does_not_come_is_produced_again(stream, monkeypatch):
+    queue = stream()
+    real, late = ray.get, []
+
+    def get(wanted, *, timeout=None):
+        if timeout == FaultsConfig().block_seconds and len(late) < 2:  # as Ray says of a block that never comes
+            late.append(wanted)
+            raise GetTimeoutError("late")
+        return real(wanted, timeout=timeout)
+
+    monkeypatch.setattr(ray, "get", get)
+    Trainer(queue, "a", end=2 * ROWS).check()
+    assert late[0] != late[1], "another reference is asked for than the one that did not come"
+    assert stats(queue)["shards_produced"] == 2 + 2
 
 
 def test_killed_producers_lose_nothing(stream):
