@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
+from uuid import uuid4
 
 from raysae.config import UserError
 
@@ -34,9 +36,23 @@ def connect(uri: str) -> MlflowClient:
 
     for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if uri.startswith(SQLITE):
-        Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+    if uri.startswith(SQLITE) and not (path := Path(uri.removeprefix(SQLITE))).exists():
+        _make(path)
     return MlflowClient(uri)
+
+
+def _make(path: Path) -> None:
+    """A SQLite file with MLflow's tables, as a whole or not at all: killed half-way, MLflow's migrations leave what no later ones go on from."""
+    from mlflow import MlflowClient
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}-{uuid4().hex}")
+    try:
+        MlflowClient(f"{SQLITE}{new}").search_experiments(max_results=1)  # its first use makes the tables
+        with suppress(FileExistsError):  # another process was faster
+            os.link(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def absolute(uri: str) -> str:

@@ -21,6 +21,7 @@ from mlflow.entities import Run
 
 from raysae.config import SweepConfig, TrackingConfig, UserError
 from raysae.tracking import delivery
+from raysae.tracking.client import connect
 from raysae.tracking.find import find_saes
 from raysae.tracking.outbox import Outbox, refusal
 from raysae.tracking.runs import Study, flatten
@@ -329,3 +330,14 @@ def test_flatten():
 def test_batches_keep_mlflows_limits():
     assert delivery.METRICS_PER_BATCH <= 1000
     assert delivery.PAIRS_PER_BATCH <= 100
+
+
+def test_a_driver_killed_while_a_database_is_made_leaves_none_or_a_whole_one(tmp_path: Path):
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+    command = [sys.executable, "-c", f"from raysae.tracking.client import connect; connect({uri!r}).search_experiments()"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while process.poll() is None and not any(path.stat().st_size > 300_000 for path in tmp_path.glob("new/*[!l]")):  # a journal comes and goes
+        time.sleep(0.001)  # until some of the tables are there
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it was too fast for this test"
+    assert connect(uri).get_experiment_by_name("Default")
