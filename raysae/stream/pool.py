@@ -122,6 +122,7 @@ class ProducerPool:
         producer = Producing(self.create())
         self.producers.append(producer)
         producer.task = asyncio.get_running_loop().create_task(self._serve(producer))
+        producer.task.add_done_callback(self._served)
 
     def _remove(self, producer: Producing) -> None:
         self.producers.remove(producer)
@@ -148,17 +149,18 @@ class ProducerPool:
             finally:
                 producer.idle_since = None
                 self.waited(time.monotonic() - began)
-            try:
-                error, died = await self._do(job, producer)
-            except Exception as ours:  # the job is nobody's now: to go on would be to wait for it
-                log.exception("what a producer has done could not be noted")
-                self._give_up(one_line(ours))
-                return
+            error, died = await self._do(job, producer)
             if died:
                 self._bury(producer, error, died=True)
                 return
             failures = failures + 1 if error else 0
         self._bury(producer, error, died=False)
+
+    def _served(self, task: asyncio.Task) -> None:
+        """An error that is not a producer's is one of ours, and the job it happened with is nobody's now: to go on would be to wait for it."""
+        if not task.cancelled() and (ours := task.exception()):
+            log.error("producers can no longer be served", exc_info=ours)
+            self._give_up(one_line(ours))
 
     async def _start(self, producer: Producing) -> tuple[int, str]:
         """The producer's process id and machine, once its model is loaded. One that has no place on the cluster is waited for while others work."""
