@@ -52,7 +52,7 @@ DANGEROUS = {
 FORBIDDEN_ARGUMENTS = {"allow_pickle": True, "trust_remote_code": True, "shell": True, "weights_only": False}
 EXCEPTIONS = {
     ("raysae/stream/producer.py", "ray.cloudpickle.loads"),  # a reference that came through Ray, which runs whatever code it is sent anyway
-    ("raysae/analysis/lab.py", "pickle.loads"),  # an analysis's own unfinished work, in its own folder
+    ("raysae/analysis/parts.py", "pickle.loads"),  # an analysis's own unfinished work, in its own folder
 }
 
 

@@ -24,13 +24,15 @@ from raysae.analysis.error_saes import error_saes as compare_errors
 from raysae.analysis.figures_errors import error_sae_bars
 from raysae.analysis.introduced_error import ABLATED, LEVELS, SyntheticModel, correlation_table, noise_grid, noise_unit
 from raysae.analysis.introduced_error import introduced_error as introduce
-from raysae.analysis.lab import Lab, Part, Recorded, Subject, language_model
+from raysae.analysis.lab import Lab, Recorded
+from raysae.analysis.parts import Part, language_model
 from raysae.analysis.per_token import write_per_token
 from raysae.analysis.per_token_scaling import per_token_scaling as compare_pairs
 from raysae.analysis.per_token_scaling import token_lines
 from raysae.analysis.pursuit import pursuit as pursue
 from raysae.analysis.regression import Linear, save_linear
 from raysae.analysis.report import write_report
+from raysae.analysis.subjects import Subject
 from raysae.config import ERROR_KINDS, AnalysisConfig, ErrorsConfig, ModelConfig, SAEConfig, UserError
 from raysae.lm.tokenizer import load_tokenizer
 from raysae.text.contexts import Contexts

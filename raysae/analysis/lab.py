@@ -1,4 +1,4 @@
-"""What every analysis job shares: the SAEs under analysis, one recorded set of activations, parts that run as Ray tasks and are kept, MLflow.
+"""What every analysis job shares: the SAEs under analysis, one recorded set of activations, parts that run on the cluster and are kept, MLflow.
 
 Everything lies in OUTPUT/STUDY/analysis:
 
@@ -15,12 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import pickle
 import sys
-import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,59 +25,28 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray
-import torch
 
 from raysae.analysis.activations import StreamActivations, collect
 from raysae.analysis.figures import save
+from raysae.analysis.parts import DEFINITION, Part, connect, language_model, work
+from raysae.analysis.subjects import Subject, content_of, find, subjects_of
 from raysae.cli import INTERRUPTED, from_flat
-from raysae.config import ActivationSpec, AnalysisConfig, ErrorsConfig, ModelConfig, SAEConfig, SweepConfig, UserError, digest, error_kind
+from raysae.config import ActivationSpec, AnalysisConfig, ErrorsConfig, ModelConfig, SAEConfig, SweepConfig, UserError, digest
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
-from raysae.lm.model import LanguageModel
-from raysae.sae.base import SAE
-from raysae.sae.files import OWN
-from raysae.sae.importers import FILES, NamedSAE, file_system, load_any, require_width
-from raysae.stream.producer import ENVIRONMENT
+from raysae.sae.importers import file_system, load_any, require_width
 from raysae.stream.shard import ShardMaker
-from raysae.sweep import cluster
 from raysae.sweep.place import saved_config, with_absolute_paths
 from raysae.sweep.preflight import Plan, plan
 from raysae.text.contexts import Contexts
-from raysae.tracking.find import TrackedSAE, find_saes, study_params
+from raysae.tracking.find import TrackedSAE, study_params
 from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
 
-MIB = 2**20
-TRAINED_AT = 4  # hook points at most, of SAEs that an analysis trains: their held-out rows lie in the object store
-DEFINITION = 2  # of the parts' results; raising it makes them anew
 ROWS_PER_DIMENSION = 256  # of each split, by default: R² on other rows then suffers by about 1/256 from the fit
 FEWEST_ROWS, MOST_ROWS = 20_000, 150_000  # of each split, by default (the paper's is the latter)
 
 
 # ---------------------------------------------------------------- what is analysed
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An SAE under analysis. `where` is its folder, file or URL; `run_id`, `params` and `metrics` are MLflow's, where it has them."""
-
-    name: str
-    where: str
-    hook_point: str
-    width: int
-    content: str  # digest
-    run_id: str | None
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
-
-    @property
-    def config(self) -> SAEConfig:
-        """What a sweep trained it as."""
-        return from_flat(SAEConfig, self.params)
-
-    def load(self) -> SAE:
-        """The folded SAE, on the GPU that Ray has given this process, if any."""
-        return load_any(self.where, self.hook_point).sae.to(device())
 
 
 @dataclass(frozen=True)
@@ -98,88 +63,6 @@ class Recorded:
     def contexts(self, split: str) -> np.ndarray:
         """Indices of the contexts of a split, in the order of its chunks."""
         return np.load(self.folder / "context.npy")[np.load(self.folder / "split.npy") == "ABC".index(split)]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of work: `function(*arguments)`, in a process of its own. Its result is kept under `analysis` and the digest of `key`, which names all
-    that it depends on. `whole_machine`: it uses every core; `gpus` that it reserves (unset: resources.trainer_gpus); `contexts`: its first argument
-    is the held-out contexts, which go to it through the object store."""
-
-    analysis: str
-    key: object
-    function: Callable[..., Any]
-    arguments: tuple
-    whole_machine: bool = False
-    gpus: float | None = None
-    contexts: bool = False
-
-    @property
-    def file(self) -> str:
-        return f"{self.analysis}-{digest([DEFINITION, self.analysis, self.key])}.pickle"
-
-
-def _found(config: AnalysisConfig) -> list[tuple[str, TrackedSAE | None]]:
-    """Where the SAEs are, and what MLflow knows of them."""
-    if not config.sae:
-        return [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, config.sweep)]
-    found: list[tuple[str, TrackedSAE | None]] = []
-    for name in config.sae:
-        if "://" in name or Path(name).expanduser().exists():
-            found.append((name if "://" in name else str(Path(name).expanduser().resolve()), None))
-        else:
-            try:
-                found += [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, name)]
-            except UserError as error:
-                raise UserError(f"--sae {name} is neither a file or folder, nor in MLflow: {error}") from None
-    return found
-
-
-def _loaded(where: str, given: str | None) -> NamedSAE:
-    """The SAE at the hook point that its files say, or at the one given where they say nothing: it does not go before what they say."""
-    try:
-        return load_any(where)
-    except UserError:
-        if given is None:
-            raise
-        return load_any(where, given)
-
-
-def _subjects(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | None]]) -> tuple[Subject, ...]:
-    subjects: dict[str, Subject] = {}
-    known: set[str] = set()
-    given = config.hook_points[0] if len(config.hook_points) == 1 and config.sae else None
-    for where, tracked in found:
-        if tracked:
-            hook_point, width, name = tracked.params["hook_point"], int(tracked.params["width"]), tracked.name
-        else:
-            loaded = _loaded(where, given)
-            hook_point, width, name = loaded.sae.config.hook_point, loaded.sae.n, loaded.name
-        known.add(hook_point)
-        if config.hook_points and hook_point not in config.hook_points:
-            continue
-        if error_kind(hook_point)[0]:
-            raise UserError(f"{name} was trained on an error, {hook_point}: analyses take SAEs of activations; error_saes.py compares such SAEs")
-        while name in subjects:
-            name += "+"
-        params = tracked.params if tracked else {"hook_point": hook_point, "width": str(width), "where": where}
-        run_id, metrics = (tracked.run_id, tracked.metrics) if tracked else (None, {})
-        subjects[name] = Subject(name, where, hook_point, width, _content(where), run_id, params, metrics)
-    if not subjects:
-        there = sorted(known)
-        others = f", there are some of {', '.join(there)}" if there else ""
-        raise UserError(f"hook_points is {', '.join(config.hook_points)}: no SAE is of it{others}")
-    return tuple(subjects.values())
-
-
-def _content(where: str) -> str:
-    """What tells an SAE's files from others: our description of them, which has their checksums, or their names, sizes and times."""
-    files, path = file_system(where)
-    folder = path if files.isdir(path) else path.rpartition("/")[0]
-    if files.exists(f"{folder}/{OWN}"):
-        return hashlib.sha256(files.cat_file(f"{folder}/{OWN}")).hexdigest()[:16]
-    facts = [files.info(f"{folder}/{name}") for name in FILES if files.exists(f"{folder}/{name}")]
-    return digest([[str(fact.get(key)) for key in ("name", "size", "mtime", "ETag", "LastModified")] for fact in facts])
 
 
 def _settings(config: AnalysisConfig, given: Mapping[str, Any], found: Sequence[tuple[str, TrackedSAE | None]]) -> tuple[str, SweepConfig, bool]:
@@ -247,10 +130,10 @@ class Lab:
 
     def __init__(self, config: AnalysisConfig, given: Mapping[str, Any] = {}) -> None:
         config = config.model_copy(update={"tracking": with_absolute_paths(SweepConfig(tracking=config.tracking)).tracking})
-        found = _found(config)
+        found = find(config)
         self.study, sweep, swept = _settings(config, given, found)
         self.config, self.sweep = config, with_absolute_paths(sweep)
-        self.saes = {sae.name: sae for sae in _subjects(config, found)}
+        self.saes = {sae.name: sae for sae in subjects_of(config, found)}
         self.plan, self.stream = self._plan(swept)
         facts = self.plan.facts
         for sae in self.saes.values():
@@ -335,38 +218,13 @@ class Lab:
             UserError: a part's own; whatever a part raises, when the others that were under way have been given up.
         """
         folder = self.folder / "parts"
-        missing = [part for part in parts if not (folder / part.file).exists()]
-        if missing:
-            folder.mkdir(parents=True, exist_ok=True)
-            connect(self)
-            self._work(folder, missing, len(parts))
-        return [pickle.loads((folder / part.file).read_bytes()) for part in parts]
+        if not all((folder / part.file).exists() for part in parts):
+            connect(self.plan)
+        return work(folder, parts, self.config.resources, self.plan.contexts["evaluation"])
 
     def kept(self, parts: Sequence[Part]) -> list[Any] | None:
         """The parts' results where all of them are there already."""
         return self.run(parts) if all((self.folder / "parts" / part.file).exists() for part in parts) else None
-
-    def _work(self, folder: Path, missing: Sequence[Part], total: int) -> None:
-        began = time.monotonic()
-        cores = int(min(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")))
-        contexts = ray.put(self.plan.contexts["evaluation"]) if any(part.contexts for part in missing) else None
-        waiting: dict[ray.ObjectRef, Part] = {}
-        for part in missing:
-            gpus = self.config.resources.trainer_gpus if part.gpus is None else part.gpus
-            cpus = cores if part.whole_machine and not gpus else 1
-            task = _work_task.options(num_cpus=cpus, num_gpus=gpus, runtime_env=ENVIRONMENT)
-            waiting[task.remote(str(folder / part.file), part, cpus, *([contexts] if part.contexts else []))] = part
-        left = list(waiting)
-        try:
-            while left:
-                done, left = ray.wait(left, num_returns=1)
-                ray.get(done)
-                finished = total - len(left)
-                print(f"  {waiting[done[0]].analysis}: {finished} of {total} parts, {time.monotonic() - began:.0f} s", flush=True)
-        except BaseException:
-            for task in left:
-                ray.cancel(task, force=True)
-            raise
 
     # ---------------------------------------------------------------- SAEs that the sweep lacks
 
@@ -390,14 +248,14 @@ class Lab:
         )  # fmt: skip
         wanted = {sae.name: sae for sae in config.saes()}
         # by content: the probe's file has one name and is written anew by every run
-        of = [_content(errors.sae), hashlib.sha256(Path(errors.probe).read_bytes()).hexdigest()] if errors else None
+        of = [content_of(errors.sae), hashlib.sha256(Path(errors.probe).read_bytes()).hexdigest()] if errors else None
         key = digest([self.stream, train.model_dump(), of, sorted(wanted)])[:8]
         config = config.model_copy(update={"study": f"{self.study}-{purpose}-{key}"})
         folder = Path(config.output) / config.study
         if not all((folder / "saes" / name / "outcome.json").exists() for name in wanted):
             from raysae.sweep.run import run_sweep
 
-            connect(self)
+            connect(self.plan)
             again = (folder / "config.yaml").exists()
             print(f"{purpose}: {len(wanted)} SAEs to train" + (", going on with what was begun" if again else ""), flush=True)
             code = run_sweep(saved_config(config.output, config.study) if again else config, config.study if again else None, made_for=self.study)
@@ -408,7 +266,7 @@ class Lab:
                     f"the SAEs for {purpose} could not all be trained: the sweep {config.study} says above why; begun again, this goes on"
                 )
         return {
-            name: Subject(name, str(folder / "saes" / name), sae.hook_point, sae.width, _content(str(folder / "saes" / name)), None, {}, {})
+            name: Subject(name, str(folder / "saes" / name), sae.hook_point, sae.width, content_of(str(folder / "saes" / name)), None, {}, {})
             for name, sae in wanted.items()
         }
 
@@ -466,42 +324,6 @@ def _finite(values: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in values.items() if isinstance(value, (int, float, np.number)) and np.isfinite(value)}
 
 
-# ---------------------------------------------------------------- Ray
-
-
-def connect(lab: Lab) -> None:
-    """To Ray, once. UserError: the cluster has several machines that do not share the results' folder."""
-    if ray.is_initialized():
-        return
-    settled = lab.plan
-    item = 2 if settled.config.model.dtype == "bfloat16" else 4
-    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * TRAINED_AT * max(settled.widths.values())
-    tokens = sum(contexts.tokens.nbytes for contexts in settled.contexts.values())
-    cluster.connect(lab.config.resources.address, int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + 4 * tokens) + 256 * MIB)
-    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    if len(machines) > 1 and not lab.config.resources.shared_storage:
-        raise UserError(
-            f"output is the folder '{lab.sweep.output}' and the cluster has {len(machines)} machines: name a folder that they share, and say so with "
-            "--resources.shared_storage true"
-        )
-
-
-@ray.remote(max_retries=3)
-def _work_task(path: str, part: Part, threads: int, *contexts: Contexts) -> None:
-    """Works a part out and keeps its result, which appears whole or not at all."""
-    torch.set_num_threads(threads)
-    result = part.function(*contexts, *part.arguments)
-    temporary = f"{path}.{uuid.uuid4().hex}.part"
-    try:
-        with open(temporary, "wb") as file:
-            pickle.dump(result, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def _record(
     contexts: Contexts, folder: Path, spec: ActivationSpec, hook_points: list[str], shards: int, seed: int, model: ModelConfig, block_mib: float
 ) -> Path:
@@ -511,12 +333,3 @@ def _record(
         return ShardMaker(language_model(model), contexts, spec, missing, block_mib)
 
     return collect(folder, spec, contexts, hook_points, load, shards, seed=seed).folder
-
-
-def language_model(config: ModelConfig) -> LanguageModel:
-    """The language model, on the GPU that Ray has given this process, if any."""
-    return LanguageModel.load(config, device())
-
-
-def device() -> str:
-    return "cuda" if ray.is_initialized() and ray.get_gpu_ids() and torch.cuda.is_available() else "cpu"

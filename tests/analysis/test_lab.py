@@ -14,7 +14,9 @@ import torch
 
 from raysae.analysis import experiments
 from raysae.analysis.experiments import regressions
-from raysae.analysis.lab import Lab, Part, Subject
+from raysae.analysis.lab import Lab
+from raysae.analysis.parts import Part
+from raysae.analysis.subjects import Subject
 from raysae.cli import from_flat
 from raysae.config import AnalysisConfig, ErrorsConfig, EvaluationConfig, SAEConfig, SweepConfig, TrainConfig, UserError
 from raysae.sae.base import SAE
