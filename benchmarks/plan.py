@@ -1,0 +1,269 @@
+"""What a sweep will cost, from a model of the cost per token that is fitted to measurements.
+
+    python benchmarks/plan.py --measure          measure this machine (five minutes, quiet) into build/bench/cost.json
+    python benchmarks/plan.py                    Gemma 2 9B, 7 widths to 2^20 × 6 sparsities, 4 billion tokens, H100s, in a week
+    python benchmarks/plan.py --device here --model embedded --layer 2 --widths 256,512 --k 8,16 --tokens 1e6 --hours 1
+
+`--model` is a config.json (its folder, or a name on the hub): no weights are read. Three costs are fitted by non-negative least squares:
+
+    language model, s per token          a₁ · operations + a₂ · d
+    an SAE's step, s per token           b₁ · 2·d·n + b₂ · n + b₃ · k·d + b₄ · d·n / batch + b₅ / batch
+    the queue, s per block and consumer  c₁ + c₂ / blocks per shard        (docs/cost.md)
+
+b₁ is the dense encoder product, b₂ the selection of the k largest, b₃ the sparse products, b₄ Adam and the decoder's norms, b₅ what a step costs
+however small. On another device a₁ and b₁ scale with the rate of its matrix products, of which it reaches `--efficiency`, the rest with its memory's
+bandwidth. **That is an extrapolation: nothing here has been measured on a GPU.**
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a job's processes; read when torch is imported
+
+import numpy as np
+from scipy.optimize import nnls
+
+REPOSITORY = Path(__file__).parents[1]
+MEASURED = REPOSITORY / "build" / "bench" / "cost.json"
+STEPS = [  # d, n, k, batch
+    (256, 1024, 16, 1024), (256, 1024, 64, 4096), (256, 4096, 32, 512), (256, 4096, 32, 4096), (256, 4096, 128, 4096), (256, 16384, 32, 4096),
+    (512, 8192, 32, 2048), (768, 4096, 32, 4096), (768, 16384, 64, 2048),
+]  # fmt: skip
+QUEUE = 47e-6, 1104e-6  # s per block and consumer, and over the blocks of a shard; fitted to docs/cost.md
+TAKEN = 3  # of so many attempts, the fastest
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates at their best: operations per second of matrix products, bytes per second of memory, of the bus from the host, of the network."""
+
+    matmul: float
+    memory: float
+    bus: float
+    network: float
+    room: float  # bytes of memory
+
+
+DEVICES = {  # vendors' data sheets: dense bfloat16; PCIe 4 or 5; a 200 or 400 Gbit/s port per GPU
+    "a100": Device(312e12, 2.0e12, 32e9, 25e9, 80e9),
+    "h100": Device(989e12, 3.35e12, 64e9, 50e9, 80e9),
+    "h200": Device(989e12, 4.8e12, 64e9, 50e9, 141e9),
+}
+
+
+# ---------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class Lm:
+    """A language model up to and with a layer: operations per token (products with weights, and attention at a context length), and d."""
+
+    operations: float
+    d: int
+
+
+def language_model(name: str, layer: int | None, context: int) -> tuple[Lm, int]:
+    """The model that a config.json describes, up to `layer` (unset: the middle one), and that layer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from raysae.lm.facts import ARCHITECTURES, EMBEDDED
+
+    path = EMBEDDED if name == "embedded" else Path(name)
+    if path.is_file():
+        config = AutoConfig.for_model(**json.loads(path.read_text()))
+    else:
+        try:
+            config = AutoConfig.from_pretrained(path if path.exists() else name)
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise SystemExit(f"error: model is {name!r}: name a config.json, its folder or a model on the hub ({reason})") from None
+    layers = config.num_hidden_layers
+    layer = layers // 2 - 1 if layer is None else layer
+    if not 0 <= layer < layers:
+        raise SystemExit(f"error: layer is {layer}: {name} has the layers 0 to {layers - 1}")
+    with torch.device("meta"):
+        blocks = AutoModelForCausalLM.from_config(config).get_submodule(ARCHITECTURES[config.model_type].blocks)
+    weights = sum(p.numel() for block in blocks[: layer + 1] for p in block.parameters())
+    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return Lm(2 * weights + 2 * context * heads * (layer + 1), config.hidden_size), layer
+
+
+def of_lm(lm: Lm) -> list[float]:
+    return [lm.operations, lm.d]
+
+
+def of_step(d: int, n: int, k: int, batch: int) -> list[float]:
+    return [2 * d * n, n, k * d, d * n / batch, 1 / batch]
+
+
+def fit(features: list[list[float]], seconds: list[float]) -> tuple[np.ndarray, float]:
+    """Coefficients ≥ 0 that minimise the relative squares, and the largest relative error."""
+    relative = np.array(features) / np.array(seconds)[:, None]
+    scale = relative.max(0)
+    found, _ = nnls(relative / scale, np.ones(len(seconds)))
+    return found / scale, float(np.abs(relative @ (found / scale) - 1).max())
+
+
+# ---------------------------------------------------------------- measuring this machine
+
+
+def measure(path: Path) -> None:
+    import torch
+    from step_worker import raysae
+
+    from raysae.config import SweepConfig
+    from raysae.lm.model import LanguageModel
+    from raysae.stream.shard import ShardMaker
+    from raysae.sweep.preflight import plan
+
+    def fastest(call: object, attempts: int = TAKEN) -> float:
+        times = []
+        for _ in range(attempts + 1):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+        return min(times[1:])
+
+    threads = torch.get_num_threads()
+    a, b, out = torch.randn(4096, 2048), torch.randn(2048, 4096), torch.empty(4096, 4096)
+    source, target = torch.randn(2**26), torch.empty(2**26)
+    found = {
+        "threads": threads,
+        "matmul": 2 * 4096 * 2048 * 4096 / fastest(lambda: torch.mm(a, b, out=out), 10),
+        "memory": 2 * 4 * 2**26 / fastest(lambda: target.copy_(source), 10),
+        "lm": [], "steps": [],
+    }  # fmt: skip
+    for layer in range(4):
+        hook_point = f"resid_post.{layer}"
+        settled = plan(SweepConfig(hook_points=[hook_point]))
+        maker = ShardMaker(
+            LanguageModel.load(settled.config.model), settled.contexts["train"], settled.training, [hook_point], settled.config.stream.block_mib
+        )
+        tokens = settled.training.shard_contexts * settled.training.context_length
+        lm, _ = language_model("embedded", layer, settled.training.context_length)
+        with torch.inference_mode():
+            found["lm"].append({"features": of_lm(lm), "seconds": fastest(lambda maker=maker: maker.make(0)) / tokens})
+        print(f"language model to layer {layer}: {1 / found['lm'][-1]['seconds']:,.0f} tokens/s", flush=True)
+    for sizes in STEPS:
+        *_, batch = sizes
+        step, _ = raysae("topk", *sizes)
+        x = torch.randn(batch, sizes[0])
+        numbers = iter(range(100))
+        seconds = fastest(lambda step=step, x=x, numbers=numbers: step(next(numbers), x), 5) / batch
+        found["steps"].append({"sizes": sizes, "seconds": seconds})
+        print("step with d{} n{} k{} batch {}:".format(*sizes), f"{1 / seconds:,.0f} tokens/s", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The fitted model on a device: seconds per token."""
+
+    lm: np.ndarray
+    step: np.ndarray
+
+    def of_lm(self, lm: Lm) -> float:
+        return float(self.lm @ of_lm(lm))
+
+    def of_step(self, *sizes: int) -> float:
+        return float(self.step @ of_step(*sizes))
+
+
+def fitted(measured: dict, device: Device | None, efficiency: float) -> tuple[Cost, list[float]]:
+    """The cost on `device` (None: the one that was measured), and the fits' largest relative errors."""
+    lm, lm_error = fit([row["features"] for row in measured["lm"]], [row["seconds"] for row in measured["lm"]])
+    step, step_error = fit([of_step(*row["sizes"]) for row in measured["steps"]], [row["seconds"] for row in measured["steps"]])
+    if device:
+        other = measured["memory"] / device.memory
+        lm, step = lm * other, step * other
+        lm[0] = step[0] = 1 / (efficiency * device.matmul)
+    return Cost(lm, step), [lm_error, step_error]
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="measure this machine first")
+    parser.add_argument("--measured", type=Path, default=MEASURED)
+    parser.add_argument("--model", default=str(REPOSITORY / "benchmarks" / "gemma-2-9b.json"))
+    parser.add_argument("--layer", type=int, help="hook point resid_post.LAYER; unset: the middle")
+    parser.add_argument("--widths", default=",".join(str(2**i) for i in range(14, 21)))
+    parser.add_argument("--k", default="20,40,60,80,100,120")
+    parser.add_argument("--tokens", type=float, default=4e9, help="that each SAE is trained on")
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--skip", type=int, default=200, help="positions at the beginning of a context that nothing is trained on")
+    parser.add_argument("--block-mib", type=float, default=32)
+    parser.add_argument("--shard-contexts", type=int, default=256)
+    parser.add_argument("--device", choices=["here", *DEVICES], default="h100")
+    parser.add_argument("--efficiency", type=float, default=0.4, help="share of a GPU's matrix product rate that is reached; an assumption")
+    parser.add_argument("--hours", type=float, default=168, help="in which the sweep is to be over")
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measured)
+    if not options.measured.exists():
+        sys.exit(f"error: {options.measured} is not there: begin with --measure")
+    measured = json.loads(options.measured.read_text())
+    here = Device(measured["matmul"], measured["memory"], math.inf, math.inf, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    device = DEVICES.get(options.device)
+    cost, errors = fitted(measured, device, options.efficiency)
+    print(tell(options, cost, device or here, errors, measured))
+
+
+def tell(options: argparse.Namespace, cost: Cost, device: Device, errors: list[float], measured: dict) -> str:
+    lm, layer = language_model(options.model, options.layer, options.context)
+    used = (options.context - options.skip) / options.context
+    widths, ks = ([int(word) for word in words.split(",")] for words in (options.widths, options.k))
+    steps = {n: sum(cost.of_step(lm.d, n, k, options.batch) for k in ks) for n in widths}  # all k of a width, s per token
+    seconds = 3600 * options.hours
+    passes, training = options.tokens / used * cost.of_lm(lm), options.tokens * sum(steps.values())
+    producers, trainers = math.ceil(passes / seconds), math.ceil(training / seconds)
+    rate = options.tokens / seconds  # of the stream, tokens per second
+    item = 4 if options.device == "here" else 2
+    state = {n: 2 * lm.d * n * (4 + 4 + 8) for n in widths}  # weights, gradients and Adam's moments in float32
+    banks = max(1, trainers)
+    blocks = math.ceil(options.shard_contexts * (options.context - options.skip) * lm.d * item / (options.block_mib * 2**20))
+    delivered = rate * lm.d * item / (options.block_mib * 2**20) * banks
+    saturation = {
+        f"language model ({producers} {'devices' if producers > 1 else 'device'})": passes / seconds / producers,
+        f"training ({trainers} {'devices' if trainers > 1 else 'device'})": training / seconds / trainers,
+        "bus from host to trainer": rate * lm.d * item / device.bus,
+        "network into a trainer": rate * lm.d * item / device.network,
+        "network out of a producer": rate * lm.d * item / producers * banks / device.network,
+        f"queue ({banks} consumers, {blocks} blocks a shard)": delivered * (QUEUE[0] + QUEUE[1] / blocks),
+    }
+    store = options.tokens * lm.d * item
+    lines = [
+        f"Measured with {measured['threads']} threads, {measured['matmul'] / 1e9:,.0f} GFLOP/s, {measured['memory'] / 1e9:.1f} GB/s; the fits are "
+        f"off by {errors[0]:.0%} (language model) and {errors[1]:.0%} (step) at most.",
+        f"{Path(options.model).stem} up to layer {layer}: d = {lm.d}, {lm.operations / 1e9:,.2f} GFLOP per token, "
+        f"{used / cost.of_lm(lm):,.0f} activations/s per device",
+        f"{len(widths) * len(ks)} SAEs on {options.tokens:,.0f} tokens each, batch {options.batch:,}; a device trains one at",
+        *(f"  n = {n:>9,}: {len(ks) / steps[n]:>10,.0f} tokens/s; weights, gradients and Adam take {state[n] / 1e9:,.1f} GB" for n in widths),
+        f"In {options.hours:g} hours: {producers} {options.device} for the language model, {trainers} for the SAEs "
+        f"({passes / 3600:,.1f} and {training / 3600:,.1f} device hours), a stream of {rate:,.0f} tokens/s",
+        f"All activations, if they are kept: {store / 1e12:,.2f} TB per hook point",
+        "How full each part is, the fullest first:",
+        *(f"  {share:7.1%}  {name}" for name, share in sorted(saturation.items(), key=lambda item: -item[1])),
+    ]
+    too_big = [n for n in widths if state[n] > device.room]
+    if too_big:
+        named = ", ".join(f"{n:,}" for n in too_big)
+        lines.append(f"SAEs of width {named} do not fit into a device's {device.room / 1e9:.0f} GB: raysae does not split an SAE.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
