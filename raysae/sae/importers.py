@@ -164,17 +164,7 @@ class _Source:
                 with np.load(path) as arrays:
                     return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (
-            SafetensorError,
-            zipfile.BadZipFile,
-            pickle.UnpicklingError,
-            OSError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-            EOFError,
-            LookupError,
-        ) as error:
+        except UNREADABLE as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
             raise UserError(f"{self.where}: {name} is damaged, or holds more than tensors ({reason})") from None
         if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
