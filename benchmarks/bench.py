@@ -17,13 +17,6 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "build" / "bench"
-PARTS = {  # name → script and what it is told
-    "steps": ["steps.py"],
-    "producer": ["producer.py"],
-    "sweep": ["one_pass.py"],
-    "many": ["many.py", "--figure", str(RESULTS / "many.png")],
-    "whole_job": ["whole_job.py"],
-}
 Row = tuple[str, str, str]  # what, goal, found
 STEP_GOALS = {"topk d256 n4096": 3, "topk d256 n16384": 2.5, "topk d768 n24576": 1.8, "batchtopk d256 n4096": 3, "jumprelu d256 n4096": 2,
               "relu d256 n4096": 1.5}  # fmt: skip
@@ -67,17 +60,31 @@ def of_whole_job(medians: dict[str, dict]) -> Iterator[Row]:
         yield f"whole job of 8 SAEs against {side}", "≥ 4 ×, less memory", f"{ratio:.2f} ×, {memory}"
 
 
+def of_control_plane(result: dict) -> Iterator[Row]:
+    yield "queue: consumers of 10,000 blocks a minute each, 32 blocks a shard", "≥ 64", f"{result['queue'][0]['limit_consumers']:.0f}"
+
+
+PARTS = {  # name → its rows of the table, its script and what that is told
+    "steps": (of_steps, "steps.py"),
+    "producer": (of_producer, "producer.py"),
+    "sweep": (of_sweep, "one_pass.py"),
+    "many": (of_many, "many.py", "--figure", str(RESULTS / "many.png")),
+    "whole_job": (of_whole_job, "whole_job.py"),
+    "control_plane": (of_control_plane, "control_plane.py", "--consumers", "64", "--blocks", "32"),
+}
+
+
 def main() -> None:
     wanted = sys.argv[1:] or list(PARTS)
     if unknown := [part for part in wanted if part not in PARTS]:
         sys.exit(f"error: {unknown[0]!r} is none of {', '.join(PARTS)}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     for part in wanted:
-        script, *arguments = PARTS[part]
+        _, script, *arguments = PARTS[part]
         json_first = ["--json", str(RESULTS / f"{part}.json"), *arguments]
         subprocess.run([sys.executable, str(REPOSITORY / "benchmarks" / script), *json_first], check=True)
     print("\n| what | goal | found |\n| --- | --- | --- |")
-    for part, rows in (("steps", of_steps), ("producer", of_producer), ("sweep", of_sweep), ("many", of_many), ("whole_job", of_whole_job)):
+    for part, (rows, *_) in PARTS.items():
         if (path := RESULTS / f"{part}.json").exists():
             for row in rows(json.loads(path.read_text())):
                 print("| " + " | ".join(row) + " |")

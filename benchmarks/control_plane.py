@@ -1,8 +1,8 @@
 """What the stream's control plane costs per block and consumer, and where it breaks.
 
-    python benchmarks/control_plane.py [--consumers 1,8,64,512] [--seconds 10] [--json FILE]
+    python benchmarks/control_plane.py [--consumers 1,8,64,512] [--blocks 8] [--seconds 10] [--json FILE]
 
-Two measurements, without a language model and with next to no data; shards have eight blocks, eight shards are in flight.
+Two measurements, without a language model and with next to no data; shards have `--blocks` blocks, eight shards are in flight.
 
 1. The state machine alone, with simulated producers and consumers in this process: CPU time per block and consumer, and the share of a core that
    10,000 blocks a minute take, each read by all consumers.
@@ -32,26 +32,30 @@ import ray
 from raysae.config import ActivationSpec, ModelConfig, ResourcesConfig, StreamConfig
 from raysae.stream.blocks import cut
 from raysae.stream.client import StreamClient
+from raysae.stream.producer import Production
 from raysae.stream.queue import patiently, start_stream
 from raysae.stream.state import StreamState
 
 GOAL = 10_000 / 60  # blocks per second
-BLOCKS = 8  # per shard
 CAP = 8  # shards in flight
-HOOK, ROWS, WIDTH = "resid_post.0", 256, 1024
-SHARD_MIB = ROWS * WIDTH * 4 / 2**20
-BLOCK_MIB = SHARD_MIB / BLOCKS  # 128 KiB: what is smaller than 100 KiB does not go through Ray's object store
-SPEC = ActivationSpec(
-    model="m", text="t", contexts=ROWS * 10**6, context_length=4, skip_positions=3, dtype="float32", seed=0, epochs=1, shard_contexts=ROWS,
-    batch_contexts=ROWS,
-)  # fmt: skip
+HOOK, ROWS, WIDTH = "resid_post.0", 32, 1024  # rows of a block
+BLOCK_MIB = ROWS * WIDTH * 4 / 2**20  # 128 KiB: what is smaller than 100 KiB does not go through Ray's object store
 PROCESSES = 4  # that hold the consumers
+
+
+def spec_of(blocks: int) -> ActivationSpec:
+    """A stream with shards of so many blocks."""
+    contexts = ROWS * blocks
+    return ActivationSpec(
+        model="m", text="t", contexts=contexts * 10**6, context_length=4, skip_positions=3, dtype="float32", seed=0, epochs=1,
+        shard_contexts=contexts, batch_contexts=contexts,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- the state machine alone
 
 
-def simulate(consumers: int, seconds: float) -> dict[str, float]:
+def simulate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
     """Consumers read in random order, up to a window apart. As in the queue, whatever is news is followed by the question what to produce next."""
     state = StreamState(shards=10**9, cap=CAP)
     done = {f"consumer {i}": 0 for i in range(consumers)}
@@ -69,7 +73,7 @@ def simulate(consumers: int, seconds: float) -> dict[str, float]:
                 done[name] += 1
                 state.advance(name, done[name])
                 state.lease()
-    each = spent / (BLOCKS * sum(done.values()))
+    each = spent / (blocks * sum(done.values()))
     return {"consumers": consumers, "microseconds": 1e6 * each, "share_of_core": each * GOAL * consumers}
 
 
@@ -77,8 +81,8 @@ def simulate(consumers: int, seconds: float) -> dict[str, float]:
 
 
 class SmallProducer:
-    def __init__(self, production: object):
-        self.blocks = cut(np.zeros((ROWS, WIDTH), np.float32), "float32", BLOCK_MIB)
+    def __init__(self, production: Production):
+        self.blocks = cut(np.zeros((production.specs["train"].rows_per_shard, WIDTH), np.float32), "float32", BLOCK_MIB)
 
     def ping(self) -> tuple[int, str]:
         return os.getpid(), ray.get_runtime_context().get_node_id()
@@ -90,7 +94,9 @@ class SmallProducer:
 class Taker(StreamClient):
     """Takes references to blocks and does not read these."""
 
-    def _get(self, stream: str, shard: int, fetch: Callable[[], ray.ObjectRef], wanted: Callable[[], bool]) -> ray.ObjectRef:
+    def _get(
+        self, stream: str, shard: int, block: int, fetch: Callable[[], ray.ObjectRef], forget: Callable[[], None], wanted: Callable[[], bool]
+    ) -> ray.ObjectRef:
         return patiently(fetch, self.faults.queue_seconds, wanted)
 
 
@@ -98,22 +104,23 @@ class Taker(StreamClient):
 class Readers:
     """Consumers that take block after block, each in a thread."""
 
-    def __init__(self, queue: ray.actor.ActorHandle, names: list[str]):
+    def __init__(self, queue: ray.actor.ActorHandle, names: list[str], blocks: int):
         self.read = [0] * len(names)  # blocks
+        self.spec, self.blocks = spec_of(blocks), blocks
         for i, name in enumerate(names):
-            threading.Thread(target=self._read, args=(i, Taker(queue, name, HOOK, SPEC, WIDTH, BLOCK_MIB)), daemon=True).start()
+            threading.Thread(target=self._read, args=(i, Taker(queue, name, HOOK, self.spec, WIDTH, BLOCK_MIB)), daemon=True).start()
 
     def _read(self, i: int, client: Taker) -> None:
         client._joined = True
         client._join()
-        for shard in range(SPEC.shards):
-            for block in range(BLOCKS):
+        for shard in range(self.spec.shards):
+            for block in range(self.blocks):
                 client.block(shard, block)
                 self.read[i] += 1
             client._acknowledge(shard + 1)
 
-    def blocks(self) -> int:
-        return sum(self.read)
+    def progress(self) -> list[int]:
+        return self.read
 
 
 def cpu_seconds(pid: int) -> tuple[float, float]:
@@ -123,13 +130,13 @@ def cpu_seconds(pid: int) -> tuple[float, float]:
     return sum(seconds), sum(itertools.compress(seconds, ("(ray::" in stat for stat in stats)))
 
 
-def saturate(consumers: int, seconds: float) -> dict[str, float]:
+def saturate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
     queue = start_stream(
         model=ModelConfig(),
-        stream=StreamConfig(mib_in_flight=CAP * SHARD_MIB, block_mib=BLOCK_MIB, cache="off"),
+        stream=StreamConfig(mib_in_flight=CAP * blocks * BLOCK_MIB, block_mib=BLOCK_MIB, cache="off"),
         resources=ResourcesConfig(producer_cpus=0.01),
-        training=SPEC,
-        evaluation=SPEC,
+        training=spec_of(blocks),
+        evaluation=spec_of(blocks),
         contexts={"train": None, "evaluation": None},
         widths={HOOK: WIDTH},
         producer_class=SmallProducer,
@@ -137,16 +144,16 @@ def saturate(consumers: int, seconds: float) -> dict[str, float]:
     pid = ray.get(queue.__ray_call__.remote(lambda self: os.getpid()))
     names = [f"consumer {i}" for i in range(consumers)]
     ray.get(queue.expect.remote(names))
-    readers = [Readers.remote(queue, names[i::PROCESSES]) for i in range(min(PROCESSES, consumers))]
+    readers = [Readers.remote(queue, names[i::PROCESSES], blocks) for i in range(min(PROCESSES, consumers))]
 
-    def blocks() -> int:
-        return sum(ray.get([reader.blocks.remote() for reader in readers]))
+    def read_by_each() -> list[int]:
+        return list(itertools.chain.from_iterable(ray.get([reader.progress.remote() for reader in readers])))
 
-    while blocks() < 2 * BLOCKS * consumers:  # all have joined, and read at their pace
+    while min(read_by_each()) < 2 * blocks:  # all have joined, and read at their pace
         time.sleep(0.2)
-    before, cpu_before, began = blocks(), cpu_seconds(pid), time.perf_counter()
+    before, cpu_before, began = sum(read_by_each()), cpu_seconds(pid), time.perf_counter()
     time.sleep(seconds)
-    read, cpu, spent = blocks() - before, cpu_seconds(pid), time.perf_counter() - began
+    read, cpu, spent = sum(read_by_each()) - before, cpu_seconds(pid), time.perf_counter() - began
     for actor in (*readers, queue):
         ray.kill(actor)
     whole, python = (after - before for after, before in zip(cpu, cpu_before, strict=True))
@@ -164,6 +171,7 @@ def saturate(consumers: int, seconds: float) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--consumers", default="1,8,64,512")
+    parser.add_argument("--blocks", type=int, default=8, help="of a shard")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -171,12 +179,12 @@ def main() -> None:
     found = {"state": [], "queue": []}
     print("the state machine alone\n  consumers   µs per block and consumer   share of a core")
     for number in numbers:
-        found["state"].append(row := simulate(number, options.seconds / 2))
+        found["state"].append(row := simulate(number, options.blocks, options.seconds / 2))
         print(f"  {number:9}   {row['microseconds']:25.2f}   {row['share_of_core']:15.1%}", flush=True)
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False, logging_level="error")
     print("the queue\n  consumers   blocks/s here   µs of CPU per block   of it Python   a core's share   saturated: blocks/s   consumers")
     for number in numbers:
-        found["queue"].append(row := saturate(number, options.seconds))
+        found["queue"].append(row := saturate(number, options.blocks, options.seconds))
         print(
             f"  {number:9}   {row['blocks_per_second']:13,.0f}   {row['microseconds']:19.0f}   {row['python_microseconds']:12.0f}   "
             f"{row['python_load']:14.0%}   {row['limit_per_second']:19,.0f}   {row['limit_consumers']:9.1f}",

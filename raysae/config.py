@@ -267,7 +267,12 @@ class FaultsConfig(Strict):
     producer_deaths: int = Field(12, ge=0, description="deaths or hangs per producer within ten minutes that are borne; more end the sweep")
     trainer_restarts: int = Field(100, ge=0, description="times a trainer's process, or the handle of a trial, is restarted")
     queue_seconds: float = Field(120, gt=0, description="for which a queue that does not answer (its process is being restarted) is asked again")
-    block_seconds: float = Field(120, gt=0, description="for which a block may take from its machine to a trainer; then its shard is produced again")
+    block_seconds: float = Field(
+        120,
+        gt=0,
+        description="for which a block may take from its machine to a trainer; then its shard is "
+        "produced again, and the next may take twice as long; at the last of shard_attempts the trainer's SAEs fail",
+    )
     stop_seconds: float = Field(
         45, gt=0, description="for which trainers may write checkpoints when the sweep is interrupted, or their machine is lost"
     )

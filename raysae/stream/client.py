@@ -50,8 +50,8 @@ class StreamClient:
         self._done = 0  # shards completely consumed
         self._until: int | None = None
         self._joined = False
-        # (shard, block) → reference, kept until the shard is consumed. A process that lets go of its last reference to an object while another thread
-        # receives one may never get the object (Ray 2.60), and a block may be fetched by two: the reader ahead of time, and whoever wants first rows.
+        # The present reader's references by (shard, block), kept until the shard is consumed: a process that lets go of its last one to an object
+        # while another thread receives one may never get it (Ray 2.60), and two may fetch a block: the reader ahead, and whoever wants first rows.
         self._refs: dict[tuple[int, int], ray.ObjectRef] = {}
 
     def open(self, row: int, batch: int, end: int | None = None, device: torch.device | str = "cpu") -> BatchReader:
@@ -73,29 +73,39 @@ class StreamClient:
         self.queue.leave.remote(self.consumer)
 
     def block(self, shard: int, block: int) -> np.ndarray | None:
-        """A block of the training stream, waiting for it: `(rows, width)`, read-only, in the object store's memory. None: the shard is skipped."""
+        """A block of the training stream, waiting for it: `(rows, width)`, read-only, in the object store's memory. None: the shard is skipped.
+
+        Raises:
+            StreamError: the queue has no such block for this consumer and says why, the block could not be read, or the reader was closed meanwhile.
+        """
+        refs = self._refs
+
+        def open_still() -> bool:
+            return self._joined and refs is self._refs
 
         def fetch() -> ray.ObjectRef | None:
-            if (ref := self._refs.get((shard, block))) is not None:
+            if (ref := refs.get((shard, block))) is not None:
                 return ref
             try:
                 found, numerics = ray.get(self.queue.fetch.remote(self.consumer, shard, block, self._done))
             except NotJoinedError:
-                if not self._joined:
+                if not open_still():
                     raise StreamError(f"consumer {self.consumer} has left the stream") from None
                 self._join()  # the queue was restarted
+                if not self._joined:  # meanwhile; the queue must not wait for whom it has just been told of
+                    self.queue.leave.remote(self.consumer)
                 raise
-            self.numerics = together(self.numerics, {key: [value] for key, value in numerics.items()})
-            if self._joined:  # otherwise it has left meanwhile, and lets go of everything
-                for i, ref in enumerate(found):
-                    self._refs.setdefault((shard, block + i), ref)
+            if open_still():
+                self.numerics = together(self.numerics, {key: [value] for key, value in numerics.items()})
+            for i, ref in enumerate(found):
+                refs.setdefault((shard, block + i), ref)
             return found[0] if found else None
 
-        return self._get(TRAIN, shard, fetch, wanted=lambda: self._joined)
+        return self._get(TRAIN, shard, block, fetch, lambda: _forget(refs, lambda other: other == shard), open_still)
 
     def evaluation_block(self, shard: int, block: int) -> np.ndarray | None:
         """A block of the held-out stream, as `block`."""
-        return self._get(EVALUATION, shard, lambda: ray.get(self.queue.evaluation_block.remote(self.hook_point, shard, block))[0])
+        return self._get(EVALUATION, shard, block, lambda: ray.get(self.queue.evaluation_block.remote(self.hook_point, shard, block))[0])
 
     def _join(self) -> None:
         row = self._done * self.training.rows_per_shard
@@ -103,28 +113,37 @@ class StreamClient:
 
     def _acknowledge(self, done: int) -> None:
         self._done = done
-        self._forget(lambda shard: shard < done)
+        _forget(self._refs, lambda shard: shard < done)
         self.queue.acknowledge.remote(self.consumer, done)
 
     def _get(
-        self, stream: str, shard: int, fetch: Callable[[], ray.ObjectRef | None], wanted: Callable[[], bool] = lambda: True
+        self,
+        stream: str,
+        shard: int,
+        block: int,
+        fetch: Callable[[], ray.ObjectRef | None],
+        forget: Callable[[], None] = lambda: None,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> np.ndarray | None:
-        for attempt in range(1, self.faults.shard_attempts + 1):
+        for attempt in range(self.faults.shard_attempts):
             ref = patiently(fetch, self.faults.queue_seconds, wanted)
             try:
-                return None if ref is None else ray.get(ref, timeout=self.faults.block_seconds)
-            except (ObjectLostError, GetTimeoutError):
-                if attempt == self.faults.shard_attempts:
+                return None if ref is None else ray.get(ref, timeout=self.faults.block_seconds * 2**attempt)  # it may only be slow to come
+            except (ObjectLostError, GetTimeoutError) as error:
+                if not wanted():
                     raise
-                if stream == TRAIN:
-                    self._forget(lambda other: other == shard)
+                why = f"{type(error).__name__} {self.faults.shard_attempts} times, see faults.block_seconds"
+                forget()
                 lost = ref.hex()
                 self._patiently(lambda: ray.get(self.queue.lost.remote(stream, shard, lost)))  # noqa: B023, called at once
-
-    def _forget(self, which: Callable[[int], bool]) -> None:
-        """Let go of the references to such shards."""
-        for place in filter(lambda place: which(place[0]), list(self._refs)):
-            self._refs.pop(place, None)
+        raise StreamError(f"block {block} of shard {shard} of the {stream} stream could not be read by {self.consumer}: {why}")
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         return patiently(call, self.faults.queue_seconds)
+
+
+def _forget(refs: dict[tuple[int, int], ray.ObjectRef], which: Callable[[int], bool]) -> None:
+    """Let go of the references to such shards; other threads may add some meanwhile."""
+    for place in list(refs):
+        if which(place[0]):
+            refs.pop(place, None)

@@ -40,6 +40,7 @@ TEND_SECONDS = 1.0
 PATIENCE, LEAST_PATIENCE = 10, 30.0  # a producer may take this many times the longest shard so far, and this many seconds at least
 RETRY_PAUSE = 0.5  # seconds
 CONTEXTS_NAMED = 8  # of a bad shard, in a sentence
+CALLS = 10_000  # of the queue at a time, in which consumers wait for shards: were there no room for others, none would come
 SAES_AT_ONCE = 8  # evaluated by a producer in one call: in memory together beside the language model, on one clean pass
 DEATH = Fraction(1, 3)  # of an attempt at a shard: mostly the shard is not what killed the producer
 
@@ -123,7 +124,8 @@ def start_stream(
         threads=threads,
     )
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # soft, Ray would put it elsewhere now and then
-    queue = ray.remote(StreamQueue).options(name=name, num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(
+    options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": CALLS, "scheduling_strategy": here}
+    queue = ray.remote(StreamQueue).options(name=name, **options).remote(
         production,
         cap=shards_in_flight(stream, training, widths),
         shards=training.shards if shards is None else min(shards, training.shards),
@@ -252,7 +254,8 @@ class StreamQueue:
     async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
         """A shard's blocks of the training stream at the consumer's hook point, from `block` on, when they are there, and their numerics;
         `done_shards` as in `acknowledge`. All in one call, because it is calls that a queue of many consumers spends its time on. A consumer that
-        lets go of each reference once it has the block, and of all when it leaves, pins no more than is held for it anyway. []: the shard is skipped.
+        lets go of the references once it has consumed the shard, or leaves, pins no more than is held for it anyway, but for a shard that is given
+        up for a late joiner, or lost, while it is being read. []: the shard is skipped.
 
         Raises:
             NotJoinedError: `consumer` is unknown.

@@ -2,7 +2,7 @@
 
 No clock, no threads, no Ray: `queue.StreamQueue` is a shell around this class and passes the time in. The only facts are the consumers'
 positions (shards completely consumed) and the shards held or being produced; everything else is derived from them. Hundreds of consumers stand at a
-few positions only: they are kept by position, so that no decision looks at each of them.
+few positions only: they are kept by position, so that most decisions need not look at each of them.
 
 A *pass* is a group of consumers that read together. Its *base* is the smallest position in it, its *window* the shards [base, base + window);
 only these are produced for it. Under `lag="stall"` a chain of consumers no more than a window apart is one pass, so that a consumer far ahead

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -36,7 +35,7 @@ def connect(uri: str) -> MlflowClient:
 
     for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if uri.startswith(SQLITE) and not (path := Path(uri.removeprefix(SQLITE))).exists():
+    if uri.startswith(SQLITE) and "?" not in uri and not (path := Path(uri.removeprefix(SQLITE))).exists():
         _make(path)
     return MlflowClient(uri)
 
@@ -49,8 +48,12 @@ def _make(path: Path) -> None:
     new = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
         MlflowClient(f"{SQLITE}{new}").search_experiments(max_results=1)  # its first use makes the tables
-        with suppress(FileExistsError):  # another process was faster
+        try:
             os.link(new, path)
+        except FileExistsError:  # another process was faster
+            pass
+        except OSError:  # no hard links here
+            os.rename(new, path)
     finally:
         new.unlink(missing_ok=True)
 

@@ -48,7 +48,7 @@ class StreamSource:
         while rows < wanted:
             block = self.client.block(shard, len(blocks))
             if block is None:  # skipped: the first rows are those of the next shard
-                shard += 1
+                blocks, rows, shard = [], 0, shard + 1
                 continue
             blocks.append(as_tensor(block, self.plan.training.dtype))
             rows += len(blocks[-1])

@@ -208,6 +208,28 @@ def test_a_block_that_does_not_come_is_produced_again(stream, monkeypatch):
     assert stats(queue)["shards_produced"] == 2 + 2
 
 
+def test_a_block_that_never_comes_ends_in_a_sentence(stream, monkeypatch):
+    queue, real = stream(), ray.get
+
+    def get(wanted, *, timeout=None):
+        if timeout is not None and timeout >= FaultsConfig().block_seconds:
+            raise GetTimeoutError("late")
+        return real(wanted, timeout=timeout)
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(StreamError, match="block 0 of shard 0 of the train stream could not be read by a: GetTimeoutError 4 times"):
+        Trainer(queue, "a", end=ROWS).check()
+
+
+def test_more_consumers_may_wait_than_ray_runs_calls_by_default(stream, tmp_path):
+    queue = stream(model=f"hang:{tmp_path}/hung")
+    names = [str(i) for i in range(1100)]
+    ray.get([queue.join.remote(name, "mlp_out.1", 0) for name in names])
+    waiting = [queue.fetch.remote(name, 0, 0, 0) for name in names]
+    assert len(stats(queue)["consumers"]) == len(names)
+    assert ray.wait(waiting, timeout=0)[0] == []
+
+
 def test_killed_producers_lose_nothing(stream):
     queue = stream(model="slow", producers_min=2, producers_max=2)
     trainer = Trainer(queue, "a")
