@@ -15,61 +15,15 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError
 
-from raysae.config import ActivationSpec, FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
+from raysae.config import FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
 from raysae.storage import unsealed
 from raysae.stream.blocks import cut
 from raysae.stream.client import StreamClient
-from raysae.stream.producer import Production
 from raysae.stream.queue import shards_in_flight, start_stream
 from raysae.stream.state import StreamError
+from tests.stream.fake_producer import BLOCK_MIB, CONTEXTS, ROWS, SHARD_MIB, SPEC, WIDTHS, FakeProducer, rows_of
 
-WIDTHS = {"resid_post.0": 8, "mlp_out.1": 4}
-CONTEXTS = 256
-SPEC = ActivationSpec(
-    model="m", text="t", contexts=CONTEXTS * 8, context_length=6, skip_positions=2, dtype="float32", seed=0, epochs=1, shard_contexts=CONTEXTS,
-    batch_contexts=CONTEXTS,
-)  # fmt: skip
-ROWS = SPEC.rows_per_shard  # 1,024
-SHARD_MIB = ROWS * sum(WIDTHS.values()) * 4 / 2**20
-BLOCK_MIB = 0.01  # several blocks a shard
 TIMEOUT = 60
-
-
-def rows_of(stream: str, hook_point: str, shard: int) -> np.ndarray:
-    """What the fake producers say the activations are: a pure function, as it must be."""
-    seed = [len(stream), list(WIDTHS).index(hook_point), shard]
-    return np.random.default_rng(seed).standard_normal((ROWS, WIDTHS[hook_point]), np.float32)
-
-
-class FakeProducer:
-    """Fails as its `model.name` says: 'slow' takes its time, 'poison:i' raises on shard i, 'nan:i' has NaN at mlp_out.1 there, 'hang' never comes
-    back from its first shard."""
-
-    def __init__(self, production: Production):
-        self.production = production
-        self.mode = production.model.name
-        if self.mode == "broken":
-            raise OSError("no such weights")
-
-    def ping(self) -> tuple[int, str]:
-        return os.getpid(), ray.get_runtime_context().get_node_id()
-
-    def produce(self, stream: str, shard: int, tolerant: bool) -> list:
-        if self.mode == "slow":
-            time.sleep(0.3)
-        if self.mode in ("poison", f"poison:{shard}"):
-            raise ValueError("bad shard")
-        if self.mode.startswith("hang:") and not os.path.exists(self.mode[5:]):
-            open(self.mode[5:], "w").close()
-            time.sleep(3600)
-        broken = {"nonfinite": ["mlp_out.1"], "nonfinite_contexts": [7]} if self.mode == f"nan:{shard}" else {"nonfinite": []}
-        if broken["nonfinite"] and not tolerant:
-            raise ValueError("NaN")
-        meta = {"index": shard, "contexts_forwarded": CONTEXTS, "seconds": 0.01, "from_cache": False, "numerics": {"threads": 1}} | broken
-        return [meta, *(block for hook in WIDTHS for block in cut(rows_of(stream, hook, shard), "float32", BLOCK_MIB))]
-
-    def evaluate(self, stream, hook_point, saes, mean, predicted_tokens) -> dict:
-        return {name: {"folder": folder, "sum": float(mean.sum()), "tokens": predicted_tokens, "hook": hook_point} for name, folder in saes.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
