@@ -113,6 +113,12 @@ def main(job: Callable[[list[str]], int | None]) -> NoReturn:
         sys.exit(0)
 
 
+def command(words: str) -> str:
+    """How to call this Python with `words` from the present folder: to be pasted."""
+    interpreter = Path(sys.executable)
+    return f"{interpreter.relative_to(Path.cwd()) if interpreter.is_relative_to(Path.cwd()) else interpreter} {words}"
+
+
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every knob of `model` as (dotted name, field), depth first; sections are the fields that are models themselves."""
     for name, field in model.model_fields.items():

@@ -18,6 +18,11 @@ Architecture = Literal["topk", "batchtopk", "relu", "tied", "jumprelu"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
+_ARITHMETIC = ("torch", "device", "threads", "tf32")
+_PRODUCERS = (*_ARITHMETIC, "numpy", "transformers", "attention", "dtype", "transform")
+FACTS = (*_ARITHMETIC, "spec", *(f"producer.{fact}" for fact in _PRODUCERS))  # that bits depend on beside the knobs: docs/determinism.md
+
+
 class UserError(ValueError):
     """A mistake of the user's, told in one sentence that names the field, the value and what would be right. Jobs print it and exit with 2."""
 
@@ -318,6 +323,13 @@ class SweepConfig(Strict):
     tracking: TrackingConfig = TrackingConfig()
     output: str = Field("runs", description="folder or s3:// URL for checkpoints, SAEs and summaries")
     study: str | None = Field(None, description="name of this sweep's folder; unset: date and time")
+
+    @field_validator("output")
+    @classmethod
+    def _somewhere(cls, output: str) -> str:
+        if re.fullmatch(r"(\w+:)?/*", output):
+            raise ValueError(f"{output!r} names no folder: runs, say, or s3://bucket/runs")
+        return output
 
     @field_validator("study")
     @classmethod

@@ -312,8 +312,7 @@ class Lab:
             for file in files:
                 run.artifact(None, file, "tables" if file.suffix in (".csv", ".parquet") else "figures" if file.suffix == ".png" else "")
             run.end(None, "FINISHED")
-            if unsent := run.flush(60):
-                print(f"MLflow:  {unsent} entries wait in {outbox}: python -m raysae.tracking.send {outbox}", file=sys.stderr)
+            run.flush(60)
             if refused := refusal(run.outbox):
                 print(refused, file=sys.stderr)
         finally:

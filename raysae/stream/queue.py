@@ -24,6 +24,7 @@ from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysae.config import ActivationSpec, FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
+from raysae.heard import Heard
 from raysae.stream.blocks import blocks_per_shard
 from raysae.stream.pool import Job, ProducerPool, one_line
 from raysae.stream.producer import ENVIRONMENT, Producer, Production, nonfinite
@@ -181,6 +182,7 @@ class StreamQueue:
         producer_class: type,
     ):
         config = production.stream
+        self._heard = Heard()
         self.production = production
         self.faults = faults
         self.skipped = Skipped(skipped)
@@ -336,6 +338,10 @@ class StreamQueue:
             "shards_skipped": self.skipped.shards,
             "consumers": consumers,
         }
+
+    async def warnings(self) -> list[str]:
+        """See `Heard.take`."""
+        return self._heard.take()
 
     # ---------------------------------------------------------------- producers
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 from raysae.config import UserError
 
@@ -33,10 +36,10 @@ def connect(address: str | None, store_bytes: int) -> None:
     _stay_on_loopback()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this machine's users can reach it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error", "ignore_reinit_error": True}
     try:
-        ray.init(
-            "local", include_dashboard=False, object_store_memory=store_bytes, log_to_driver=False, logging_level="error", ignore_reinit_error=True
-        )
+        with _out_of_reach():
+            ray.init("local", object_store_memory=store_bytes, **options)
     except ValueError as error:
         raise UserError(
             f"the activations in flight (stream.mib_in_flight), the held-out ones (evaluation.rows × hook_points) and the tokens take "
@@ -53,6 +56,18 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), REACHABLE_SECONDS).close()
     except OSError as error:
         raise UserError(f"resources.address is {address}, where no Ray cluster answers ({error})") from error
+
+
+@contextmanager
+def _out_of_reach() -> Iterator[None]:
+    """Processes that Ray starts meanwhile are in process groups of their own. A SIGTERM to the driver's group (`timeout` sends one, and so do batch
+    systems) would otherwise end Ray before the trainers have written their checkpoints. Where the driver itself is killed, Ray ends with it."""
+    start = services.ConsolePopen
+    services.ConsolePopen = partial(start, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = start
 
 
 def _stay_on_loopback() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import yaml
@@ -104,8 +105,11 @@ def driving(place: Place) -> Iterator[None]:
         yield
 
 
-def saved_config(output: str, study: str) -> SweepConfig:
-    """The config a study was started with. UserError: there is no such study in `output`, or what it cannot go on without is damaged."""
+def saved_config(output: str, study: str, faults: Mapping[str, Any] = {}) -> SweepConfig:
+    """The config a study was started with, with these `faults` changed: they say how it is run, and change no bit.
+
+    UserError: there is no such study in `output`, or what it cannot go on without is damaged.
+    """
     output = output if "://" in output else str(_base() / Path(output).expanduser())
     files, path = fsspec.core.url_to_fs(output)
     if not files.exists(f"{path}/{study}/{CONFIG}"):
@@ -113,9 +117,21 @@ def saved_config(output: str, study: str) -> SweepConfig:
         raise UserError(f"--resume {study}: there is no such study in {output}" + (f", there are {', '.join(known)}" if known else ""))
     Skipped(f"{output}/{study}/{SKIPPED}")
     try:
-        return SweepConfig.model_validate(yaml.safe_load(files.cat_file(f"{path}/{study}/{CONFIG}")))
+        saved = yaml.safe_load(files.cat_file(f"{path}/{study}/{CONFIG}"))
+        config = SweepConfig.model_validate(saved)
+        if lacking := _paths(config.model_dump()) - _paths(saved):  # with defaults for them, another sweep would be trained
+            raise ValueError(f"{min(lacking)} is not in it")
+        return config.model_copy(update={"faults": config.faults.model_copy(update=faults)})
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}/{study}/{CONFIG} is damaged, or of another version of raysae ({str(error).splitlines()[0]})") from error
+
+
+def _paths(settings: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """The dotted names of all settings."""
+    names = set()
+    for name, value in settings.items():
+        names |= {prefix + name} | (_paths(value, f"{prefix}{name}.") if isinstance(value, Mapping) else set())
+    return names
 
 
 def _base() -> Path:

@@ -23,13 +23,14 @@ from ray.actor import ActorHandle
 from ray.tune.schedulers import FIFOScheduler
 from rich.console import Console
 
+from raysae.cli import command
 from raysae.config import SweepConfig, error_kind
 from raysae.stream.queue import patiently, start_stream
 from raysae.stream.room import machine_of
 from raysae.stream.state import StreamError
 from raysae.sweep.cluster import connect
 from raysae.sweep.handle import Leave, Over, Rungs, follow, track
-from raysae.sweep.place import Place, check_writable, driving, new_place, saved_config, with_absolute_paths
+from raysae.sweep.place import Place, check_writable, driving, new_place, with_absolute_paths
 from raysae.sweep.preflight import Bank, Plan, check_cluster, pack, plan
 from raysae.sweep.summary import summary_table, write_summary
 from raysae.sweep.table import ENDED
@@ -49,12 +50,10 @@ TRIALS, TRIAL_BYTES = 2, 128 * MIB  # trials at a time where no scheduler compar
 def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[str] = frozenset(), made_for: str | None = None) -> int:
     """Train and evaluate every SAE of the sweep; returns the exit code: 0, or 1 when an SAE failed, or 130 when interrupted.
 
-    `resume` names a study to go on with, `allow` the facts in which this run may differ from the one that wrote its checkpoints. `made_for` names
-    the study whose analysis needs these SAEs: jobs that look for the latest sweep pass over this one.
+    `resume` names a study to go on with, whose config (`place.saved_config`) this is, `allow` the facts in which this run may differ from the one
+    that wrote its checkpoints. `made_for` names the study whose analysis needs these SAEs: jobs that look for the latest sweep pass over this one.
     """
     began = time.monotonic()
-    if resume:
-        config = saved_config(config.output, resume)
     config = with_absolute_paths(config)
     check_writable(config)
     settled = plan(config)
@@ -100,9 +99,7 @@ def _close(study: Study, status: str) -> None:
 
 def go_on(config: SweepConfig, place: Place) -> str:
     """The command that goes on with the study."""
-    interpreter = Path(sys.executable)
-    shown = interpreter.relative_to(Path.cwd()) if interpreter.is_relative_to(Path.cwd()) else "python"
-    return f"{shown} jobs/scaling_sweep.py --output {config.output} --resume {place.name}"
+    return command(f"jobs/scaling_sweep.py --output {config.output} --resume {place.name}")
 
 
 def _counted(number: int, noun: str) -> str:
@@ -304,9 +301,7 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
         console.print(sentence, highlight=False, soft_wrap=True)
     unsent = study.flush(60)
     console.print(f"SAEs:    {place.folder}/saes\nSummary: {place.local / 'summary'}", highlight=False, soft_wrap=True)
-    if unsent:
-        console.print(f"MLflow:  {unsent} entries wait in {study.outbox.path}: python -m raysae.tracking.send {study.outbox.path}", soft_wrap=True)
-    else:
+    if not unsent:
         console.print(
             f"MLflow:  experiment '{config.tracking.experiment}' at {config.tracking.uri}: {_how_to_open(config)}", highlight=False, soft_wrap=True
         )
@@ -375,7 +370,7 @@ def _how_to_open(config: SweepConfig) -> str:
     uri = config.tracking.uri
     if uri == f"sqlite:///{Path.cwd() / 'mlflow.db'}":
         return "`make ui` opens it"
-    return f"python -m raysae.tracking.ui --uri {uri}" if uri.startswith("sqlite") else "open it in a browser"
+    return command(f"-m raysae.tracking.ui --uri {uri}") if uri.startswith("sqlite") else "open it in a browser"
 
 
 @contextmanager

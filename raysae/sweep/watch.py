@@ -1,6 +1,6 @@
 """What the driver does beside Ray Tune while trainers work, once a second, in a thread of its own: show the progress and track the reports; move
-what sits on a machine that is being drained (a spot notice), trainers after a checkpoint; restart a trainer that is alive and silent; and say what is
-missing where a sweep cannot go on."""
+what sits on a machine that is being drained (a spot notice), trainers after a checkpoint; restart a trainer that is alive and silent; show what
+actors warn of; and say what is missing where a sweep cannot go on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Trainer:
     """A trainer as the watch sees it: what it was last asked and what it last said."""
 
     actor: ActorHandle
-    asked: list[ray.ObjectRef] | None = None  # status, news and seconds of silence, not answered yet
+    asked: list[ray.ObjectRef] | None = None  # status, news, seconds of silence and warnings, not answered yet
     since: float = 0.0  # when it was asked
     starts_since: float | None = None  # set while it has no place or starts
     stopping: ray.ObjectRef | None = None  # it writes checkpoints, to be restarted on another machine
@@ -58,8 +58,8 @@ class Watch:
         self.failure: str | None = None
         self._ended_since: float | None = None
         self._draining: set[str] = set()
-        self._stream: ray.ObjectRef | None = None
-        self._stream_since = 0.0  # when the queue was asked for it
+        self._stream: list[ray.ObjectRef] | None = None  # the queue's statistics and warnings, not answered yet
+        self._stream_since = 0.0  # when it was asked for them
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -108,9 +108,10 @@ class Watch:
         now = time.monotonic()
         if trainer.asked is None:
             actor = trainer.actor
-            trainer.asked, trainer.since = [actor.status.remote(), actor.news.remote(self.tracked), actor.silent_seconds.remote()], now
+            trainer.since = now
+            trainer.asked = [actor.status.remote(), actor.news.remote(self.tracked), actor.silent_seconds.remote(), actor.warnings.remote()]
         try:
-            status, news, silent = ray.get(trainer.asked, timeout=patience)
+            status, news, silent, warnings = ray.get(trainer.asked, timeout=patience)
         except GetTimeoutError:
             self._silent(bank, trainer, now)
             return
@@ -121,6 +122,8 @@ class Watch:
             return
         trainer.asked = trainer.starts_since = None
         trainer.status = status
+        for line in warnings:
+            log.warning("trainer %s: %s", bank, line)
         for name, reports in news.items():
             for report in reports:
                 track(self.study, name, report)
@@ -181,9 +184,9 @@ class Watch:
         """The queue's newest answer; None while there is none."""
         now = time.monotonic()
         if self._stream is None:
-            self._stream, self._stream_since = self.queue.stats.remote(), now
+            self._stream, self._stream_since = [self.queue.stats.remote(), self.queue.warnings.remote()], now
         try:
-            stream, self._stream = ray.get(self._stream, timeout=patience), None
+            stream, warnings = ray.get(self._stream, timeout=patience)
         except GetTimeoutError:
             if now - self._stream_since > self.faults.hang_seconds:
                 log.warning("the queue has been silent for %.0f s: it is restarted", now - self._stream_since)
@@ -191,5 +194,9 @@ class Watch:
                 self._stream = None
             return None
         except RayError:  # its process is being restarted
-            self._stream = stream = None
+            self._stream = None
+            return None
+        self._stream = None
+        for line in warnings:
+            log.warning("stream: %s", line)
         return stream

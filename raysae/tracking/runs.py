@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from raysae.cli import command
 from raysae.config import TrackingConfig, UserError
 from raysae.tracking.client import absolute
 from raysae.tracking.outbox import FAILED, FINISHED, KILLED, STUDY, Outbox
@@ -101,7 +102,7 @@ class Study:
         """Stops the sender within about `timeout` seconds. What is unsent stays on disk for the next Study of this name, or for `send`."""
         self._sender.stop(timeout)
         if unsent := self.outbox.unsent():
-            log.warning("%d entries are not in MLflow yet: python -m raysae.tracking.send %s sends them", unsent, self.outbox.path)
+            log.warning("%d entries are not in MLflow yet; to send them: %s", unsent, command(f"-m raysae.tracking.send {self.outbox.path}"))
         self.outbox.close()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raysae.cli import main
 from raysae.config import UserError
-from raysae.tracking.client import absolute
+from raysae.tracking.client import absolute, connect, experiment_id
 from raysae.tracking.delivery import Delivery
 from raysae.tracking.outbox import KILLED, RUNNING, STUDY, Outbox, refusal
 from raysae.tracking.runs import direct
@@ -22,8 +22,10 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
     Raises UserError where there is no outbox, its sweep is alive, the experiment was deleted, or MLflow does not answer: what has not been sent is
     kept.
     """
+    if Path(path).is_dir():
+        path = Path(path) / "outbox.db"
     if not Path(path).is_file():
-        raise UserError(f"{path} is not there: name the outbox file of a study")
+        raise UserError(f"{path} is not there: name the outbox file of a study, or the study's folder")
     from mlflow.exceptions import MlflowException
 
     outbox = Outbox(path)
@@ -33,15 +35,17 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
     if lock is None:
         raise UserError(f"{path} belongs to a sweep that is running and sends it itself: wait until it ends")
     with lock:
-        direct(outbox, absolute(uri or outbox.meta("uri")), experiment or outbox.meta("experiment"))
-        if any(run.status == RUNNING for run in outbox.runs()):
-            outbox.end(STUDY, KILLED, outbox.last_time())
-        waiting, refused = outbox.unsent(), sum(outbox.refused().values())
+        uri, experiment = absolute(uri or outbox.meta("uri")), experiment or outbox.meta("experiment")
         try:
+            experiment_id(connect(uri), uri, experiment)  # does it answer? Then the outbox may be addressed to it
+            direct(outbox, uri, experiment)
+            if any(run.status == RUNNING for run in outbox.runs()):
+                outbox.end(STUDY, KILLED, outbox.last_time())
+            waiting, refused = outbox.unsent(), sum(outbox.refused().values())
             Delivery(outbox).deliver()
         except (MlflowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"MLflow at {outbox.meta('uri')} takes nothing now ({reason}): what it has not taken is kept in {path}") from error
+            raise UserError(f"MLflow at {uri} takes nothing now ({reason}): what it has not taken is kept in {path}") from error
         sent = waiting - (sum(outbox.refused().values()) - refused)
     outbox.close()
     return sent

@@ -17,6 +17,7 @@ import ray
 from ray.actor import ActorHandle
 
 from raysae.config import ActivationSpec, SAEConfig, SweepConfig, error_kind
+from raysae.heard import Heard
 from raysae.stream.producer import ENVIRONMENT
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Trainer:
             be_deterministic()
         device = torch.device("cuda" if cuda else "cpu")
         self.plan = plan
+        self._heard = Heard()
         self._changed = threading.Condition()
         queue = ray.get_actor(plan.queue)
         kind, streamed = error_kind(plan.hook_point)
@@ -142,6 +144,10 @@ class Trainer:
             message = str(getattr(self.error, "cause", self.error))  # Ray's errors carry a whole traceback in their text
             rows = [row if row["state"] in ENDED else row | {"state": "failed", "message": message} for row in rows]
         return rows
+
+    def warnings(self) -> list[str]:
+        """See `Heard.take`."""
+        return self._heard.take()
 
     def silent_seconds(self) -> float:
         """See `Loop.silent_seconds`; 0 once the loop has ended."""

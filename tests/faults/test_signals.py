@@ -60,13 +60,15 @@ def test_sigterm_and_a_second_ctrl_c(sweep: Callable[..., Sweep], undisturbed: C
 
 
 @pytest.mark.long
-def test_ctrl_c_in_a_terminal(made: Path, tmp_path: Path, undisturbed: Callable[..., Sweep]) -> None:
-    """A terminal sends SIGINT to the driver and to all that it has started and that is still in its group of processes, a Ray of its own included."""
-    one = Sweep("none", made, tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_whole_group_hears_it(number: signal.Signals, made: Path, tmp_path: Path, undisturbed: Callable[..., Sweep]) -> None:
+    """A terminal sends SIGINT, `timeout` and batch systems send SIGTERM to the driver and to all that it has started and that is still in its group
+    of processes: a Ray of its own is not."""
+    one = Sweep("local", made, tmp_path)
     one.start()
     try:
         one.until_share(0.2)
-        os.killpg(one.driver.pid, signal.SIGINT)
+        os.killpg(one.driver.pid, number)
         assert_interrupted(one)
         one.start()
         one.finish()

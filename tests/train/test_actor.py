@@ -12,27 +12,27 @@ import torch
 
 from raysae.config import StreamConfig, SweepConfig
 from raysae.sae.files import load_sae
-from raysae.stream.blocks import as_tensor, cut, rows_per_block
+from raysae.stream.blocks import cut
 from raysae.train.actor import Training, start_trainer
 from raysae.train.loop import Loop
 from raysae.train.source import StreamSource
-from tests.train.synthetic import EVALUATION, SPEC, TRAIN, D, config, rows
+from tests.train import synthetic
+from tests.train.synthetic import EVALUATION, TRAIN, D, config, rows
 
 A, B = config(seed=0), config("batchtopk", width=40, seed=1)
 BLOCK_MIB = 0.0625  # 512 rows
+SPEC = synthetic.SPEC.model_copy(update={"shard_contexts": 64})  # 960 rows a shard: training ends in the second
 CONFIG = SweepConfig(stream=StreamConfig(block_mib=BLOCK_MIB), train=TRAIN, evaluation=EVALUATION)
 
 
 class ArrayQueue:
-    """As `stream.queue.StreamQueue` to a consumer. Blocks from row `pause` on are withheld until `resume`, but for the first look at shard 0 that
-    SAEs are initialised from."""
+    """As `stream.queue.StreamQueue` to a consumer. If `paused`, shard 1 is withheld until `resume`."""
 
-    def __init__(self, pause: int | None = None):
+    def __init__(self, paused: bool = False):
         shards = [rows(SPEC.rows_per_shard, seed=seed).numpy() for seed in range(2)]
         self.blocks = [[ray.put(block) for block in cut(shard, SPEC.dtype, BLOCK_MIB)] for shard in shards]
         self.held_out = [ray.put(block) for block in cut(rows(SPEC.rows_per_shard, seed=9).numpy(), SPEC.dtype, BLOCK_MIB)]
-        self.pause = pause
-        self.seen = set()
+        self.paused = paused
 
     async def join(self, consumer, hook_point, row, until_shard=None):
         pass
@@ -46,19 +46,15 @@ class ArrayQueue:
     async def fetch(self, consumer, shard, block, done):
         import asyncio
 
-        first_look = shard == 0 and block not in self.seen
-        self.seen.add(block)
-        while (
-            not first_look and self.pause is not None and shard * SPEC.rows_per_shard + block * rows_per_block(D, SPEC.dtype, BLOCK_MIB) >= self.pause
-        ):
+        while self.paused and shard == 1:
             await asyncio.sleep(0.02)
-        return [self.blocks[shard][block]], {"threads": 1}
+        return self.blocks[shard][block:], {"threads": 1}
 
     async def evaluation_block(self, hook_point, shard, block):
         return [self.held_out[block]]
 
     async def resume(self):
-        self.pause = None
+        self.paused = False
 
     async def name(self):
         return ray.get_runtime_context().get_actor_name()
@@ -140,12 +136,12 @@ def undisturbed(tmp_path_factory):
 
 
 def test_killed_in_the_middle_comes_back_and_gives_the_same_bits(tmp_path, undisturbed):
-    queue = array_queue(pause=1024)
+    queue = array_queue(paused=True)
     trainer = trainer_on(tmp_path, queue)
     first, ended = ray.get(trainer.reports.remote(A.name), timeout=60)
     assert first[0]["tokens"] == 320
     assert not ended
-    wait_for(lambda: all(s["tokens"] == 1024 and s["state"] == "waiting" for s in ray.get(trainer.status.remote())))
+    wait_for(lambda: all(s["tokens"] == SPEC.rows_per_shard and s["state"] == "waiting" for s in ray.get(trainer.status.remote())))
     pid = ray.get(trainer.process.remote())
     os.kill(pid, signal.SIGKILL)
     ray.get(queue.resume.remote())
@@ -157,16 +153,16 @@ def test_killed_in_the_middle_comes_back_and_gives_the_same_bits(tmp_path, undis
         bits, bits_ = (load_sae(folder / "saes" / name).state_dict() for folder in (tmp_path, undisturbed))
         assert all(torch.equal(bits[key], bits_[key]) for key in bits)
     mean = ray.get(trainer.mean.remote(A.name))
-    expected = as_tensor(rows(SPEC.rows_per_shard, seed=0).numpy(), "float32")[: TRAIN.tokens].mean(0)
+    expected = torch.cat([rows(SPEC.rows_per_shard, seed=shard) for shard in range(2)])[: TRAIN.tokens].mean(0)
     np.testing.assert_allclose(mean, expected, rtol=1e-5)
     assert {s["state"] for s in ray.get(trainer.status.remote())} == {"done"}
     ray.kill(trainer)
 
 
 def test_stop_while_the_stream_is_slow_leaves_checkpoints_to_go_on_from(tmp_path, undisturbed):
-    queue = array_queue(pause=1024)
+    queue = array_queue(paused=True)
     trainer = trainer_on(tmp_path, queue)
-    wait_for(lambda: all(s["tokens"] == 1024 for s in ray.get(trainer.status.remote())))
+    wait_for(lambda: all(s["tokens"] == SPEC.rows_per_shard for s in ray.get(trainer.status.remote())))
     assert ray.get(trainer.stop.remote(), timeout=30)
     assert len(list((tmp_path / "checkpoints").rglob("*.safetensors"))) == 2
     ray.kill(trainer)
@@ -180,9 +176,9 @@ def test_stop_while_the_stream_is_slow_leaves_checkpoints_to_go_on_from(tmp_path
 
 
 def test_leaving(tmp_path):
-    queue = array_queue(pause=1024)
+    queue = array_queue(paused=True)
     trainer = trainer_on(tmp_path, queue)
-    wait_for(lambda: ray.get(trainer.status.remote())[0]["tokens"] == 1024)
+    wait_for(lambda: ray.get(trainer.status.remote())[0]["tokens"] == SPEC.rows_per_shard)
     ray.get([trainer.leave.remote(A.name, "not wanted any more"), queue.resume.remote()])
     assert until_ended(trainer, A.name)[-1]["final"]
     assert until_ended(trainer, B.name)[-1]["tokens"] == TRAIN.tokens
@@ -195,7 +191,7 @@ def test_leaving(tmp_path):
 
 def test_an_error_of_the_whole_trainer_reaches_its_callers(tmp_path):
     queue = array_queue()
-    trainer = trainer_on(tmp_path, queue, training=SPEC.model_copy(update={"contexts": 256 * 1000}), config=CONFIG.model_copy(
+    trainer = trainer_on(tmp_path, queue, training=SPEC.model_copy(update={"contexts": SPEC.shard_contexts * 1000}), config=CONFIG.model_copy(
         update={"train": TRAIN.model_copy(update={"tokens": SPEC.rows_per_shard * 3})}))  # fmt: skip
     with pytest.raises(IndexError):
         until_ended(trainer, A.name)
