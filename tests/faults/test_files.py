@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoTokenizer
 
-from raysae.config import TextConfig, UserError
+from raysae.config import SweepConfig, TextConfig, UserError
 from raysae.lm.facts import EMBEDDED
 from raysae.sae.files import load_sae
 from raysae.stream.blocks import bytes_per_shard
@@ -135,11 +136,26 @@ def test_wish_to_leave(undisturbed, tmp_path, caplog, damage):
     assert_same_sae(undisturbed[0], tmp_path, A.name)
 
 
+def test_a_config_that_was_cut_short(tmp_path):
+    """What is missing is not taken from the defaults: another sweep would be trained."""
+    config = SweepConfig(study="s", widths=[64], faults={"hang_seconds": 5})
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
+    (tmp_path / "s").mkdir()
+    file = tmp_path / "s" / "config.yaml"
+    file.write_text(text)
+    assert saved_config(str(tmp_path), "s") == config
+    assert saved_config(str(tmp_path), "s", {"start_seconds": 7}).faults.model_dump() == config.faults.model_dump() | {"start_seconds": 7}
+    for lines in range(1, len(text.splitlines())):
+        file.write_text("".join(text.splitlines(keepends=True)[:lines]))
+        with pytest.raises(UserError, match=rf"^{file} is damaged, or of another version of raysae"):
+            saved_config(str(tmp_path), "s")
+
+
 @DAMAGES
 def test_skipped_shards(tmp_path, damage):
     """The study cannot be gone on with: refused by name, before anything starts."""
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "config.yaml").write_text("study: s\n")
+    (tmp_path / "s" / "config.yaml").write_text(yaml.safe_dump(SweepConfig(study="s").model_dump()))
     record = tmp_path / "s" / "skipped.json"
     Skipped(str(record)).add("train", 2, 10, "bad", [1, 2])
     assert saved_config(str(tmp_path), "s").study == "s"

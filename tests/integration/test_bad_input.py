@@ -26,7 +26,18 @@ CASES = {
     "an error of no SAE": ({"hook_points": "resid_post.2.nonlinear"}, ["resid_post.2.nonlinear", "errors.sae"]),
     "a probe that is not there": ({"hook_points": "resid_post.2.linear", "errors.sae": "/nowhere/sae"}, ["errors.sae", "/nowhere/sae"]),
     "no such study": ({"study": None, "resume": "nothing"}, ["nothing"]),
+    "no such fact": ({"allow": "torch,weather"}, ["--allow weather", "device", "producer.attention"]),
 }
+
+
+def test_a_study_goes_on_with_its_own_config_but_for_faults(tmp_path: Path) -> None:
+    words = ["--output", str(tmp_path), "--resume", "s", "--faults.hang_seconds", "5", "--train.tokens", "9", "--k", "3"]
+    assert run(words).stderr == "error: --resume s goes on with the study's own config, but for faults.*: leave out --k, --train.tokens\n"
+    assert "there is no such study" in run(words[:6]).stderr
+
+
+def test_an_output_that_is_nowhere() -> None:
+    assert run(["--output", "s3://"]).stderr == "error: output: 's3://' names no folder: runs, say, or s3://bucket/runs\n"
 
 
 @pytest.mark.parametrize("case", CASES)

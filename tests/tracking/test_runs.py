@@ -332,6 +332,17 @@ def test_batches_keep_mlflows_limits():
     assert delivery.PAIRS_PER_BATCH <= 100
 
 
+def test_a_server_that_does_not_answer_does_not_become_the_outbox_s_own(tracking: TrackingConfig, box: Path):
+    study = Study(box, tracking, "s1", CONFIG)
+    study.child("a", {"k": 8})
+    study.end(None, "FINISHED")
+    closed(study)
+    with pytest.raises(UserError, match=r"^MLflow at http://127\.0\.0\.1:9 takes nothing now"):
+        send(box, uri="http://127.0.0.1:9")
+    assert Outbox(box).meta("uri") == tracking.uri
+    assert send(box.parent) == 0, "a folder stands for the outbox in it"
+
+
 def test_a_driver_killed_while_a_database_is_made_leaves_none_or_a_whole_one(tmp_path: Path):
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     command = [sys.executable, "-c", f"from raysae.tracking.client import connect; connect({uri!r}).search_experiments()"]
