@@ -21,8 +21,15 @@ class Heard(logging.Handler):
             self._lines.append("its process had ended, and was restarted")
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(record.getMessage())
+        error = record.exc_info and record.exc_info[1]
+        self._lines.append(f"{record.getMessage()}: {one_line(error)}" if error else record.getMessage())
 
     def take(self) -> list[str]:
         """Those that have not been taken yet."""
         return [self._lines.popleft() for _ in range(len(self._lines))]
+
+
+def one_line(error: BaseException) -> str:
+    """An error in one line. Ray's messages may hold whole stack traces, whose last line is the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return lines[-1] if any(line.startswith('File "') for line in lines) else f"{type(error).__name__}: {lines[0]}"

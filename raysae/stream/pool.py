@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from raysae.config import FaultsConfig
+from raysae.heard import one_line
 from raysae.stream.room import missing, placed
 
 log = logging.getLogger(__name__)
@@ -211,9 +212,3 @@ class ProducerPool:
     def _give_up(self, why: str) -> None:
         self.failure = why
         self.changed()
-
-
-def one_line(error: BaseException) -> str:
-    """An error in one line. Ray's messages may hold whole stack traces, whose last line is the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return lines[-1] if any(line.startswith('File "') for line in lines) else f"{type(error).__name__}: {lines[0]}"

@@ -24,9 +24,9 @@ from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysae.config import ActivationSpec, FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
-from raysae.heard import Heard
+from raysae.heard import Heard, one_line
 from raysae.stream.blocks import blocks_per_shard
-from raysae.stream.pool import Job, ProducerPool, one_line
+from raysae.stream.pool import Job, ProducerPool
 from raysae.stream.producer import ENVIRONMENT, Producer, Production, nonfinite
 from raysae.stream.skipped import Skipped
 from raysae.stream.state import NotJoinedError, StreamError, StreamState

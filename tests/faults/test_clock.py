@@ -43,7 +43,7 @@ int clock_gettime(clockid_t id, struct timespec *t) {
 }
 """
 SAE = config(seed=0)
-RUN = TRAIN.model_copy(update={"tokens": 64 * 200, "reports": 20, "checkpoint_seconds": 0.3})
+RUN = TRAIN.model_copy(update={"tokens": 64 * 300, "reports": 30, "checkpoint_seconds": 0.3})
 PROGRAM = """
 import sys, torch
 from raysae.config import TrackingConfig

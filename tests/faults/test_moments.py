@@ -16,7 +16,7 @@ import torch
 from raysae.sae.files import load_sae
 from raysae.storage import PARTIAL
 from tests.train.synthetic import config
-from tests.train.test_actor import ArrayQueue, array_queue, cluster, trainer_on, until_ended, wait_for  # noqa: F401 (cluster: a fixture)
+from tests.train.test_actor import SPEC, ArrayQueue, array_queue, cluster, trainer_on, until_ended, wait_for  # noqa: F401 (cluster: a fixture)
 
 pytestmark = pytest.mark.fault
 WIDE = config(width=4096, seed=2)  # its checkpoints take long enough to be caught at
@@ -87,11 +87,11 @@ def test_during_an_evaluation(tmp_path: Path, undisturbed: Path) -> None:
 
 
 def test_while_a_checkpoint_is_written(tmp_path: Path, undisturbed: Path) -> None:
-    queue = array_queue(pause=1024)
+    queue = array_queue(paused=True)
     trainer = trainer_on(tmp_path, queue, saes=(WIDE,))
     folder = tmp_path / "checkpoints" / WIDE.name
     for _ in range(TRIES):
-        wait_for(lambda: ray.get(trainer.status.remote())[0]["tokens"] == 1024)
+        wait_for(lambda: ray.get(trainer.status.remote())[0]["tokens"] == SPEC.rows_per_shard)
         pid = ray.get(trainer.process.remote())
         trainer.stop.remote()  # it writes a checkpoint
         kill_while(lambda: partial(folder), pid)

@@ -44,7 +44,7 @@ def test_ray_job_submit_on_two_nodes(dashboard: str, shared_data: Path, tmp_path
     words = arguments(shared_data, tmp_path, **{"resources.trainer_cpus": 0.5, "resources.producer_cpus": 0.5})
     ray = Path(sys.executable).parent / "ray"
     job = ["job", "submit", "--address", dashboard, "--working-dir", str(REPOSITORY), "--submission-id", "sweep", "--no-wait", "--"]
-    subprocess.run([ray, *job, sys.executable, "jobs/scaling_sweep.py", *words], env=ENVIRONMENT, check=True, timeout=120, capture_output=True)
+    subprocess.run([ray, *job, sys.executable, "jobs/scaling_sweep.py", *words], env=ENVIRONMENT, check=True, timeout=120)
     client = JobSubmissionClient(dashboard)
     give_up = time.monotonic() + 240
     while not client.get_job_status("sweep").is_terminal() and time.monotonic() < give_up:
