@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 _ARITHMETIC = ("torch", "device", "threads", "tf32")
 _PRODUCERS = (*_ARITHMETIC, "numpy", "transformers", "attention", "dtype", "transform")
-FACTS = (*_ARITHMETIC, "spec", *(f"producer.{fact}" for fact in _PRODUCERS))  # that bits depend on beside the knobs: docs/determinism.md
+FACTS = (*_ARITHMETIC, "kernels", "spec", *(f"producer.{fact}" for fact in _PRODUCERS))  # that bits depend on beside the knobs: docs/determinism.md
 
 
 class UserError(ValueError):
@@ -233,7 +233,7 @@ class TrainConfig(Strict):
 class EvaluationConfig(Strict):
     rows: int = Field(200_000, gt=0, description="held-out rows for fvu, l0 and dead_fraction")
     interim_rows: int = Field(8_192, gt=0, description="held-out rows of an interim evaluation")
-    predicted_tokens: int = Field(32_768, ge=0, description="tokens for ce_recovered and kl; 0 leaves both out")
+    predicted_tokens: int = Field(16_384, ge=0, description="tokens for ce_recovered and kl; 0 leaves both out")
 
 
 # ---------------------------------------------------------------- the sweep

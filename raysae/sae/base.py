@@ -32,6 +32,11 @@ class Codes(NamedTuple):
     indices: Tensor  # (b, k) int64
 
 
+def centre_of(rows: Tensor, train: TrainConfig) -> Tensor:
+    """Mean or geometric median (train.decoder_bias) of raw activations `rows` (r, d): (d,)."""
+    return rows.mean(0) if train.decoder_bias == "mean" else kernels.geometric_median(rows)
+
+
 @dataclass(frozen=True)
 class StepInfo:
     """What a training step depends on beside the batch."""
@@ -71,12 +76,11 @@ class SAE(nn.Module):
         return ARCHITECTURES[config.architecture](config, d, train)
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor) -> None:
-        """Measures `scale` and sets b_dec to the mean or geometric median (train.decoder_bias) of `rows` (r, d), raw activations."""
+    def initialise(self, rows: Tensor, centre: Tensor | None = None) -> None:
+        """Measures `scale` and sets b_dec to the `centre_of` these `rows` (r, d), raw activations; `centre` (d,), where it is known already."""
         rows = rows.to(self.b_dec)
         self.scale.copy_(rows.double().square().mean().sqrt())
-        centre = rows.mean(0) if self.train_config.decoder_bias == "mean" else kernels.geometric_median(rows)
-        self.b_dec.copy_(centre / self.scale)
+        self.b_dec.copy_((centre_of(rows, self.train_config) if centre is None else centre) / self.scale)
 
     def encoder(self) -> Tensor:
         """The encoder's rows as they are used, (n, d)."""

@@ -33,8 +33,8 @@ class JumpReLU(DenseSAE):
         self.log_threshold = nn.Parameter(self.threshold.log())
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor) -> None:
-        super().initialise(rows)
+    def initialise(self, rows: Tensor, centre: Tensor | None = None) -> None:
+        super().initialise(rows, centre)
         pre = self.pre_activations(rows[:INITIAL_ROWS].to(self.b_dec) / self.scale).flatten()
         active = min(2 * self.d, self.n / 4) / self.n
         self.threshold.fill_(pre.kthvalue(max(1, int((1 - active) * len(pre)))).values.clamp_min(self.train_config.bandwidth))

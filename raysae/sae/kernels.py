@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+VERSION = 2  # raised with every change here that gives SAEs other bits: a checkpoint of before is then not gone on with unasked
 CHUNK_BYTES = 16 << 20  # of pre-activations at a time …
 DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
+PASS_BYTES = {
+    "cpu": 1 << 20,
+    "cuda": 64 << 20,
+}  # of a matrix at a time where several operations in turn go over it: on a CPU they find it in its cache
 MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
 
 
@@ -185,58 +190,62 @@ class ByFeature:
 
 
 class SparseCodes:
-    """A (b, n) code matrix as its nonzeros, between a dictionary's forward and backward pass: work for active latents only."""
+    """A (b, n) code matrix as its nonzeros, between a dictionary's forward and backward pass: work for active latents only.
 
-    def __init__(self, codes: Nonzeros, n: int):
-        self.codes, self.n = codes, n
+    With `latents` (n,) the codes are of a part of the dictionary: column f belongs to latent latents[f] of the weights."""
+
+    def __init__(self, codes: Nonzeros, n: int, latents: Tensor | None = None):
+        self.codes, self.n, self.latents = codes, n, latents
 
     def decode(self, weight: Tensor) -> Tensor:
-        """The codes times `weight` (n, d): (b, d)."""
+        """The codes times the latents' rows of `weight` (·, d): (b, d)."""
         codes, self._leaf = self.codes, self.codes.values.detach().requires_grad_()
+        features = codes.features if self.latents is None else self.latents[codes.features]
         with torch.enable_grad():
-            self._product = embedding_bag(codes.features, weight.detach(), codes.starts, mode="sum", per_sample_weights=self._leaf)
+            self._product = embedding_bag(features, weight.detach(), codes.starts, mode="sum", per_sample_weights=self._leaf)
         return self._product.detach()
 
-    def backward(self, grad: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, add_to: Tensor | None = None) -> None:
+    def backward(self, grad: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
         """Gradients of the latents' weights into W_enc (n, d), b_enc (n,) and W_dec (n, d), from the gradient `grad` (b, d) of what the last
-        `decode` gave and the encoder's input `x` (b, d). With `add_to` (n,), latent f's are added to row add_to[f] of larger ones."""
+        `decode` gave and the encoder's input `x` (b, d); those of a part of the dictionary are added to its rows."""
         grad_codes = torch.autograd.grad(self._product, self._leaf, grad)[0].mul_(self.codes.values > 0)
         by_feature = ByFeature(self.codes, self.n)
-        by_feature.outer_(W_dec, self.codes.values, grad, add_to)
-        by_feature.outer_(W_enc, grad_codes, x, add_to)
-        by_feature.sum_(b_enc, grad_codes, add_to)
+        by_feature.outer_(W_dec, self.codes.values, grad, self.latents)
+        by_feature.outer_(W_enc, grad_codes, x, self.latents)
+        by_feature.sum_(b_enc, grad_codes, self.latents)
 
 
 class DenseCodes:
     """The same with a dense matrix, which is faster where there are few latents: a dense product does its operations so much faster."""
 
-    def __init__(self, codes: Nonzeros, n: int, workspace: Workspace):
+    def __init__(self, codes: Nonzeros, n: int, latents: Tensor | None, workspace: Workspace):
         shape = (len(codes.starts), n)
         self.matrix = workspace.take("codes", shape, codes.values).zero_()
         self.matrix.view(-1)[torch.add(codes.features, codes.rows, alpha=n)] = codes.values
-        self.workspace = workspace
+        self.latents, self.workspace = latents, workspace
 
     def decode(self, weight: Tensor) -> Tensor:
-        self._weight = weight
-        return self.matrix @ weight
+        self._weight = weight if self.latents is None else weight[self.latents]
+        return self.matrix @ self._weight
 
-    def backward(self, grad: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, add_to: Tensor | None = None) -> None:
+    def backward(self, grad: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
         grad_codes = torch.mm(grad, self._weight.T, out=self.workspace.take("grad_codes", self.matrix.shape, grad)).mul_(self.matrix > 0)
-        if add_to is None:
+        if self.latents is None:
             torch.mm(self.matrix.T, grad, out=W_dec)
             torch.mm(grad_codes.T, x, out=W_enc)
             torch.sum(grad_codes, 0, out=b_enc)
         else:
-            W_dec.index_add_(0, add_to, self.matrix.T @ grad)
-            W_enc.index_add_(0, add_to, grad_codes.T @ x)
-            b_enc.index_add_(0, add_to, grad_codes.sum(0))
+            W_dec.index_add_(0, self.latents, self.matrix.T @ grad)
+            W_enc.index_add_(0, self.latents, grad_codes.T @ x)
+            b_enc.index_add_(0, self.latents, grad_codes.sum(0))
 
 
-def code_matrix(codes: Nonzeros, n: int, workspace: Workspace) -> SparseCodes | DenseCodes:
-    """`codes` as a (b, n) matrix in the form that is faster, by their number alone, so that the same codes take the same way every time."""
+def code_matrix(codes: Nonzeros, n: int, workspace: Workspace, latents: Tensor | None = None) -> SparseCodes | DenseCodes:
+    """`codes` as a (b, n) matrix, of the `latents` (n,) of a larger dictionary or of a whole one, in the form that is faster: by their number alone,
+    so that the same codes take the same way every time."""
     elements = len(codes.starts) * n
     dense = elements <= DENSE_PER_NONZERO * len(codes.values) and elements * codes.values.element_size() <= MAXIMUM_BYTES
-    return DenseCodes(codes, n, workspace) if dense else SparseCodes(codes, n)
+    return DenseCodes(codes, n, latents, workspace) if dense else SparseCodes(codes, n, latents)
 
 
 # ---------------------------------------------------------------- small parts
@@ -257,13 +266,22 @@ def row_norms(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
+def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of matrices of one shape, as many at a time as `PASS_BYTES` allows."""
+    first = matrices[0]
+    rows = max(1, PASS_BYTES[first.device.type] // (first.shape[1] * first.element_size()))
+    return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
+
+
 def normalise_rows_(matrix: Tensor) -> None:
-    matrix.div_(row_norms(matrix))
+    for (rows,) in row_blocks(matrix):
+        rows.div_(row_norms(rows))
 
 
 def remove_parallel_(gradient: Tensor, unit: Tensor) -> None:
     """Subtracts from each row of `gradient` its part along the same row of `unit`, (n, d) both."""
-    gradient.addcmul_(unit, torch.linalg.vecdot(gradient, unit).unsqueeze(1), value=-1)
+    for gradients, units in row_blocks(gradient, unit):
+        gradients.addcmul_(units, torch.linalg.vecdot(gradients, units).unsqueeze(1), value=-1)
 
 
 def geometric_median(rows: Tensor, tolerance: float = 1e-6, iterations: int = 500) -> Tensor:

@@ -33,7 +33,7 @@ class Tied(ReLU):
     def W_enc(self) -> Tensor:  # noqa: N802
         return self.W_dec
 
-    def initialise(self, rows: Tensor) -> None:
+    def initialise(self, rows: Tensor, centre: Tensor | None = None) -> None:
         """Nothing depends on the data."""
 
     def encoder(self) -> Tensor:
@@ -48,8 +48,10 @@ class Tied(ReLU):
 
     def _finish_grads(self, grad_x_hat_sum: Tensor) -> None:
         # from the gradient for M̂ to that for M
-        kernels.remove_parallel_(self.W_dec.grad, kernels.unit_rows(self.W_dec))
-        self.W_dec.grad.div_(kernels.row_norms(self.W_dec))
+        for gradients, rows in kernels.row_blocks(self.W_dec.grad, self.W_dec):
+            norms = kernels.row_norms(rows)
+            kernels.remove_parallel_(gradients, rows / norms)
+            gradients.div_(norms)
 
     def after_grads(self) -> None:
         """Nothing to remove: the norms of M are free, and its gradient is perpendicular to its rows."""

@@ -102,12 +102,11 @@ class TopK(SAE):
         share = torch.where(enough, 1 / variance, 0)
         weight = 2 * self.train_config.aux_coefficient * self.d * share
         missed = torch.zeros_like(variance)
-        decoder = self.W_dec[codes.dead]
         rows = max(1, AUX_NONZEROS // codes.places.shape[1])
         for start in range(0, len(error), rows):
             part = slice(start, start + rows)
-            matrix = kernels.code_matrix(Nonzeros.of_rows(codes.places[part], codes.values[part]), len(codes.dead), self._workspace)
-            difference = matrix.decode(decoder).sub_(error[part])
+            matrix = kernels.code_matrix(Nonzeros.of_rows(codes.places[part], codes.values[part]), len(codes.dead), self._workspace, codes.dead)
+            difference = matrix.decode(self.W_dec).sub_(error[part])
             missed += kernels.sum_of_squares(difference)
-            matrix.backward(difference.mul_(weight), centred[part], self.W_enc.grad, self.b_enc.grad, self.W_dec.grad, add_to=codes.dead)
+            matrix.backward(difference.mul_(weight), centred[part], self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)
         return missed * share

@@ -42,7 +42,6 @@ PATIENCE, LEAST_PATIENCE = 10, 30.0  # a producer may take this many times the l
 RETRY_PAUSE = 0.5  # seconds
 CONTEXTS_NAMED = 8  # of a bad shard, in a sentence
 CALLS = 10_000  # of the queue at a time, in which consumers wait for shards: were there no room for others, none would come
-SAES_AT_ONCE = 8  # evaluated by a producer in one call: in memory together beside the language model, on one clean pass
 DEATH = Fraction(1, 3)  # of an attempt at a shard: mostly the shard is not what killed the producer
 
 COUNTERS = {
@@ -311,11 +310,13 @@ class StreamQueue:
                 del self._evaluation[shard]
             self._settle()
 
-    async def evaluate(self, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int) -> dict[str, dict]:
-        """Metrics in the language model of saved SAEs (name → folder), computed by producers, a few SAEs each; see `Producer.evaluate`."""
+    async def evaluate(self, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int, at_once: int) -> dict[str, dict]:
+        """Metrics in the language model of saved SAEs (name → folder), computed by all producers; see `Producer.evaluate`. A producer takes at most
+        `at_once` SAEs on one clean pass: they are in its memory together, beside the model."""
         await self.start()
+        at_once = min(at_once, -(-len(saes) // max(1, len(self.pool.producers))))
         names = list(saes)
-        groups = [{name: saes[name] for name in names[i : i + SAES_AT_ONCE]} for i in range(0, len(names), SAES_AT_ONCE)]
+        groups = [{name: saes[name] for name in names[i : i + at_once]} for i in range(0, len(names), at_once)]
         errands = [self._errand("evaluate", (EVALUATION, hook_point, group, mean, predicted_tokens), 1) for group in groups]
         return {name: metrics for errand in errands for name, metrics in (await self._result(errand))[0].items()}
 

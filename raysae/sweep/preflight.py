@@ -130,9 +130,9 @@ class Bank:
 
 
 def cost(sae: SAEConfig, d: int) -> float:
-    """Predicted time of a step in arbitrary units: the dense encoder product, twice more for kinds without sparse gradients, and a constant."""
-    products = 1 if sae.k is not None else 3
-    return products * sae.width * d + 2e5
+    """Predicted time of a step in arbitrary units: the dense encoder product, twice more for kinds without sparse gradients; the sparse products of
+    the others, an operation of which takes twenty times as long as one of a dense product; and a constant."""
+    return sae.width * d + 20 * sae.k * d + 2e5 if sae.k is not None else 3 * sae.width * d + 2e5
 
 
 def pack(saes: tuple[SAEConfig, ...], banks: int, width_of: dict[str, int]) -> list[Bank]:

@@ -43,6 +43,7 @@ from raysae.train.actor import start_trainer
 MIB = 2**20
 SECONDS = 1.0  # between two questions to an actor that is starting
 INTERRUPTED = 130
+EVALUATED_BYTES = 2 << 30  # of the largest SAEs that a producer evaluates together
 RUNGS = "rungs.jsonl"  # what ASHA has decided
 TRIALS, TRIAL_BYTES = 2, 128 * MIB  # trials at a time where no scheduler compares them, and the memory that the process of one reserves
 
@@ -236,7 +237,8 @@ def _evaluate(
             continue
         longest = group.loc[group["tokens"].idxmax(), "name"]  # it has seen the rows of all the others
         mean = _answer(trainer_of[longest].mean.remote(longest), watch)
-        question = (hook, {name: place.sae(name) for name in group["name"]}, mean, predicted)
+        largest = 8 * max(sae.width for sae in settled.saes) * settled.streamed_widths[hook]  # bytes of both weight matrices
+        question = (hook, {name: place.sae(name) for name in group["name"]}, mean, predicted, max(1, EVALUATED_BYTES // largest))
         calls.append((question, [queue.evaluate.remote(*question)]))
     for question, begun in calls:
         try:

@@ -13,7 +13,7 @@ import time
 import torch
 
 from raysae.config import SAEConfig, TrainConfig
-from raysae.sae.base import SAE, StepInfo
+from raysae.sae.base import SAE, StepInfo, centre_of
 from raysae.train.schedule import dead_after, learning_rate_factor, sparsity_factor
 
 State = tuple[dict[str, torch.Tensor], dict]  # tensors and JSON scalars
@@ -59,9 +59,9 @@ class Member:
         """The rate of the next step."""
         return self.config.learning_rate * learning_rate_factor(self.steps_done, self.train.steps, self.train.warmup, self.train.decay)
 
-    def initialise(self, rows: torch.Tensor) -> None:
-        """Set scale, decoder bias and weights from the first raw rows of the stream, `(r, d)`."""
-        self.sae.initialise(rows.to(self.quiet.device))
+    def initialise(self, rows: torch.Tensor, centre: torch.Tensor | None = None) -> None:
+        """Set scale, decoder bias and weights from the first raw rows of the stream, `(r, d)`, and their `centre`, where it is known."""
+        self.sae.initialise(rows.to(self.quiet.device), centre)
         self.scale = float(self.sae.scale)
         self.initialised = True
 
@@ -162,6 +162,13 @@ class Bank:
             member.load(state)
         self.members[name] = member
         return member
+
+    def initialise(self, members: list[Member], rows: torch.Tensor) -> None:
+        """Initialise these members from the first raw rows of the stream, `(r, d)`; the rows' centre is sought once for all."""
+        rows = rows.to(self.device, torch.float32)
+        centre = centre_of(rows, self.train)
+        for member in members:
+            member.initialise(rows, centre)
 
     def at(self, row: int) -> list[Member]:
         """Members whose next batch begins at `row`: neither failed nor finished."""

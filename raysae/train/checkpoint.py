@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from raysae.config import ActivationSpec, SAEConfig, TrainConfig, UserError
 from raysae.numerics import Scalar, device_facts
+from raysae.sae import kernels
 from raysae.storage import PARTIAL, sealed, unsealed, write_atomically
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def fingerprint(spec: ActivationSpec, sae: SAEConfig, train: TrainConfig, device
 
     They also depend on the numerics of the producers (see `stream.shard.numerics`), which come with the rows: an SAE's file has both.
     """
-    facts = device_facts(device) | {"spec": spec.hash}
+    facts = device_facts(device) | {"kernels": kernels.VERSION, "spec": spec.hash}
     facts |= {f"sae.{key}": value for key, value in sae.model_dump().items()}
     return facts | {f"train.{key}": value for key, value in train.model_dump().items() if key not in WITHOUT_EFFECT}
 

@@ -21,8 +21,8 @@ from raysae.sae.base import SAE, Codes
 
 # Bins of log10(share of rows on which a latent is active), half a decade each. The first bin also takes everything rarer; dead latents are in none.
 DENSITY_EDGES = np.linspace(-6, 0, 13)
-# Bound on the elements of a temporary, (rows, max(n, d)). On a CPU larger ones are mapped and page-faulted anew for every chunk.
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+# Bound on the bytes of a temporary, (rows, n) in float32 or (rows, d) in float64. On a CPU larger ones are page-faulted anew for every chunk.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 FEWEST_ROWS = 32
 TINY = 1e-30  # keeps a row of zeros from dividing by zero: its cosine and its ratio count as 0
 
@@ -65,23 +65,28 @@ class Variance:
 
 
 @torch.no_grad()
-def reconstruction_metrics(sae: SAE, chunks: Iterable[torch.Tensor]) -> Reconstruction:
+def reconstruction_metrics(sae: SAE, chunks: Iterable[torch.Tensor], variance: Variance | None = None) -> Reconstruction:
     """Metrics of the folded `sae` over raw rows, given as chunks `(r, d)` of any length and float dtype; ValueError where there is no row.
 
-    Memory is bounded by cutting chunks so that no temporary has more than `CHUNK_ELEMENTS` elements; sparse codes are never made dense.
+    `variance` is that of these rows: one that has seen none takes them in, one that has is believed, so that SAEs that are evaluated on the same rows
+    can share it. Memory is bounded by cutting chunks so that no temporary is larger than `CHUNK_BYTES`; sparse codes are never made dense.
     """
     device = sae.W_enc.device
-    variance = Variance(sae.d)
+    variance = variance or Variance(sae.d)
+    unseen = variance.rows == 0
     active = torch.zeros(sae.n, dtype=torch.int64, device=device)
     error = cosine = ratio = 0.0
-    step = max(FEWEST_ROWS, CHUNK_ELEMENTS[device.type] // max(sae.n, sae.d))
+    most = CHUNK_BYTES[device.type]
+    step = max(FEWEST_ROWS, most // max(4 * sae.n, 8 * sae.d))
     for chunk in chunks:
+        if unseen:
+            for x in chunk.split(max(FEWEST_ROWS, most // (8 * sae.d))):  # whatever the SAE's width: the same bits for all SAEs
+                variance.add(x.to(device, torch.float32))
         for x in chunk.split(step):
             x = x.to(device, torch.float32)
             codes = sae.encode(x)
             reconstruction = sae.decode(codes)
             active += latents_active(codes, sae.n)
-            variance.add(x)
             x_norm, norm = x.norm(dim=1).double(), reconstruction.norm(dim=1).double()
             error += float((x - reconstruction).square().sum(1).double().sum())
             cosine += float(((x * reconstruction).sum(1).double() / (x_norm * norm).clamp_min(TINY)).sum())

@@ -24,7 +24,7 @@ from raysae.numerics import Seen, together, told
 from raysae.stream.state import StreamError
 from raysae.train.bank import Bank, Member
 from raysae.train.checkpoint import Checkpoint, CheckpointStore, check_fingerprint, fingerprint
-from raysae.train.evaluation import reconstruction_metrics
+from raysae.train.evaluation import Variance, reconstruction_metrics
 from raysae.train.outcome import Outcome, Outcomes
 from raysae.train.schedule import report_steps
 
@@ -146,6 +146,7 @@ class Loop:
         self._blocked_since: float | None = None  # set while it waits for others: rows, requests
         self._sign = clock()  # of life, the last one
         self._pace = (0, 0.0, 0.0)  # rows, seconds and seconds waited of the present pass, evaluations and checkpoints left out
+        self._variances: dict[int, Variance] = {}  # number of held-out rows → their variance
 
     # ---------------------------------------------------------------- requests, from any thread
 
@@ -300,8 +301,7 @@ class Loop:
         if new:
             with self._blocked():
                 rows = self.source.first_rows()
-            for member in new:
-                member.initialise(rows)
+            self.bank.initialise(new, rows)
 
     def _show(self, cohort: list[Member]) -> None:
         for progress in self._in_training():
@@ -331,7 +331,9 @@ class Loop:
         progress.state = "evaluating"
         self.on_change()
         rows = self.evaluation.rows if final else min(self.evaluation.interim_rows, self.evaluation.rows)
-        metrics = reconstruction_metrics(member.sae.folded(), self._evaluation(rows))
+        variance = self._variances.get(rows) or Variance(member.sae.d)
+        metrics = reconstruction_metrics(member.sae.folded(), self._evaluation(rows), variance)
+        self._variances[rows] = variance
         rate, waited = self._rates()
         report = {
             "name": member.name,

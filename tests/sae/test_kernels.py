@@ -96,13 +96,15 @@ def test_code_matrices(form, monkeypatch):
     expected = (encoder.grad, bias.grad, decoder.grad)
     for found, right in zip((W_enc, b_enc, W_dec), expected, strict=True):
         torch.testing.assert_close(found, right)
-    places = torch.randperm(n + 5)[:n]
+    latents = torch.randperm(n + 5)[:n]  # of a dictionary of n + 5, of which these codes are a part
+    part = kernels.code_matrix(Nonzeros.of_rows(indices, values), n, kernels.Workspace(), latents)
+    whole = torch.full((n + 5, d), torch.nan).double().index_copy(0, latents, weight)
+    torch.testing.assert_close(part.decode(whole), dense @ weight)
     larger = torch.ones(n + 5, d).double(), torch.ones(n + 5).double(), torch.ones(n + 5, d).double()
-    codes.decode(weight)
-    codes.backward(grad, x, *larger, add_to=places)
+    part.backward(grad, x, *larger)
     for found, right in zip(larger, expected, strict=True):
-        torch.testing.assert_close(found[places], 1 + right)
-        assert (found.sum() - found[places].sum()).item() == pytest.approx(found[0].numel() * 5)
+        torch.testing.assert_close(found[latents], 1 + right)
+        assert (found.sum() - found[latents].sum()).item() == pytest.approx(found[0].numel() * 5)
 
 
 def test_geometric_median_is_the_point_of_least_distance():

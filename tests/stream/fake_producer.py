@@ -57,4 +57,5 @@ class FakeProducer:
         return [meta, *(block for hook in WIDTHS for block in cut(rows_of(stream, hook, shard), "float32", BLOCK_MIB))]
 
     def evaluate(self, stream, hook_point, saes, mean, predicted_tokens) -> dict:
-        return {name: {"folder": folder, "sum": float(mean.sum()), "tokens": predicted_tokens, "hook": hook_point} for name, folder in saes.items()}
+        common = {"sum": float(mean.sum()), "tokens": predicted_tokens, "hook": hook_point, "together": len(saes)}
+        return {name: common | {"folder": folder} for name, folder in saes.items()}

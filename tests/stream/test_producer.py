@@ -64,7 +64,7 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
     sae.initialise(torch.from_numpy(np.concatenate(maker.make(0)[1]["resid_post.2"])))
     save_sae(sae, tmp_path / "sae", {})
     mean = np.full(64, 0.1, np.float32)
-    found = ray.get(queue.evaluate.remote("resid_post.2", {"a": str(tmp_path / "sae")}, mean, 300 * 11 - 3))
+    found = ray.get(queue.evaluate.remote("resid_post.2", {"a": str(tmp_path / "sae")}, mean, 300 * 11 - 3, 8))
     chosen = torch.from_numpy(np.concatenate([contexts[spec.contexts_of(i)] for i in range(2)])[:300])
     expected = downstream_metrics(lm, chosen, "resid_post.2", {"a": sae.folded()}, torch.from_numpy(mean), 4).finish()
     for metric in ("kl", "ce_clean", "ce_sae", "ce_mean", "ce_zero"):  # of random tokens nothing is to be recovered

@@ -341,8 +341,10 @@ def test_the_held_out_stream_is_produced_once_and_kept(stream):
 
 def test_evaluate_reaches_a_producer(stream):
     queue = stream()
-    found = ray.get(queue.evaluate.remote("mlp_out.1", {"x": "/saes/x"}, np.ones(4), 100), timeout=TIMEOUT)
-    assert found == {"x": {"folder": "/saes/x", "sum": 4.0, "tokens": 100, "hook": "mlp_out.1"}}
+    saes = {name: f"/saes/{name}" for name in "xyz"}
+    found = ray.get(queue.evaluate.remote("mlp_out.1", saes, np.ones(4), 100, 2), timeout=TIMEOUT)
+    common = {"sum": 4.0, "tokens": 100, "hook": "mlp_out.1"}
+    assert found == {name: common | {"folder": folder, "together": 1 if name == "z" else 2} for name, folder in saes.items()}
 
 
 def test_the_pool_grows_when_consumers_wait(stream):

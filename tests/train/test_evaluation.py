@@ -8,9 +8,9 @@ from raysae.train.evaluation import DENSITY_EDGES, Variance, density_histogram, 
 from tests.train.synthetic import ARCHITECTURES, TRAIN, D, config, rows
 
 
-def trained_looking(architecture: str) -> SAE:
+def trained_looking(architecture: str, **knobs) -> SAE:
     """An SAE with weights away from their start, folded."""
-    sae = SAE.build(config(architecture), D, TRAIN)
+    sae = SAE.build(config(architecture, **knobs), D, TRAIN)
     sae.initialise(rows(512))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def dense(codes, n: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_equal_to_brute_force(architecture, monkeypatch):
-    monkeypatch.setattr(evaluation, "CHUNK_ELEMENTS", {"cpu": 64 * 50})
+    monkeypatch.setattr(evaluation, "CHUNK_BYTES", {"cpu": 4 * 64 * 50})
     sae = trained_looking(architecture)
     x = rows(777, seed=5)
     metrics = reconstruction_metrics(sae, iter(x.split(200)))
@@ -43,6 +43,17 @@ def test_equal_to_brute_force(architecture, monkeypatch):
     assert metrics.norm_ratio == pytest.approx(float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()), rel=1e-5)
     np.testing.assert_array_equal(metrics.frequency, (codes > 0).sum(0).numpy())
     assert metrics.l0 > 0
+
+
+def test_saes_share_the_variance_of_the_same_rows(monkeypatch):
+    """Whichever SAE comes first, with whatever width, all numbers have the same bits as alone."""
+    monkeypatch.setattr(evaluation, "CHUNK_BYTES", {"cpu": 8 * D * 40})  # cuts the wide SAE's chunks further
+    saes, x = [trained_looking("topk"), trained_looking("topk", width=256)], rows(777, seed=5)
+    alone = [reconstruction_metrics(sae, x.split(200)).scalars() for sae in saes]
+    for order in ((0, 1), (1, 0)):
+        variance = Variance(D)
+        assert [reconstruction_metrics(saes[i], x.split(200), variance).scalars() for i in order] == [alone[i] for i in order]
+        assert variance.rows == 777
 
 
 def test_batchtopk_is_evaluated_with_its_threshold():
