@@ -5,7 +5,8 @@
 
 Two times are taken from the moment of the kill: until a process takes the dead one's place (of a machine: until everything that was on it is alive
 elsewhere), and until every SAE has a new number in the outbox, beyond those from before. The second has up to a second from the driver's looking once
-a second in it, and is shorter than the first where enough activations were in flight. Run it on a quiet machine.
+a second in it, and is shorter than the first where enough activations were in flight. A process that hangs is stopped (SIGSTOP); it is silent for
+`faults.hang_seconds`, ten here, before it counts as hung. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tests.faults.test_nodes import NEEDS, drain, machines_of  # noqa: E402
 TIMES = 5
 KNOBS = {"train.tokens": 60 * SHARD_ROWS, "stream.epochs": 3, "train.reports": 600, "evaluation.interim_rows": 256, "train.checkpoint_seconds": 2}
 FAULTS = {"faults.hang_seconds": 10, "faults.producer_deaths": 1000, "faults.shard_attempts": 20}
-PROCESSES = ("producer", "hung producer", "trainer", "queue", "trial", "driver")
+PROCESSES = ("producer", "hung producer", "trainer", "hung trainer", "queue", "hung queue", "trial", "driver")
 MACHINES = ("machine with producers and trainers", "drained machine")
 
 
@@ -48,7 +49,7 @@ def strike(sweep: Sweep, fault: str) -> tuple[float, float]:
     known = set(sweep.pids(kind))
     goes_on = trained_on(sweep)
     began = time.monotonic()
-    if fault == "hung producer":
+    if fault.startswith("hung"):
         os.kill(min(known), signal.SIGSTOP)
     else:
         sweep.kill(kind, min(known))
