@@ -38,11 +38,11 @@ lint: $(VENV)/.installed
 clean:  ## remove the environments and build products; results (runs/, mlflow.db) stay
 	rm -rf $(VENV) $(VENV)-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)-peers/.installed:
-	python3 -m venv $(VENV)-peers
-	$(VENV)-peers/bin/python -m pip install --quiet torch==2.13.0
-	$(VENV)-peers/bin/python -m pip install --quiet $(PEERS)
-	$(VENV)-peers/bin/python -m pip uninstall --quiet --yes torchvision  # nnsight brings one that does not fit this torch
+$(VENV)-peers/.installed: constraints.txt
+	python3 -m venv --clear $(VENV)-peers
+	grep '^torch==' constraints.txt > $(VENV)-peers/torch.txt  # the same torch as ours
+	$(VENV)-peers/bin/python -m pip install --quiet --constraint $(VENV)-peers/torch.txt $(PEERS)
+	$(VENV)-peers/bin/python -m pip uninstall --quiet --yes torchvision  # nnsight brings one, which nothing here uses
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -1,12 +1,12 @@
 """What the stream's control plane costs per block and consumer, and where it breaks.
 
-    python benchmarks/control_plane.py [--consumers 1,8,64,512] [--blocks 8] [--seconds 10] [--json FILE]
+    python benchmarks/control_plane.py [--simulated 8,64,512] [--consumers 1,8,64,512] [--blocks 8] [--seconds 10] [--json FILE]
 
-Two measurements, without a language model and with next to no data; shards have `--blocks` blocks, eight shards are in flight.
+Two measurements, without a language model and with next to no data; eight shards are in flight. Both are taken with each of the `--blocks` a shard.
 
-1. The state machine alone, with simulated producers and consumers in this process: CPU time per block and consumer, and the share of a core that
+1. The state machine alone, with producers and `--simulated` consumers in this process: CPU time per block and consumer, and the share of a core that
    10,000 blocks a minute take, each read by all consumers.
-2. The real queue actor, on a local Ray with a producer of small blocks and consumers that do not even read them (threads of a few processes), as
+2. The real queue actor, on a local Ray with a producer of small blocks and `--consumers` that do not even read them (threads of a few processes), as
    fast as it goes: blocks handed over per second, summed over consumers, and the CPU time that the queue's process spends on each. Those of its
    threads that run Python share one lock: when together they fill a core, the queue is saturated. That point is computed from the CPU time, because
    the consumers of this benchmark share the machine with the queue and slow it down before.
@@ -74,7 +74,7 @@ def simulate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
                 state.advance(name, done[name])
                 state.lease()
     each = spent / (blocks * sum(done.values()))
-    return {"consumers": consumers, "microseconds": 1e6 * each, "share_of_core": each * GOAL * consumers}
+    return {"consumers": consumers, "blocks": blocks, "microseconds": 1e6 * each, "share_of_core": each * GOAL * consumers}
 
 
 # ---------------------------------------------------------------- the queue
@@ -159,6 +159,7 @@ def saturate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
     whole, python = (after - before for after, before in zip(cpu, cpu_before, strict=True))
     return {
         "consumers": consumers,
+        "blocks": blocks,
         "blocks_per_second": read / spent,
         "microseconds": 1e6 * whole / read,
         "python_microseconds": 1e6 * python / read,
@@ -170,24 +171,25 @@ def saturate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--simulated", default="8,64,512")
     parser.add_argument("--consumers", default="1,8,64,512")
-    parser.add_argument("--blocks", type=int, default=8, help="of a shard")
+    parser.add_argument("--blocks", default="8", help="of a shard")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    numbers = [int(number) for number in options.consumers.split(",")]
+    simulated, consumers, blocks = ([int(word) for word in words.split(",")] for words in (options.simulated, options.consumers, options.blocks))
     found = {"state": [], "queue": []}
-    print("the state machine alone\n  consumers   µs per block and consumer   share of a core")
-    for number in numbers:
-        found["state"].append(row := simulate(number, options.blocks, options.seconds / 2))
-        print(f"  {number:9}   {row['microseconds']:25.2f}   {row['share_of_core']:15.1%}", flush=True)
+    print("the state machine alone\n  blocks a shard   consumers   µs per block and consumer   share of a core")
+    for each, number in itertools.product(blocks, simulated):
+        found["state"].append(row := simulate(number, each, options.seconds / 2))
+        print(f"  {each:14}   {number:9}   {row['microseconds']:25.2f}   {row['share_of_core']:15.1%}", flush=True)
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False, logging_level="error")
-    print("the queue\n  consumers   blocks/s here   µs of CPU per block   of it Python   a core's share   saturated: blocks/s   consumers")
-    for number in numbers:
-        found["queue"].append(row := saturate(number, options.blocks, options.seconds))
+    print("the queue\n  blocks a shard   consumers   blocks/s   µs of CPU a block   of it Python   share of a core   saturated: blocks/s   consumers")
+    for each, number in itertools.product(blocks, consumers):
+        found["queue"].append(row := saturate(number, each, options.seconds))
         print(
-            f"  {number:9}   {row['blocks_per_second']:13,.0f}   {row['microseconds']:19.0f}   {row['python_microseconds']:12.0f}   "
-            f"{row['python_load']:14.0%}   {row['limit_per_second']:19,.0f}   {row['limit_consumers']:9.1f}",
+            f"  {each:14}   {number:9}   {row['blocks_per_second']:8,.0f}   {row['microseconds']:17.0f}   {row['python_microseconds']:12.0f}   "
+            f"{row['python_load']:15.0%}   {row['limit_per_second']:19,.0f}   {row['limit_consumers']:9.1f}",
             flush=True,
         )
     ray.shutdown()

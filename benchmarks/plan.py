@@ -11,8 +11,11 @@
     the queue, s per block and consumer  c₁ + c₂ / blocks per shard        (docs/cost.md)
 
 b₁ is the dense encoder product, b₂ the selection of the k largest, b₃ the sparse products, b₄ Adam and the decoder's norms, b₅ what a step costs
-however small. On another device a₁ and b₁ scale with the rate of its matrix products, of which it reaches `--efficiency`, the rest with its memory's
-bandwidth. **That is an extrapolation: nothing here has been measured on a GPU.**
+however small. On another device a₁ and b₁ scale with the rate of its matrix products, of which it reaches `--efficiency`, b₅ stays as it is, the rest
+scales with its memory's bandwidth. **That is an extrapolation: nothing here has been measured on a GPU.**
+
+All SAEs train in one pass, so a device holds its SAEs (weights, gradients, Adam's moments) all the time and takes a step of each per batch. They are
+put on devices largest first, each on the first with hours and memory left for it; that number of devices is the plan's. An SAE is never split.
 """
 
 from __future__ import annotations
@@ -21,8 +24,10 @@ import argparse
 import json
 import math
 import os
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +43,8 @@ STEPS = [  # d, n, k, batch
     (512, 8192, 32, 2048), (768, 4096, 32, 4096), (768, 16384, 64, 2048),
 ]  # fmt: skip
 QUEUE = 47e-6, 1104e-6  # s per block and consumer, and over the blocks of a shard; fitted to docs/cost.md
-TAKEN = 3  # of so many attempts, the fastest
+USABLE = 0.9  # of a device's memory, for its SAEs: the rest is for batches and what a step allocates
+TAKEN = 5  # of so many attempts, the median
 
 
 @dataclass(frozen=True)
@@ -105,12 +111,21 @@ def of_step(d: int, n: int, k: int, batch: int) -> list[float]:
     return [2 * d * n, n, k * d, d * n / batch, 1 / batch]
 
 
-def fit(features: list[list[float]], seconds: list[float]) -> tuple[np.ndarray, float]:
-    """Coefficients ≥ 0 that minimise the relative squares, and the largest relative error."""
+def fit(features: list[list[float]], seconds: list[float]) -> np.ndarray:
+    """Coefficients ≥ 0 that minimise the relative squares."""
     relative = np.array(features) / np.array(seconds)[:, None]
     scale = relative.max(0)
     found, _ = nnls(relative / scale, np.ones(len(seconds)))
-    return found / scale, float(np.abs(relative @ (found / scale) - 1).max())
+    return found / scale
+
+
+def errors_of(features: list[list[float]], seconds: list[float]) -> tuple[float, float]:
+    """The largest relative error of the fit, and that of predictions for measurements which their fit was made without."""
+    whole = fit(features, seconds)
+    others = [fit(features[:i] + features[i + 1 :], seconds[:i] + seconds[i + 1 :]) for i in range(len(seconds))]
+    within = np.array(features) @ whole / seconds - 1
+    without = np.sum(np.array(features) * others, axis=1) / seconds - 1
+    return float(np.abs(within).max()), float(np.abs(without).max())
 
 
 # ---------------------------------------------------------------- measuring this machine
@@ -125,21 +140,21 @@ def measure(path: Path) -> None:
     from raysae.stream.shard import ShardMaker
     from raysae.sweep.preflight import plan
 
-    def fastest(call: object, attempts: int = TAKEN) -> float:
+    def seconds_of(call: Callable[[], object]) -> float:
         times = []
-        for _ in range(attempts + 1):
+        for _ in range(1 + TAKEN):  # the first is a warm-up
             began = time.perf_counter()
             call()
             times.append(time.perf_counter() - began)
-        return min(times[1:])
+        return statistics.median(times[1:])
 
     threads = torch.get_num_threads()
     a, b, out = torch.randn(4096, 2048), torch.randn(2048, 4096), torch.empty(4096, 4096)
     source, target = torch.randn(2**26), torch.empty(2**26)
     found = {
         "threads": threads,
-        "matmul": 2 * 4096 * 2048 * 4096 / fastest(lambda: torch.mm(a, b, out=out), 10),
-        "memory": 2 * 4 * 2**26 / fastest(lambda: target.copy_(source), 10),
+        "matmul": 2 * 4096 * 2048 * 4096 / seconds_of(lambda: torch.mm(a, b, out=out)),
+        "memory": 2 * 4 * 2**26 / seconds_of(lambda: target.copy_(source)),
         "lm": [], "steps": [],
     }  # fmt: skip
     for layer in range(4):
@@ -151,14 +166,14 @@ def measure(path: Path) -> None:
         tokens = settled.training.shard_contexts * settled.training.context_length
         lm, _ = language_model("embedded", layer, settled.training.context_length)
         with torch.inference_mode():
-            found["lm"].append({"features": of_lm(lm), "seconds": fastest(lambda maker=maker: maker.make(0)) / tokens})
+            found["lm"].append({"features": of_lm(lm), "seconds": seconds_of(lambda maker=maker: maker.make(0)) / tokens})
         print(f"language model to layer {layer}: {1 / found['lm'][-1]['seconds']:,.0f} tokens/s", flush=True)
     for sizes in STEPS:
         *_, batch = sizes
         step, _ = raysae("topk", *sizes)
         x = torch.randn(batch, sizes[0])
         numbers = iter(range(100))
-        seconds = fastest(lambda step=step, x=x, numbers=numbers: step(next(numbers), x), 5) / batch
+        seconds = seconds_of(lambda step=step, x=x, numbers=numbers: step(next(numbers), x)) / batch
         found["steps"].append({"sizes": sizes, "seconds": seconds})
         print("step with d{} n{} k{} batch {}:".format(*sizes), f"{1 / seconds:,.0f} tokens/s", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,15 +194,16 @@ class Cost:
         return float(self.step @ of_step(*sizes))
 
 
-def fitted(measured: dict, device: Device | None, efficiency: float) -> tuple[Cost, list[float]]:
-    """The cost on `device` (None: the one that was measured), and the fits' largest relative errors."""
-    lm, lm_error = fit([row["features"] for row in measured["lm"]], [row["seconds"] for row in measured["lm"]])
-    step, step_error = fit([of_step(*row["sizes"]) for row in measured["steps"]], [row["seconds"] for row in measured["steps"]])
+def fitted(measured: dict, device: Device | None, efficiency: float) -> tuple[Cost, list[tuple[float, float]]]:
+    """The cost on `device` (None: the one that was measured), and the errors of the fits of language model and step."""
+    lm = [row["features"] for row in measured["lm"]], [row["seconds"] for row in measured["lm"]]
+    step = [of_step(*row["sizes"]) for row in measured["steps"]], [row["seconds"] for row in measured["steps"]]
+    cost = Cost(fit(*lm), fit(*step))
     if device:
-        other = measured["memory"] / device.memory
-        lm, step = lm * other, step * other
-        lm[0] = step[0] = 1 / (efficiency * device.matmul)
-    return Cost(lm, step), [lm_error, step_error]
+        products, other = 1 / (efficiency * device.matmul), measured["memory"] / device.memory
+        cost.lm[:] = products, other * cost.lm[1]
+        cost.step[:] = products, *(other * cost.step[1:-1]), cost.step[-1]
+    return cost, [errors_of(*lm), errors_of(*step)]
 
 
 # ---------------------------------------------------------------- the plan
@@ -222,46 +238,68 @@ def main() -> None:
     print(tell(options, cost, device or here, errors, measured))
 
 
-def tell(options: argparse.Namespace, cost: Cost, device: Device, errors: list[float], measured: dict) -> str:
+def devices_for(loads: list[tuple[float, ...]]) -> list[np.ndarray]:
+    """How full each device is, in shares of its hours and its memory, with the SAEs' `loads` put on them: largest first, each on the first that has
+    room for it. One that is more than a device can take has one of its own."""
+    devices: list[np.ndarray] = []
+    for load in sorted(loads, key=max, reverse=True):
+        free = next((device for device in devices if (device + load <= 1).all()), None)
+        if free is None:
+            devices.append(np.array(load))
+        else:
+            free += load
+    return devices
+
+
+def tell(options: argparse.Namespace, cost: Cost, device: Device, errors: list[tuple[float, float]], measured: dict) -> str:
     lm, layer = language_model(options.model, options.layer, options.context)
     used = (options.context - options.skip) / options.context
     widths, ks = ([int(word) for word in words.split(",")] for words in (options.widths, options.k))
-    steps = {n: sum(cost.of_step(lm.d, n, k, options.batch) for k in ks) for n in widths}  # all k of a width, s per token
+    steps = {(n, k): cost.of_step(lm.d, n, k, options.batch) for n in widths for k in ks}  # s per token
+    state = {n: 2 * lm.d * n * (4 + 4 + 8) for n in widths}  # weights, gradients and Adam's moments in float32
     seconds = 3600 * options.hours
     passes, training = options.tokens / used * cost.of_lm(lm), options.tokens * sum(steps.values())
-    producers, trainers = math.ceil(passes / seconds), math.ceil(training / seconds)
+    producers = math.ceil(passes / seconds)
+    room = USABLE * device.room
+    full = devices_for([(options.tokens * step / seconds, state[n] / room) for (n, _), step in steps.items()])
+    trainers = f"the fullest of {len(full)} {'devices' if len(full) > 1 else 'device'}"
     rate = options.tokens / seconds  # of the stream, tokens per second
     item = 4 if options.device == "here" else 2
-    state = {n: 2 * lm.d * n * (4 + 4 + 8) for n in widths}  # weights, gradients and Adam's moments in float32
-    banks = max(1, trainers)
     blocks = math.ceil(options.shard_contexts * (options.context - options.skip) * lm.d * item / (options.block_mib * 2**20))
-    delivered = rate * lm.d * item / (options.block_mib * 2**20) * banks
+    delivered = rate * lm.d * item / (options.block_mib * 2**20) * len(full)
     saturation = {
         f"language model ({producers} {'devices' if producers > 1 else 'device'})": passes / seconds / producers,
-        f"training ({trainers} {'devices' if trainers > 1 else 'device'})": training / seconds / trainers,
+        f"training ({trainers})": max(hours for hours, _ in full),
+        f"trainers' usable memory ({trainers})": max(memory for _, memory in full),
         "bus from host to trainer": rate * lm.d * item / device.bus,
         "network into a trainer": rate * lm.d * item / device.network,
-        "network out of a producer": rate * lm.d * item / producers * banks / device.network,
-        f"queue ({banks} consumers, {blocks} blocks a shard)": delivered * (QUEUE[0] + QUEUE[1] / blocks),
+        "network out of a producer": rate * lm.d * item / producers * len(full) / device.network,
+        f"queue ({len(full)} consumers, {blocks} blocks a shard)": delivered * (QUEUE[0] + QUEUE[1] / blocks),
     }
     store = options.tokens * lm.d * item
+    off = [f"{within:.0%} at most, {without:.0%} for what they were not fitted to" for within, without in errors]
     lines = [
-        f"Measured with {measured['threads']} threads, {measured['matmul'] / 1e9:,.0f} GFLOP/s, {measured['memory'] / 1e9:.1f} GB/s; the fits are "
-        f"off by {errors[0]:.0%} (language model) and {errors[1]:.0%} (step) at most.",
+        f"Measured with {measured['threads']} threads, {measured['matmul'] / 1e9:,.0f} GFLOP/s, {measured['memory'] / 1e9:.1f} GB/s.",
+        f"The fits are off by {off[0]} (language model), and by {off[1]} (step).",
         f"{Path(options.model).stem} up to layer {layer}: d = {lm.d}, {lm.operations / 1e9:,.2f} GFLOP per token, "
         f"{used / cost.of_lm(lm):,.0f} activations/s per device",
-        f"{len(widths) * len(ks)} SAEs on {options.tokens:,.0f} tokens each, batch {options.batch:,}; a device trains one at",
-        *(f"  n = {n:>9,}: {len(ks) / steps[n]:>10,.0f} tokens/s; weights, gradients and Adam take {state[n] / 1e9:,.1f} GB" for n in widths),
-        f"In {options.hours:g} hours: {producers} {options.device} for the language model, {trainers} for the SAEs "
+        f"{len(steps)} SAEs on {options.tokens:,.0f} tokens each, batch {options.batch:,}; a device trains one at",
+        *(
+            f"  n = {n:>9,}: {len(ks) / sum(steps[n, k] for k in ks):>10,.0f} tokens/s; weights, gradients and Adam take {state[n] / 1e9:,.1f} GB"
+            for n in widths
+        ),
+        f"In {options.hours:g} hours: {producers} {options.device} for the language model, {len(full)} for the SAEs "
         f"({passes / 3600:,.1f} and {training / 3600:,.1f} device hours), a stream of {rate:,.0f} tokens/s",
         f"All activations, if they are kept: {store / 1e12:,.2f} TB per hook point",
         "How full each part is, the fullest first:",
         *(f"  {share:7.1%}  {name}" for name, share in sorted(saturation.items(), key=lambda item: -item[1])),
     ]
-    too_big = [n for n in widths if state[n] > device.room]
-    if too_big:
-        named = ", ".join(f"{n:,}" for n in too_big)
-        lines.append(f"SAEs of width {named} do not fit into a device's {device.room / 1e9:.0f} GB: raysae does not split an SAE.")
+    for what, refused in {
+        f"do not fit into a device's usable {room / 1e9:.0f} GB": {n for n in widths if state[n] > room},
+        f"take more than {options.hours:g} hours on a device": {n for (n, _), step in steps.items() if options.tokens * step > seconds},
+    }.items():
+        if refused:
+            lines.append(f"SAEs of width {', '.join(f'{n:,}' for n in sorted(refused))} {what}: raysae does not split an SAE, this plan cannot be.")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
     python benchmarks/producer.py [--model embedded] [--hook-point resid_post.2] [--threads 2] [--repeats 7] [--json FILE]
 
 The producer makes whole shards, as in a sweep: forward pass, capture, permutation, blocks. The bare pass is transformers' own model, cut off behind
-the same block. The two take turns.
+the same block. The two take turns; the ratio is taken in every turn, and told are its median, least and greatest.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a job's processes; read when torch is imported
 
 import torch
+from steps import spread
 
 from raysae.config import SweepConfig
 from raysae.lm.model import LanguageModel
@@ -56,8 +57,9 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - began)
     tokens = spec.shard_contexts * spec.context_length
     rates = {name: tokens / statistics.median(times) for name, times in seconds.items()}
-    ratio = rates["producer"] / rates["bare"]
-    print(f"producer {rates['producer']:,.0f} tokens/s, bare forward pass {rates['bare']:,.0f} tokens/s: {ratio:.3f}")
+    ratio = spread(bare / producer for producer, bare in zip(seconds["producer"], seconds["bare"], strict=True))
+    print("producer {producer:,.0f} tokens/s, bare forward pass {bare:,.0f} tokens/s: ".format(**rates), end="")
+    print("{median:.3f} ({least:.3f} to {greatest:.3f})".format(**ratio))
     if options.json:
         options.json.write_text(json.dumps({**rates, "ratio": ratio}, indent=1))
 

@@ -1,6 +1,7 @@
 """One side of `steps.py`: a training step of raysae or of a peer, taken as often as a line on standard input says.
 
     python benchmarks/step_worker.py SIDE ARCHITECTURE D N K BATCH
+    python benchmarks/step_worker.py torch                           which torch this environment has
 
 Prints a line of JSON per line read: {"seconds": …} for a number of steps; for `memory` {"bytes": …}, the peak of resident memory in the steps so far
 beyond what was resident before the first one, less gradients and Adam's moments. It runs in the peers' environment too and so imports nothing but
@@ -8,7 +9,8 @@ torch and what SIDE needs.
 
 Every side does what its own trainer does in a step: forward, backward, gradient clipping, removal of the parallel gradient and unit decoder rows
 where it has them, Adam, learning-rate schedule, count of latents that fired. No latent is dead here, so AuxK is idle on all sides; logging, where a
-trainer leaves it out by itself, is off.
+trainer leaves it out by itself, is off. The schedules are so long that every step measured lies at the beginning of the learning rate's warm-up, a
+twentieth of all steps on every side; penalties have none. All sides step in the main thread, also ours, which has one of its own for that in a sweep.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from collections.abc import Callable
 import torch
 
 BATCHES = 4  # different ones, taken in turn
-STEPS = 1000  # of the schedules
+STEPS = 10**6  # of the schedules
+WARMUP = STEPS // 20  # of the learning rate
 Step = Callable[[int, torch.Tensor], object]  # (number of the step, batch (b, d))
 
 
@@ -31,11 +34,16 @@ def raysae(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step,
 
     sparsity = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity": 0.01}
     config = SAEConfig(architecture=architecture, width=n, hook_point="resid_post.0", learning_rate=2e-4, seed=0, **sparsity)
-    train = TrainConfig(batch=batch, tokens=STEPS * batch, aux_coefficient=0)
+    train = TrainConfig(batch=batch, tokens=STEPS * batch, warmup=WARMUP / STEPS, sparsity_warmup=0, aux_coefficient=0)
     bank = Bank(d, train)
     member = bank.add(config.name, config)
     member.initialise(torch.randn(batch, d))
-    return lambda step, x: bank.step(x, step * batch), list(member.parameters.values())
+
+    def step(number: int, x: torch.Tensor) -> None:
+        assert bank.step(x, number * batch) == [member], f"step {number} trained nothing"
+        assert not member.failed, member.failed
+
+    return step, list(member.parameters.values())
 
 
 def sparsify(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step, list[torch.nn.Parameter]]:
@@ -45,7 +53,7 @@ def sparsify(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Ste
     assert architecture == "topk"
     sae = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k), "cpu", dtype=torch.float32)
     optimizer = torch.optim.Adam([{"params": sae.parameters(), "lr": 2e-4}])
-    schedule = get_linear_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
+    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
     quiet, fired = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
 
     def step(number: int, x: torch.Tensor) -> None:  # as sparsify's Trainer.fit with loss_fn="fvu", AuxK and logging off
@@ -82,7 +90,7 @@ def saelens(architecture: str, d: int, n: int, k: int, batch: int, sparse: bool 
     sae = TrainingSAE.from_dict(config.to_dict())
     trainer_config = SAETrainerConfig(
         n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=STEPS * batch, device="cpu", autocast=False,
-        lr=2e-4, lr_end=2e-5, lr_scheduler_name="constant", lr_warm_up_steps=STEPS // 20, adam_beta1=0.9, adam_beta2=0.999,
+        lr=2e-4, lr_end=2e-5, lr_scheduler_name="constant", lr_warm_up_steps=WARMUP, adam_beta1=0.9, adam_beta2=0.999,
         lr_decay_steps=STEPS // 5, n_restart_cycles=1, train_batch_size_samples=batch, dead_feature_window=10**9, feature_sampling_window=10**9,
         logger=LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
@@ -109,7 +117,7 @@ def dictionary_learning(architecture: str, d: int, n: int, k: int, batch: int) -
     sparse = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity_warmup_steps": None}
     own = {"resample_steps": None} if architecture == "relu" else {}
     trainer = kind(
-        steps=STEPS, activation_dim=d, dict_size=n, layer=0, lm_name="none", lr=2e-4, warmup_steps=STEPS // 20, device="cpu", seed=0, **sparse, **own
+        steps=STEPS, activation_dim=d, dict_size=n, layer=0, lm_name="none", lr=2e-4, warmup_steps=WARMUP, device="cpu", seed=0, **sparse, **own
     )
     return trainer.update, list(trainer.ae.parameters())
 
@@ -124,6 +132,9 @@ def resident(key: str) -> int:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["torch"]:
+        print(torch.__version__)
+        return
     side, architecture, *sizes = sys.argv[1:]
     d, n, k, batch = map(int, sizes)
     answers, sys.stdout = sys.stdout, sys.stderr  # what a peer prints must not come between the answers

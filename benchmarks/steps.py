@@ -1,10 +1,11 @@
 """Training steps, ours against every peer's: tokens per second, share of the least-work bound, memory.
 
-    python benchmarks/steps.py [--threads 2] [--batch 4096] [--k 32] [--repeats 5] [--only topk:256:4096] [--json FILE]
+    python benchmarks/steps.py [--threads 2] [--batch 4096] [--k 32] [--repeats 5] [--only topk-d256-n4096] [--json FILE]
 
 The sides of a row are processes of their own that hold the same batches and take turns; each does enough steps for about a second at a time, so that
-a disturbance of the machine meets all. Every side first tries the allocator settings below and keeps its best. The bound is the time of one dense
-product, 2·b·d·n operations, at the rate of the best matrix product measured in the same alternation.
+a disturbance of the machine meets all. Before, each side tries the allocator settings below, alone and one after another, for about a second of
+steps, and keeps its best. The ratio to the best peer, the one with the largest median, is taken in every alternation; told are its median, least
+and greatest. The bound is the time of one dense product, 2·b·d·n operations, at the rate of the best matrix product measured between the turns.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-ROWS = [("topk", 256, 4096), ("topk", 256, 16384), ("topk", 768, 24576), ("batchtopk", 256, 4096), ("jumprelu", 256, 4096), ("relu", 256, 4096),
-        ("tied", 256, 4096)]  # fmt: skip
+PEERS = REPOSITORY / ".venv-peers" / "bin" / "python"
+WORKER = REPOSITORY / "benchmarks" / "step_worker.py"
+ROWS = {  # name → architecture, d, n
+    f"{architecture}-d{d}-n{n}": (architecture, d, n)
+    for architecture, d, n in [
+        ("topk", 256, 4096), ("topk", 256, 16384), ("topk", 768, 24576), ("batchtopk", 256, 4096), ("jumprelu", 256, 4096), ("relu", 256, 4096),
+        ("tied", 256, 4096),
+    ]
+}  # fmt: skip
 HAVE = {
     "topk": ("raysae", "sparsify", "saelens", "saelens_sparse", "dictionary_learning"),
     "batchtopk": ("raysae", "saelens", "dictionary_learning"),
@@ -36,6 +46,7 @@ ALLOCATORS = {
         "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={KEEP}:glibc.malloc.trim_threshold={KEEP}:glibc.malloc.mmap_max=0:glibc.malloc.hugetlb=1"
     },
 }
+WARM = 2  # steps of a process before it is timed
 PEAK = """
 import sys, time, torch
 a, b = torch.randn(4096, 2048), torch.randn(2048, 4096); out = torch.empty(4096, 4096)
@@ -47,12 +58,31 @@ for line in sys.stdin:
 """
 
 
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    values = list(values)
+    return {"median": statistics.median(values), "least": min(values), "greatest": max(values)}
+
+
+def refuse_other_torch(peers: str) -> None:
+    """Exit where the peers' environment has another torch than this one: the comparison would be of these."""
+    versions = []
+    for python in (sys.executable, peers):
+        try:
+            versions.append(subprocess.run([python, str(WORKER), "torch"], check=True, capture_output=True, text=True).stdout.strip())
+        except (OSError, subprocess.CalledProcessError):
+            sys.exit(f"error: {python} has no torch: `make bench` makes the peers' environment")
+    if len(set(versions)) > 1:
+        sys.exit(f"error: raysae has torch {versions[0]} and the peers have {versions[1]}: remove .venv-peers, `make bench` makes it anew")
+
+
 class Worker:
     """A process that waits for lines and answers each."""
 
     def __init__(self, command: list[str], environment: dict[str, str], threads: int) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", **NO_TRITON} | environment
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process; a pipe that nobody empties would fill)
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
 
     def ask(self, line: object) -> object:
         try:
@@ -60,35 +90,43 @@ class Worker:
             self.process.stdin.flush()
             return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
-            raise SystemExit(f"{self.process.args} has ended:\n{self.process.stderr.read()[-2000:]}") from None
+            self.process.wait()
+            self.errors.seek(0)
+            raise SystemExit(f"{' '.join(self.process.args)} has ended:\n{self.errors.read()[-2000:]}") from None
 
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+        self.errors.close()
 
 
 class Side:
     """One library in one row: its steps, under the allocator that suits it best."""
 
-    def __init__(self, name: str, row: tuple[str, int, int], options: argparse.Namespace) -> None:
+    def __init__(self, name: str, row: str, options: argparse.Namespace) -> None:
         self.name, self.row, self.options = name, row, options
-        trials = {allocator: self._start(allocator) for allocator in ALLOCATORS}
-        times = {}
-        for allocator, worker in trials.items():
-            worker.ask(2)
-            times[allocator] = worker.ask(2)["seconds"] / 2
+        times = {allocator: self._try(allocator) for allocator in ALLOCATORS}
         self.allocator = min(times, key=times.get)
-        self.worker = trials.pop(self.allocator)
-        for worker in trials.values():
-            worker.close()
         self.steps = max(1, round(1 / times[self.allocator]))
+        self.worker = self._start(self.allocator)
         self.seconds: list[float] = []
         self.bytes = 0
 
     def _start(self, allocator: str) -> Worker:
+        """A process that has done its first steps."""
         python = sys.executable if self.name == "raysae" else self.options.peers
-        words = [self.name, *map(str, self.row), str(self.options.k), str(self.options.batch)]
-        return Worker([python, str(REPOSITORY / "benchmarks" / "step_worker.py"), *words], ALLOCATORS[allocator], self.options.threads)
+        words = [self.name, *map(str, ROWS[self.row]), str(self.options.k), str(self.options.batch)]
+        worker = Worker([python, str(WORKER), *words], ALLOCATORS[allocator], self.options.threads)
+        worker.ask(WARM)
+        return worker
+
+    def _try(self, allocator: str) -> float:
+        """Seconds of a step, of about a second of them."""
+        worker = self._start(allocator)
+        steps = max(1, round(1 / worker.ask(1)["seconds"]))
+        seconds = worker.ask(steps)["seconds"]
+        worker.close()
+        return seconds / steps
 
     def take_turn(self) -> None:
         self.seconds.append(self.worker.ask(self.steps)["seconds"] / self.steps)
@@ -96,15 +134,14 @@ class Side:
     def close(self) -> None:
         self.worker.close()
         lean = self._start("default")  # memory without an allocator that keeps what it has
-        lean.ask(2)
         self.bytes = lean.ask("memory")["bytes"]
         lean.close()
 
 
-def measure(row: tuple[str, int, int], options: argparse.Namespace) -> dict:
-    architecture, d, n = row
-    peak = Worker([sys.executable, "-c", PEAK], {}, options.threads)
+def measure(row: str, options: argparse.Namespace) -> dict:
+    architecture, d, n = ROWS[row]
     sides = [Side(name, row, options) for name in HAVE[architecture]]
+    peak = Worker([sys.executable, "-c", PEAK], {}, options.threads)
     rates = []
     for _ in range(options.repeats):
         rates.append(2 * 4096 * 2048 * 4096 / float(peak.ask("go")))
@@ -114,8 +151,7 @@ def measure(row: tuple[str, int, int], options: argparse.Namespace) -> dict:
     for side in sides:
         side.close()
     least = 2 * options.batch * d * n / max(rates)
-    result = {"architecture": architecture, "d": d, "n": n, "batch": options.batch, "k": options.k, "threads": options.threads}
-    result |= {"gemm_gflops": max(rates) / 1e9, "sides": {}}
+    result = {"name": row, "batch": options.batch, "k": options.k, "threads": options.threads, "gemm_gflops": max(rates) / 1e9, "sides": {}}
     for side in sides:
         median = statistics.median(side.seconds)
         result["sides"][side.name] = {
@@ -125,14 +161,16 @@ def measure(row: tuple[str, int, int], options: argparse.Namespace) -> dict:
             "extra_mib": side.bytes / 2**20,
             "allocator": side.allocator,
         }
-    ours, *peers = (result["sides"][side.name]["tokens_per_second"] for side in sides)
-    result["ratio"] = ours / max(peers) if peers else None
+    ours, *peers = sides
+    if peers:
+        best = min(peers, key=lambda side: statistics.median(side.seconds))
+        result |= {"best_peer": best.name, "ratio": spread(theirs / our for our, theirs in zip(ours.seconds, best.seconds, strict=True))}
     return result
 
 
 def show(result: dict) -> None:
-    ratio = f", {result['ratio']:.2f} × the best peer" if result["ratio"] else ""
-    print(f"\n{result['architecture']} d{result['d']} n{result['n']}: GEMM peak {result['gemm_gflops']:.0f} GFLOP/s{ratio}")
+    ratio = ", {median:.2f} × {best} ({least:.2f} to {greatest:.2f})".format(best=result["best_peer"], **result["ratio"]) if "ratio" in result else ""
+    print(f"\n{result['name']}: GEMM peak {result['gemm_gflops']:.0f} GFLOP/s{ratio}")
     for name, side in result["sides"].items():
         print(
             f"  {name:20} {side['tokens_per_second']:9,.0f} tokens/s ± {side['spread']:4.0%}   {side['share_of_bound']:5.1%} of the bound   "
@@ -143,15 +181,15 @@ def show(result: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default=str(REPOSITORY / ".venv-peers" / "bin" / "python"), help="Python of the peers' environment")
+    parser.add_argument("--peers", default=str(PEERS), help="Python of the peers' environment")
     for name, default in {"threads": 2, "batch": 4096, "k": 32, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--only", action="append", help="ARCHITECTURE[:D:N], may be given several times")
+    parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help=f"may be given several times; rows: {', '.join(ROWS)}")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [row for row in ROWS if not options.only or any(":".join(map(str, row)).startswith(only) for only in options.only)]
+    refuse_other_torch(options.peers)
     results = []
-    for row in rows:
+    for row in options.only or ROWS:
         results.append(measure(row, options))
         show(results[-1])
     if options.json:

@@ -3,9 +3,13 @@
     python benchmarks/whole_job.py [--peers .venv-peers/bin/python] [--tokens 524288] [--repeats 1] [--json FILE]
 
 Widths 512, 1,024, 2,048 and 4,096 with k = 16 and 32 at the middle layer, batch 4,096, contexts of 128 tokens. All train with Adam on the same
-contexts in float32 with two threads. Ours runs as users run it, start-up, tokenisation (nothing cached), evaluations, tracking and figures included.
-The peers are given token ids; SAELens trains all eight in one run and evaluates them with its own `run_evals`, sparsify has one run per SAE (its
-trainer takes one width) and no evaluation. Told are wall time and the largest sum of the proportional set sizes of all processes.
+contexts in float32 with two threads and without AuxK, which is idle in the peers for so few steps. Ours runs as users run it, start-up, tokenisation
+(nothing cached), evaluations, tracking and figures included. The peers are given token ids; SAELens trains all eight in one run and evaluates them
+with its own `run_evals`, sparsify has one run per SAE (its trainer takes one width) and no evaluation. Each side has the allocator that `steps.py`
+found best for its TopK step (d256 n4096; trying them on whole jobs would take hours). Told are wall time and the largest sum of the proportional set
+sizes of all processes; with `--repeats` the sides take turns and the ratios are taken in every one. Afterwards the SAEs of the last turn are read by
+raysae's importers and evaluated alike: the mean FVU of each side's eight on one shard of held-out rows, which like our training has no rows from the
+first eight positions of a context.
 """
 
 from __future__ import annotations
@@ -13,13 +17,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from steps import ALLOCATORS, NO_TRITON, PEERS, refuse_other_torch, spread
+
+if TYPE_CHECKING:
+    from raysae.config import SweepConfig
 
 REPOSITORY = Path(__file__).parents[1]
 WIDTHS, KS, LAYER, BATCH, CONTEXT, RATE = (512, 1024, 2048, 4096), (16, 32), 2, 4096, 128, 1e-3
@@ -30,31 +39,61 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_OFFLINE": "1",
-    "SPARSIFY_DISABLE_TRITON": "1",  # it finds Triton, which has nothing to run on without a GPU
+    **NO_TRITON,
 }
+STEPS_ROW = "topk-d256-n4096"  # of steps.py
+STEP_SIDES = {"raysae": "raysae", "saelens": "saelens_sparse", "sparsify": "sparsify"}  # what steps.py calls them
+SAVED = {"raysae": "runs/bench/saes/*/cfg.json", "saelens": "output/*/cfg.json", "sparsify": "sparsify/*/layers.*/cfg.json"}
 
 
 def ours(folder: Path, tokens: int) -> list[str]:
     knobs = {
         "hook_points": f"resid_post.{LAYER}", "widths": ",".join(map(str, WIDTHS)), "k": ",".join(map(str, KS)), "learning_rates": RATE,
-        "train.tokens": tokens, "train.batch": BATCH, "stream.context_length": CONTEXT, "stream.cache": "off", "text.cache": folder / "tokens",
-        "evaluation.rows": EVALUATED, "evaluation.predicted_tokens": EVALUATED, "output": folder / "runs", "study": "bench",
-        "tracking.uri": f"sqlite:///{folder}/mlflow.db",
+        "train.tokens": tokens, "train.batch": BATCH, "train.aux_coefficient": 0, "stream.context_length": CONTEXT, "stream.cache": "off",
+        "text.cache": folder / "tokens", "evaluation.rows": EVALUATED, "evaluation.predicted_tokens": EVALUATED, "output": folder / "runs",
+        "study": "bench", "tracking.uri": f"sqlite:///{folder}/mlflow.db",
     }  # fmt: skip
     words = [word for key, value in knobs.items() for word in (f"--{key}", str(value))]
     return [sys.executable, str(REPOSITORY / "jobs" / "scaling_sweep.py"), *words]
+
+
+def stream(tokens: int) -> SweepConfig:
+    """A config with the stream of our sweep."""
+    from raysae.config import SweepConfig
+
+    return SweepConfig.model_validate({"stream": {"context_length": CONTEXT}, "hook_points": [f"resid_post.{LAYER}"], "train": {"tokens": tokens}})
 
 
 def contexts(path: Path, tokens: int) -> None:
     """The contexts of our sweep, (contexts, CONTEXT) int32, in `path`; as many as a peer needs that skips no positions."""
     import numpy as np
 
-    from raysae.config import SweepConfig
     from raysae.sweep.preflight import plan
 
-    knobs = {"stream": {"context_length": CONTEXT}, "hook_points": [f"resid_post.{LAYER}"], "train": {"tokens": tokens}}
-    made = plan(SweepConfig.model_validate(knobs)).contexts["train"]
+    made = plan(stream(tokens)).contexts["train"]
     np.save(path, made[np.arange(min(len(made.tokens), -(-(tokens + EVALUATED) // CONTEXT) + 64))])
+
+
+def mean_fvu(folders: dict[str, Path], tokens: int) -> dict[str, float]:
+    """Of each side's eight SAEs, on one shard of held-out rows."""
+    from raysae.lm.model import LanguageModel
+    from raysae.sae.importers import load_any
+    from raysae.stream.blocks import as_tensor
+    from raysae.stream.shard import ShardMaker
+    from raysae.sweep.preflight import plan
+    from raysae.train.evaluation import reconstruction_metrics
+
+    settled = plan(stream(tokens))
+    (hook,) = settled.hook_points
+    lm = LanguageModel.load(settled.config.model)
+    maker = ShardMaker(lm, settled.contexts["evaluation"], settled.evaluation, [hook], settled.config.stream.block_mib)
+    rows = [as_tensor(block, settled.evaluation.dtype) for block in maker.make(0)[1][hook]]
+    found = {}
+    for side, folder in folders.items():
+        saes = [load_any(path.parent, hook).sae for path in folder.glob(SAVED[side])]
+        assert len(saes) == len(WIDTHS) * len(KS), f"{folder} has {len(saes)} SAEs"
+        found[side] = sum(reconstruction_metrics(sae, rows).fvu for sae in saes) / len(saes)
+    return found
 
 
 # ---------------------------------------------------------------- in the peers' environment
@@ -113,14 +152,23 @@ def sparsify(folder: str, tokens: int, model: str) -> None:
 # ---------------------------------------------------------------- the comparison
 
 
-def run(command: list[str], log: Path) -> dict[str, float]:
+def best_allocators(path: Path) -> dict[str, str]:
+    """Side → the allocator that suits its TopK step best."""
+    rows = {row["name"]: row for row in json.loads(path.read_text())} if path.exists() else {}
+    if STEPS_ROW not in rows:
+        sys.exit(f"error: {path} has no {STEPS_ROW}, which says each side's best allocator: run steps.py --only {STEPS_ROW} --json {path} first")
+    return {side: rows[STEPS_ROW]["sides"][name]["allocator"] for side, name in STEP_SIDES.items()}
+
+
+def run(command: list[str], allocator: str, log: Path) -> dict[str, float]:
     """Wall seconds and peak memory of a command and all that it starts."""
     from one_pass import peak_memory
 
     mark = f"RAYSAE_BENCHMARK={uuid.uuid4().hex}"
     with log.open("w") as out, peak_memory(mark.encode()) as memory:
         began = time.perf_counter()
-        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT | dict([mark.split("=")])).returncode
+        environment = os.environ | ENVIRONMENT | ALLOCATORS[allocator] | dict([mark.split("=")])
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment).returncode
         seconds = time.perf_counter() - began
     if code:
         raise SystemExit(f"{' '.join(command[:4])} … failed:\n{log.read_text()[-3000:]}")
@@ -132,32 +180,41 @@ def main() -> None:
         {"saelens": saelens, "sparsify": sparsify}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), sys.argv[4])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default=str(REPOSITORY / ".venv-peers" / "bin" / "python"))
+    parser.add_argument("--peers", default=str(PEERS))
     parser.add_argument("--tokens", type=int, default=524_288)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--steps", type=Path, default=REPOSITORY / "build" / "bench" / "steps.json", help="what steps.py has written")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    refuse_other_torch(options.peers)
+    allocators = best_allocators(options.steps)
     from raysae.lm.facts import EMBEDDED
 
-    found: dict[str, list[dict[str, float]]] = {"raysae": [], "saelens": [], "sparsify": []}
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SAVED}
     with tempfile.TemporaryDirectory() as scratch:
         contexts(Path(scratch) / "contexts.npy", options.tokens)
-        for repeat in range(options.repeats):
-            for side, results in found.items():
-                folder = Path(scratch) / f"{side}-{repeat}"
-                folder.mkdir()
+        for _ in range(options.repeats):
+            folders = {side: Path(tempfile.mkdtemp(prefix=side, dir=scratch)) for side in SAVED}
+            for side, folder in folders.items():
                 (folder / "contexts.npy").symlink_to(Path(scratch) / "contexts.npy")
                 command = ours(folder, options.tokens)
                 if side != "raysae":
                     command = [options.peers, __file__, side, str(folder), str(options.tokens), str(EMBEDDED)]
-                results.append(run(command, folder / "log"))
-                print(f"{side:10} {results[-1]['seconds']:7.1f} s   {results[-1]['gib']:5.2f} GiB", flush=True)
-    medians = {side: {key: statistics.median(result[key] for result in results) for key in ("seconds", "gib")} for side, results in found.items()}
+                found[side].append(run(command, allocators[side], folder / "log"))
+                print("{:10} {seconds:7.1f} s   {gib:5.2f} GiB   {}".format(side, allocators[side], **found[side][-1]), flush=True)
+        fvu = mean_fvu(folders, options.tokens)
+    sides = {
+        side: {key: spread(result[key] for result in results) for key in ("seconds", "gib")} | {"fvu": fvu[side], "allocator": allocators[side]}
+        for side, results in found.items()
+    }
     for side in ("saelens", "sparsify"):
-        ratios = {key: medians[side][key] / medians["raysae"][key] for key in ("seconds", "gib")}
-        print(f"{side}: {ratios['seconds']:.2f} × our wall time, {ratios['gib']:.2f} × our memory")
+        for key in ("seconds", "gib"):
+            sides[side][f"{key}_ratio"] = spread(theirs[key] / our[key] for our, theirs in zip(found["raysae"], found[side], strict=True))
+        told = "{median:.2f} × ({least:.2f} to {greatest:.2f})"
+        print(f"{side}: {told.format(**sides[side]['seconds_ratio'])} our wall time, {told.format(**sides[side]['gib_ratio'])} our memory")
+    print("mean FVU: " + ", ".join(f"{side} {value:.4f}" for side, value in fvu.items()))
     if options.json:
-        options.json.write_text(json.dumps(medians, indent=1))
+        options.json.write_text(json.dumps(sides, indent=1))
 
 
 if __name__ == "__main__":

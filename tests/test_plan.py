@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -43,9 +44,67 @@ def test_operations_of_a_language_model_are_those_that_torch_counts(plan: Module
     assert lm.d == model.config.hidden_size
 
 
+PLANTED = np.array([2e-12, 0.0, 3e-11, 5e-10, 1e-4])
+
+
 def test_a_planted_cost_is_found(plan: ModuleType):
-    planted = np.array([2e-12, 0.0, 3e-11, 5e-10, 1e-4])
     features = [plan.of_step(*sizes) for sizes in plan.STEPS]
-    found, error = plan.fit(features, list(np.array(features) @ planted))
-    assert found == pytest.approx(planted, rel=1e-6, abs=1e-15)
-    assert error < 1e-9
+    seconds = list(np.array(features) @ PLANTED)
+    assert plan.fit(features, seconds) == pytest.approx(PLANTED, rel=1e-6, abs=1e-15)
+    assert max(plan.errors_of(features, seconds)) < 1e-6
+
+
+def test_the_error_of_a_prediction_is_that_of_a_fit_without_it(plan: ModuleType):
+    within, without = plan.errors_of([[1.0], [1.0], [1.0]], [1.0, 1.0, 1.1])
+    assert within < 0.09
+    assert without == pytest.approx(1 - 1 / 1.1)
+
+
+def test_devices_are_filled_by_hours_and_by_memory(plan: ModuleType):
+    assert len(plan.devices_for([(0.1, 0.5)] * 4)) == 2  # memory
+    assert len(plan.devices_for([(0.4, 0.1)] * 4)) == 2  # hours
+    assert [list(device) for device in plan.devices_for([(0.5, 0.25), (0.5, 0.75)])] == [[1.0, 1.0]]
+    assert len(plan.devices_for([(0.1, 1.5), (0.1, 0.1)])) == 2  # more than a device can take: nothing joins it
+
+
+@pytest.fixture
+def planned(plan: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """What the script prints for the embedded model on a machine with planted costs."""
+    lm = [plan.of_lm(plan.language_model("embedded", layer, 256)[0]) for layer in range(3)]
+    measured = {
+        "threads": 2, "matmul": 3e11, "memory": 1e10, "lm": [{"features": row, "seconds": 1e-12 * row[0] + 1e-8 * row[1]} for row in lm],
+        "steps": [{"sizes": sizes, "seconds": float(np.dot(plan.of_step(*sizes), PLANTED))} for sizes in plan.STEPS],
+    }  # fmt: skip
+    (tmp_path / "cost.json").write_text(json.dumps(measured))
+
+    def run(**knobs: object) -> str:
+        words = [word for name, value in knobs.items() for word in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["plan.py", "--measured", str(tmp_path / "cost.json"), "--model", "embedded", *words])
+        plan.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_sweep_needs_devices_for_all_its_states_at_once(planned):
+    """Weights, gradients and Adam of n = 2^20, d = 256 take 2·d·n·16 bytes, 8.6 GB: eight fit into the usable part of an H100."""
+    told = planned(widths=2**20, k=",".join(map(str, range(1, 21))), tokens=1e6, hours=1e6)
+    assert "20 SAEs" in told
+    assert "take 8.6 GB" in told
+    assert "1 h100 for the language model, 3 for the SAEs" in told
+    assert "the fits are off by 0% at most" in told.lower()
+    assert "does not split" not in told
+
+
+def test_what_a_step_costs_however_small_is_the_same_on_every_device(planned):
+    """1e-4 s per step is nearly all that a step of a small SAE on a single token takes, whatever the device: 10,000 tokens a second."""
+    for device in ("here", "h100"):
+        rate = planned(widths=64, k=4, batch=1, device=device).split("n =        64:")[1].split("tokens/s")[0]
+        assert float(rate.replace(",", "")) == pytest.approx(10_000, rel=0.1)
+
+
+def test_an_sae_too_large_or_too_slow_for_a_device_is_named(planned):
+    told = planned(widths=f"1024,{2**24}", k=32, tokens=1e6, hours=1e6)
+    assert "SAEs of width 16,777,216 do not fit into a device's usable 72 GB: raysae does not split an SAE" in told
+    told = planned(widths="1024,65536", k=32, tokens=1e9, hours=0.01)
+    assert "SAEs of width 65,536 take more than 0.01 hours on a device: raysae does not split an SAE" in told

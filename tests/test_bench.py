@@ -1,0 +1,99 @@
+"""What `make bench` makes of its parts' numbers, and the processes that take the steps it compares."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SPREAD = {"median": 3.2, "least": 3.0, "greatest": 3.5}
+ONCE = {"median": 4.1, "least": 4.1, "greatest": 4.1}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def side(tokens_per_second: float) -> dict:
+    return {"tokens_per_second": tokens_per_second, "spread": 0.1, "share_of_bound": 0.45, "extra_mib": 100.0, "allocator": "default"}
+
+
+def test_the_table_has_what_was_measured_and_is_written_as_text_and_json(tmp_path: Path):
+    import bench
+
+    steps = [
+        {"name": "topk-d256-n4096", "sides": {"raysae": side(64), "sparsify": side(20)}, "best_peer": "sparsify", "ratio": SPREAD},
+        {"name": "tied-d256-n4096", "sides": {"raysae": side(30)}},
+    ]
+    whole = {name: {"gib": ONCE, "fvu": 0.1, "seconds_ratio": ONCE} for name in ("raysae", "saelens", "sparsify")}
+    state = [{"consumers": 512, "blocks": blocks, "share_of_core": 0.1} for blocks in (8, 32)]
+    queue = [{"consumers": 64, "blocks": blocks, "limit_consumers": 70.0} for blocks in (8, 32)]
+    for part, found in {"steps": steps, "whole_job": whole, "control_plane": {"state": state, "queue": queue}}.items():
+        (tmp_path / f"{part}.json").write_text(json.dumps(found))
+    text = bench.write_table(tmp_path)
+    assert "| topk-d256-n4096: step against sparsify | ≥ 3 × | 3.20 × (3.00 to 3.50) |" in text
+    assert "| topk-d256-n4096: share of the least-work bound | ≥ 40% | 45% |" in text
+    assert "| whole job of 8 SAEs against saelens | ≥ 4 × | 4.10 × |" in text
+    assert "8 blocks a shard | < 100 % | 10% |" in text
+    assert "32 blocks a shard | ≥ 64 | 70 |" in text
+    assert "make sweep" not in text  # not measured
+    assert (tmp_path / "table.md").read_text() == text + "\n"
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert len(rows) == len(text.splitlines()) - 2
+    assert rows[0] == {"what": "topk-d256-n4096: step against sparsify", "goal": "≥ 3 ×", "found": "3.20 × (3.00 to 3.50)"}
+
+
+def test_every_goal_of_a_step_is_of_a_row_that_is_measured():
+    import bench
+    import steps
+
+    assert bench.BOUND_GOALS.keys() <= bench.STEP_GOALS.keys() <= steps.ROWS.keys()
+
+
+def test_a_side_answers_line_by_line(tmp_path: Path):
+    import steps
+
+    worker = steps.Worker([sys.executable, str(steps.WORKER), "raysae", "topk", "16", "64", "4", "32"], {}, threads=1)
+    assert worker.ask(3)["seconds"] > 0
+    assert worker.ask("memory").keys() == {"bytes"}
+    with pytest.raises(SystemExit, match="has ended"):
+        worker.ask("nothing that it knows")
+    worker.errors.close()
+
+
+def test_environments_with_different_torches_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import steps
+
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho 1.0\n")
+    other.chmod(0o755)
+    with pytest.raises(SystemExit, match=r"raysae has torch \d.* and the peers have 1\.0"):
+        steps.refuse_other_torch(str(other))
+    monkeypatch.setattr(sys, "executable", str(other))
+    steps.refuse_other_torch(str(other))
+    with pytest.raises(SystemExit, match="has no torch"):
+        steps.refuse_other_torch(str(tmp_path / "absent"))
+
+
+def test_a_whole_job_wants_to_know_the_allocators(tmp_path: Path):
+    import whole_job
+
+    path = tmp_path / "steps.json"
+    with pytest.raises(SystemExit, match="which says each side's best allocator"):
+        whole_job.best_allocators(path)
+    sides = {name: {"allocator": name} for name in ("raysae", "sparsify", "saelens", "saelens_sparse", "dictionary_learning")}
+    path.write_text(json.dumps([{"name": "topk-d256-n4096", "sides": sides}]))
+    assert whole_job.best_allocators(path) == {"raysae": "raysae", "saelens": "saelens_sparse", "sparsify": "sparsify"}
+
+
+def test_a_sweep_of_few_steps_is_refused():
+    command = [sys.executable, str(BENCHMARKS / "one_pass.py"), "--train.tokens", "2000"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 1
+    assert "the sweep has 2 steps: 33 are measured" in done.stderr
