@@ -68,9 +68,9 @@ def main() -> None:
     for number in map(int, options.numbers.split(",")):
         result = results[number] = measure(number, options)
         print(
-            f"{number:2} SAEs: steady state {result['steady_state']:.1f} s; parts {result['ideal']:.1f} s, ratio {result['ratio']:.2f}; "
-            f"parts with each step on the better number of cores {result['ideal_best']:.1f} s, ratio {result['ratio_best']:.2f}; "
-            f"start-up {result['start_up']:.1f} s, waiting {result['waited_share']:.0%}",
+            "{:2} SAEs: steady state {steady_state:.1f} s; parts {ideal:.1f} s, ratio {ratio_least:.2f} to {ratio_most:.2f}; "
+            "parts with each step on the better number of cores {ideal_best:.1f} s, ratio {ratio_best_least:.2f} to {ratio_best_most:.2f}; "
+            "start-up {start_up:.1f} s, waiting {waited_share:.0%}".format(number, **result),
             flush=True,
         )
     if options.json:
