@@ -18,12 +18,9 @@ from torch.nn.functional import embedding_bag
 
 VERSION = 2  # raised with every change here that gives SAEs other bits: a checkpoint of before is then not gone on with unasked
 CHUNK_BYTES = 16 << 20  # of pre-activations at a time …
-DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
-PASS_BYTES = {
-    "cpu": 1 << 20,
-    "cuda": 64 << 20,
-}  # of a matrix at a time where several operations in turn go over it: on a CPU they find it in its cache
 MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
+DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
+PASS_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of a matrix at a time in several operations in turn, which on a CPU find it in its cache
 
 
 class Workspace:
