@@ -89,7 +89,7 @@ def of_machines(fault: str, made: Path, folder: Path) -> list[tuple[float, float
     with machines_of() as machines:
         there = machines.add("both")
         machines.cluster.wait_for_nodes()
-        with running(machines.cluster.address, made, folder, {name.replace("__", "."): value for name, value in NEEDS.items()}) as sweep:
+        with running(machines.cluster.address, made, folder, NEEDS) as sweep:
             found = []
             for _ in range(TIMES):
                 new = machines.add("both")

@@ -35,7 +35,7 @@ def undisturbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def run(**knobs: object) -> Sweep:
         key = tuple(sorted(knobs.items()))
         if key not in done:
-            sweep = Sweep("local", made, tmp_path_factory.mktemp("undisturbed"), {name.replace("__", "."): value for name, value in knobs.items()})
+            sweep = Sweep("local", made, tmp_path_factory.mktemp("undisturbed"), knobs)
             sweep.start()
             try:
                 sweep.finish(3 * PATIENCE)  # a soak's is long
@@ -53,7 +53,7 @@ def sweep(cluster: str, made: Path, tmp_path: Path) -> Iterator[Callable[..., Sw
     started: list[Sweep] = []
 
     def start(**knobs: object) -> Sweep:
-        new = Sweep(cluster, made, tmp_path / f"sweep-{len(started)}", {name.replace("__", "."): value for name, value in knobs.items()})
+        new = Sweep(cluster, made, tmp_path / f"sweep-{len(started)}", knobs)
         started.append(new)
         new.start()
         return new

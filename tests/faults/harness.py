@@ -37,7 +37,7 @@ WORK = (  # metrics of a study that count the work done, repeated work included
     "stream/producer_wait_seconds", "stream/peak_mib_in_flight", "minutes",
 )  # fmt: skip
 SAME = ("stream/contexts_needed", "stream/shards_skipped", "stream/rows_consumed")  # the stream's counters that are the same whatever dies
-LONG = {"train__tokens": 12 * SHARD_ROWS, "stream__epochs": 2}  # knobs of a sweep that lasts for several faults, on a fast machine too
+LONG = {"train__tokens": 36 * SHARD_ROWS, "stream__epochs": 4}  # knobs of a sweep that lasts for several faults, on a fast machine too
 PATIENCE = 600.0  # on a machine that is busy with other things; nothing takes nearly as long on a quiet one
 
 
@@ -58,7 +58,7 @@ def materials(folder: Path) -> None:
 
 @dataclass
 class Sweep:
-    """One study in `folder`, run by driver processes on the cluster at `address`."""
+    """One study in `folder`, run by driver processes on the cluster at `address`. Knobs may have `__` for their dot."""
 
     address: str
     materials: Path
@@ -67,6 +67,9 @@ class Sweep:
     study: str = "study"
     driver: subprocess.Popen | None = None
     drivers: int = 0
+
+    def __post_init__(self) -> None:
+        self.knobs = {name.replace("__", "."): value for name, value in self.knobs.items()}
 
     @property
     def place(self) -> Path:

@@ -53,8 +53,7 @@ def sweep(cluster: str, poisoned: Path, knobs: dict[str, object], tmp_path: Path
     started: list[Sweep] = []
 
     def start(**further: object) -> Sweep:
-        names = {name.replace("__", "."): value for name, value in further.items()}
-        started.append(Sweep(cluster, poisoned, tmp_path / str(len(started)), knobs | names))
+        started.append(Sweep(cluster, poisoned, tmp_path / str(len(started)), knobs | further))
         started[-1].start()
         return started[-1]
 

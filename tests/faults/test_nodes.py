@@ -15,14 +15,13 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from tests.faults.harness import LONG, SHARD_ROWS, Sweep, assert_same
+from tests.faults.harness import LONG, Sweep, assert_same
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
 QUICK = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 500, "failure_threshold": 6}  # the death of a machine is seen within seconds
 STORE = 150 * 2**20
 # GPUs in name alone: where there is none, trainers compute on the CPU. Ray keeps producers off a machine with GPUs while there is room on another.
 NEEDS = {"resources__trainer_gpus": 0.5, "resources__trainer_cpus": 0.5, "resources__producer_cpus": 1}
-LASTING = LONG | {"train__tokens": 36 * SHARD_ROWS, "stream__epochs": 4}  # until all have moved from one machine to another
 ROOM = {"trainers": {"num_cpus": 1, "num_gpus": 1}, "producers": {"num_cpus": 1}, "both": {"num_cpus": 2, "num_gpus": 1}}
 
 
@@ -74,7 +73,7 @@ def sweep(machines: Machines, made: Path, tmp_path: Path) -> Iterator[Callable[.
     started: list[Sweep] = []
 
     def start(**knobs: object) -> Sweep:
-        new = Sweep(machines.cluster.address, made, tmp_path, {name.replace("__", "."): value for name, value in (NEEDS | knobs).items()})
+        new = Sweep(machines.cluster.address, made, tmp_path, NEEDS | knobs)
         started.append(new)
         new.start()
         return new
@@ -119,7 +118,7 @@ def test_a_machine_is_drained(machines: Machines, sweep: Callable[..., Sweep], u
     """Before the deadline its trainers have written checkpoints and left, its producers have moved; then it dies, and nothing is on it."""
     drained = machines.add("both")
     machines.cluster.wait_for_nodes()
-    ours = sweep(**LASTING, train__checkpoint_seconds=10_000)  # no checkpoint but those of the leaving
+    ours = sweep(**LONG, train__checkpoint_seconds=10_000)  # no checkpoint but those of the leaving
     ours.until_share(0.05)
     assert not list((ours.place / "checkpoints").glob("*/*.safetensors"))
     staying = machines.add("both")
@@ -141,4 +140,4 @@ def test_a_machine_is_drained(machines: Machines, sweep: Callable[..., Sweep], u
     ours.finish()
     machines.kill(staying)
     assert min(at.values()) > 0
-    assert_same(ours, undisturbed(**LASTING))
+    assert_same(ours, undisturbed(**LONG))

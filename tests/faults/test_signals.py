@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from tests.faults.harness import PATIENCE, Sweep, assert_same
+from tests.faults.harness import LONG, PATIENCE, Sweep, assert_same
 
 pytestmark = pytest.mark.fault
 INTERRUPTED = 130
@@ -35,7 +35,7 @@ def assert_interrupted(sweep: Sweep) -> None:
 
 
 def test_sigterm_and_a_second_ctrl_c(sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep]) -> None:
-    one = sweep(faults__stop_seconds=2 * PATIENCE)
+    one = sweep(**LONG, faults__stop_seconds=2 * PATIENCE)
     one.until_share(0.2)
     one.driver.send_signal(signal.SIGTERM)
     assert_interrupted(one)
@@ -56,7 +56,7 @@ def test_sigterm_and_a_second_ctrl_c(sweep: Callable[..., Sweep], undisturbed: C
 
     one.start()
     one.finish()
-    assert_same(one, undisturbed())
+    assert_same(one, undisturbed(**LONG))
 
 
 @pytest.mark.long
@@ -64,7 +64,7 @@ def test_sigterm_and_a_second_ctrl_c(sweep: Callable[..., Sweep], undisturbed: C
 def test_the_whole_group_hears_it(number: signal.Signals, made: Path, tmp_path: Path, undisturbed: Callable[..., Sweep]) -> None:
     """A terminal sends SIGINT, `timeout` and batch systems send SIGTERM to the driver and to all that it has started and that is still in its group
     of processes: a Ray of its own is not."""
-    one = Sweep("local", made, tmp_path)
+    one = Sweep("local", made, tmp_path, LONG)
     one.start()
     try:
         one.until_share(0.2)
@@ -74,4 +74,4 @@ def test_the_whole_group_hears_it(number: signal.Signals, made: Path, tmp_path: 
         one.finish()
     finally:
         one.close()
-    assert_same(one, undisturbed())
+    assert_same(one, undisturbed(**LONG))
