@@ -42,7 +42,7 @@ STEPS = [  # d, n, k, batch
     (256, 1024, 16, 1024), (256, 1024, 64, 4096), (256, 4096, 32, 512), (256, 4096, 32, 4096), (256, 4096, 128, 4096), (256, 16384, 32, 4096),
     (512, 8192, 32, 2048), (768, 4096, 32, 4096), (768, 16384, 64, 2048),
 ]  # fmt: skip
-QUEUE = 47e-6, 1104e-6  # s per block and consumer, and over the blocks of a shard; fitted to docs/cost.md
+QUEUE = 41e-6, 1137e-6  # s per block and consumer, and over the blocks of a shard; fitted to docs/cost.md
 USABLE = 0.9  # of a device's memory, for its SAEs: the rest is for batches and what a step allocates
 TAKEN = 5  # of so many attempts, the median
 

@@ -1,11 +1,12 @@
 """Training steps, ours against every peer's: tokens per second, share of the least-work bound, memory.
 
-    python benchmarks/steps.py [--threads 2] [--batch 4096] [--k 32] [--repeats 5] [--only topk-d256-n4096] [--json FILE]
+    python benchmarks/steps.py [--threads 2] [--batch 4096] [--k 32] [--repeats 11] [--only topk-d256-n4096] [--json FILE]
 
-The sides of a row are processes of their own that hold the same batches and take turns; each does enough steps for about a second at a time, so that
-a disturbance of the machine meets all. Before, each side tries the allocator settings below, alone and one after another, for about a second of
-steps, and keeps its best. The ratio to the best peer, the one with the largest median, is taken in every alternation; told are its median, least
-and greatest. The bound is the time of one dense product, 2·b·d·n operations, at the rate of the best matrix product measured between the turns.
+The sides of a row are processes of their own that hold the same batches and take turns; each does a step that is not timed and then enough for about
+a second, so that a disturbance of the machine meets all. Before, each side tries the allocator settings below, alone and one after another, for about
+a second of steps, and keeps its best. After three turns of all, the peer of the least median goes on alone against ours: the ratio to it is taken in
+every alternation; told are its median, least and greatest. The bound is the time of one dense product, 2·b·d·n operations, at the rate of the best
+matrix product measured between the turns.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ ALLOCATORS = {
     },
 }
 WARM = 2  # steps of a process before it is timed
+TURNS_OF_ALL = 3
 PEAK = """
 import sys, time, torch
 a, b = torch.randn(4096, 2048), torch.randn(2048, 4096); out = torch.empty(4096, 4096)
@@ -128,7 +130,13 @@ class Side:
         worker.close()
         return seconds / steps
 
+    @property
+    def median(self) -> float:
+        """Seconds of a step."""
+        return statistics.median(self.seconds)
+
     def take_turn(self) -> None:
+        self.worker.ask(1)  # others have had the caches meanwhile
         self.seconds.append(self.worker.ask(self.steps)["seconds"] / self.steps)
 
     def close(self) -> None:
@@ -141,29 +149,30 @@ class Side:
 def measure(row: str, options: argparse.Namespace) -> dict:
     architecture, d, n = ROWS[row]
     sides = [Side(name, row, options) for name in HAVE[architecture]]
+    ours, *peers = sides
     peak = Worker([sys.executable, "-c", PEAK], {}, options.threads)
-    rates = []
-    for _ in range(options.repeats):
+    rates, contenders = [], sides
+    for turn in range(options.repeats):
         rates.append(2 * 4096 * 2048 * 4096 / float(peak.ask("go")))
-        for side in sides:
+        for side in contenders:
             side.take_turn()
+        if turn == TURNS_OF_ALL - 1:
+            contenders = [ours, *sorted(peers, key=lambda side: side.median)[:1]]
     peak.close()
     for side in sides:
         side.close()
     least = 2 * options.batch * d * n / max(rates)
     result = {"name": row, "batch": options.batch, "k": options.k, "threads": options.threads, "gemm_gflops": max(rates) / 1e9, "sides": {}}
     for side in sides:
-        median = statistics.median(side.seconds)
         result["sides"][side.name] = {
-            "tokens_per_second": options.batch / median,
-            "spread": (max(side.seconds) - min(side.seconds)) / median,
-            "share_of_bound": least / median,
+            "tokens_per_second": options.batch / side.median,
+            "spread": (max(side.seconds) - min(side.seconds)) / side.median,
+            "share_of_bound": least / side.median,
             "extra_mib": side.bytes / 2**20,
             "allocator": side.allocator,
         }
-    ours, *peers = sides
     if peers:
-        best = min(peers, key=lambda side: statistics.median(side.seconds))
+        best = contenders[1]
         result |= {"best_peer": best.name, "ratio": spread(theirs / our for our, theirs in zip(ours.seconds, best.seconds, strict=True))}
     return result
 
@@ -182,11 +191,13 @@ def show(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default=str(PEERS), help="Python of the peers' environment")
-    for name, default in {"threads": 2, "batch": 4096, "k": 32, "repeats": 5}.items():
+    for name, default in {"threads": 2, "batch": 4096, "k": 32, "repeats": 11}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help=f"may be given several times; rows: {', '.join(ROWS)}")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.repeats < TURNS_OF_ALL:
+        parser.error(f"argument --repeats: {options.repeats} is too few, {TURNS_OF_ALL} are the least")
     refuse_other_torch(options.peers)
     results = []
     for row in options.only or ROWS:
