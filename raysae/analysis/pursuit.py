@@ -27,6 +27,7 @@ from raysae.analysis.regression import REPLICATES, ContextSums, Linear, Moments
 from raysae.analysis.table import with_intervals
 from raysae.sae import kernels
 from raysae.sae.base import SAE, Codes
+from raysae.sae.selection import top_k
 
 GRAM_BYTES = 512 << 20  # of the largest Gram matrix
 GRAM_COLUMNS = 128  # in a block of it
@@ -176,7 +177,7 @@ class _DenseProducts:
         """argmax of D·r of the first tokens (c,), whose weights are `codes` (c, s)."""
         residual = self._x[: len(codes.values)] - _sum_of_rows(self._features, codes.indices, codes.values)
         parts = residual.split(kernels.chunk_rows(len(self._features), residual.element_size()))
-        return torch.cat([kernels.top_k(part @ self._features.T, 1)[1].squeeze(1) for part in parts])
+        return torch.cat([top_k(self._features @ part.T, 1)[1].squeeze(1) for part in parts])
 
     def gradient(self, support: Codes) -> Tensor:
         """D·r on the slots of `support` (c, s)."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from raysae.config import SAEConfig, TrainConfig
 from raysae.sae import kernels
-from raysae.sae.kernels import BatchTop, Nonzeros
+from raysae.sae.kernels import Nonzeros
+from raysae.sae.selection import BatchTop
 from raysae.sae.topk import DeadCodes, TopK
 
 AVERAGED_STEPS = 100  # the running mean is plain over the first so many steps, then exponential with this time constant

@@ -41,12 +41,12 @@ class JumpReLU(DenseSAE):
         self.log_threshold.copy_(self.threshold.log())
 
     def _activate(self, pre: Tensor) -> Tensor:
-        return pre * (pre > self.threshold)
+        return pre * (pre > self.threshold.unsqueeze(1))
 
     def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float) -> Tensor:
         bandwidth = self.train_config.bandwidth
-        near = ((pre - self.threshold).abs_() < bandwidth / 2).to(pre)
-        grad_threshold = -((grad_codes * near).sum(0) * self.threshold + coefficient * near.sum(0)) / bandwidth
+        near = ((pre - self.threshold.unsqueeze(1)).abs_() < bandwidth / 2).to(pre)
+        grad_threshold = -((grad_codes * near).sum(1) * self.threshold + coefficient * near.sum(1)) / bandwidth
         self.log_threshold.grad.addcmul_(grad_threshold, self.threshold)
         active = codes > 0
         grad_codes.mul_(active)

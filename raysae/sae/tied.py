@@ -43,8 +43,8 @@ class Tied(ReLU):
         return kernels.unit_rows(self.W_dec)
 
     def _add_weight_grads(self, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor, centred: Tensor) -> None:
-        self.W_dec.grad.addmm_(codes.T, grad_x_hat).addmm_(grad_pre.T, centred)
-        self.b_enc.grad.add_(grad_pre.sum(0))
+        self.W_dec.grad.addmm_(codes, grad_x_hat).addmm_(grad_pre, centred)
+        self.b_enc.grad.add_(grad_pre.sum(1))
 
     def _finish_grads(self, grad_x_hat_sum: Tensor) -> None:
         # from the gradient for M̂ to that for M

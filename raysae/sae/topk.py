@@ -19,6 +19,7 @@ from torch import Tensor
 from raysae.sae import kernels
 from raysae.sae.base import SAE, Codes, StepInfo
 from raysae.sae.kernels import Nonzeros
+from raysae.sae.selection import top_k
 
 AUX_NONZEROS = 1 << 19  # of AuxK handled at a time
 
@@ -38,7 +39,7 @@ class TopK(SAE):
     @torch.no_grad()
     def encode(self, x: Tensor) -> Codes | Tensor:
         chunks = kernels.pre_activation_chunks(x - self.b_dec, self.W_enc, self.b_enc, self._workspace)
-        tops = [kernels.top_k(scores, self.config.k) for _, scores in chunks]
+        tops = [top_k(scores, self.config.k) for _, scores in chunks]
         return Codes(torch.cat([values for values, _ in tops]).relu_(), torch.cat([indices for _, indices in tops]))
 
     @torch.no_grad()
@@ -70,16 +71,16 @@ class TopK(SAE):
         """The batch's codes, and AuxK's where there are dead latents, from x − b_dec (b, d)."""
         tops, dead_tops = [], []
         for _, scores in kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace):
-            tops.append(kernels.top_k(scores, self.config.k))
+            tops.append(top_k(scores, self.config.k))
             if dead is not None:
                 dead_tops.append(self._select_dead(scores, dead))
         values, indices = (torch.cat(parts) for parts in zip(*tops, strict=True))
         return Nonzeros.of_rows(indices, values.relu_()), self._dead_codes(dead, dead_tops)
 
     def _select_dead(self, scores: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
-        """AuxK's values and places in `dead`, (r, k_aux) each, from pre-activations `scores` (r, n)."""
-        dead_scores = torch.index_select(scores, 1, dead, out=self._workspace.take("dead", (len(scores), len(dead)), scores))
-        values, places = kernels.top_k(dead_scores, min(self.k_aux, len(dead)))
+        """AuxK's values and places in `dead`, (r, k_aux) each, from pre-activations `scores` (n, r)."""
+        dead_scores = torch.index_select(scores, 0, dead, out=self._workspace.take("dead", (len(dead), scores.shape[1]), scores))
+        values, places = top_k(dead_scores, min(self.k_aux, len(dead)))
         return values.relu_(), places
 
     @staticmethod
