@@ -9,8 +9,10 @@ torch and what SIDE needs.
 
 Every side does what its own trainer does in a step: forward, backward, gradient clipping, removal of the parallel gradient and unit decoder rows
 where it has them, Adam, learning-rate schedule, count of latents that fired. No latent is dead here, so AuxK is idle on all sides; logging, where a
-trainer leaves it out by itself, is off. The schedules are so long that every step measured lies at the beginning of the learning rate's warm-up, a
-twentieth of all steps on every side; penalties have none. All sides step in the main thread, also ours, which has one of its own for that in a sweep.
+trainer leaves it out by itself, is off. ReLU, JumpReLU and the tied autoencoder begin with thresholds (or biases) that k latents per row exceed on
+average, as trained ones have them, and not with the half of all that random weights give. The schedules are so long that every step measured lies at
+the beginning of the learning rate's warm-up, a twentieth of all steps on every side; penalties have none. All sides step in the main thread, also
+ours, which has one of its own for that in a sweep.
 """
 
 from __future__ import annotations
@@ -28,6 +30,11 @@ WARMUP = STEPS // 20  # of the learning rate
 Step = Callable[[int, torch.Tensor], object]  # (number of the step, batch (b, d))
 
 
+def level(pre_activations: torch.Tensor, k: int) -> float:
+    """What k of each row of pre-activations (rows, n) are above, on average."""
+    return pre_activations.flatten().kthvalue(pre_activations.numel() - len(pre_activations) * k).values.item()
+
+
 def raysae(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step, list[torch.nn.Parameter]]:
     from raysae.config import SAEConfig, TrainConfig
     from raysae.train.bank import Bank
@@ -37,7 +44,14 @@ def raysae(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step,
     train = TrainConfig(batch=batch, tokens=STEPS * batch, warmup=WARMUP / STEPS, sparsity_warmup=0, aux_coefficient=0)
     bank = Bank(d, train)
     member = bank.add(config.name, config)
-    member.initialise(torch.randn(batch, d))
+    rows = torch.randn(batch, d)
+    member.initialise(rows)
+    with torch.no_grad():
+        if architecture == "jumprelu":
+            member.sae.threshold.fill_(level(member.sae.pre_activations(rows[:256] / member.scale), k))
+            member.sae.log_threshold.copy_(member.sae.threshold.log())
+        elif architecture in ("relu", "tied"):
+            member.sae.b_enc.fill_(-level(member.sae.pre_activations(rows[:256] / member.scale), k))
 
     def step(number: int, x: torch.Tensor) -> None:
         assert bank.step(x, number * batch) == [member], f"step {number} trained nothing"
@@ -88,6 +102,10 @@ def saelens(architecture: str, d: int, n: int, k: int, batch: int, sparse: bool 
         "relu": lambda: StandardTrainingSAEConfig(**common),
     }[architecture]()
     sae = TrainingSAE.from_dict(config.to_dict())
+    if architecture == "jumprelu":
+        sae.threshold.data.fill_(level(torch.randn(256, d) @ sae.W_enc.data, k))
+    elif architecture == "relu":
+        sae.b_enc.data.fill_(-level(torch.randn(256, d) @ sae.W_enc.data, k))
     trainer_config = SAETrainerConfig(
         n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=STEPS * batch, device="cpu", autocast=False,
         lr=2e-4, lr_end=2e-5, lr_scheduler_name="constant", lr_warm_up_steps=WARMUP, adam_beta1=0.9, adam_beta2=0.999,
@@ -119,6 +137,10 @@ def dictionary_learning(architecture: str, d: int, n: int, k: int, batch: int) -
     trainer = kind(
         steps=STEPS, activation_dim=d, dict_size=n, layer=0, lm_name="none", lr=2e-4, warmup_steps=WARMUP, device="cpu", seed=0, **sparse, **own
     )
+    if architecture == "jumprelu":
+        trainer.ae.threshold.data.fill_(level(torch.randn(256, d) @ trainer.ae.W_enc.data, k))
+    elif architecture == "relu":
+        trainer.ae.encoder.bias.data.fill_(-level(torch.randn(256, d) @ trainer.ae.encoder.weight.data.T, k))
     return trainer.update, list(trainer.ae.parameters())
 
 

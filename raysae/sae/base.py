@@ -26,7 +26,7 @@ from raysae.sae import kernels
 
 
 class Codes(NamedTuple):
-    """Sparse codes: the active latents of each row. A place that holds no active latent has the value 0."""
+    """Sparse codes: the active latents of each row, in no particular order. A place that holds no active latent has the value 0."""
 
     values: Tensor  # (b, k), at least 0
     indices: Tensor  # (b, k) int64
@@ -105,8 +105,8 @@ class SAE(nn.Module):
         return torch.cat([self.decode(self.encode(rows)) for rows in x.split(kernels.chunk_rows(self.n, x.element_size()))])
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """W_enc (x − b_dec) + b_enc, (b, n)."""
-        return torch.addmm(self.b_enc, x - self.b_dec, self.encoder().T)
+        """W_enc (x − b_dec) + b_enc, (b, n), latent-major in memory as in `kernels.pre_activation_chunks`."""
+        return torch.addmm(self.b_enc.unsqueeze(1), self.encoder(), (x - self.b_dec).T).T
 
     def loss_and_grads(self, x: Tensor, step: StepInfo) -> dict[str, Tensor]:
         """Loss terms of a batch `x` (b, d) in normalised units, as scalars; overwrites .grad of every parameter and what `fired` tells.

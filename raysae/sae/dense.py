@@ -7,6 +7,7 @@ from torch import Tensor
 
 from raysae.sae import kernels
 from raysae.sae.base import SAE, StepInfo
+from raysae.sae.elements import All, Few, elements_of
 
 
 class DenseSAE(SAE):
@@ -18,15 +19,20 @@ class DenseSAE(SAE):
     error_weight: float = 1.0
 
     def encode(self, x: Tensor) -> Tensor:
-        return self._activate(self.pre_activations(x).T).T
+        return self._activate(self.pre_activations(x).T, All(self._workspace)).T
 
-    def _activate(self, pre: Tensor) -> Tensor:
-        """Codes of pre-activations, latent-major, (n, r) both."""
+    def _matter(self, pre: Tensor) -> Tensor:
+        """Which pre-activations (n, r) the loss depends on, (n, r) bool; NaN does matter."""
         raise NotImplementedError
 
-    def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float) -> Tensor:
+    def _activate(self, pre: Tensor, elements: All | Few) -> Tensor:
+        """Codes of pre-activations, quantities of `elements` both."""
+        raise NotImplementedError
+
+    def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float, elements: All | Few) -> Tensor:
         """Sum of the penalty over these rows. Turns `grad_codes`, in place, from the error's gradient for codes into the loss's for
-        pre-activations, all (n, r); adds gradients of parameters of its own. `coefficient` is the weight of this sum in the loss."""
+        pre-activations, quantities of `elements` all, and may write into `pre`; adds gradients of parameters of its own. `coefficient` is the weight
+        of this sum in the loss."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -39,26 +45,28 @@ class DenseSAE(SAE):
         centred = torch.sub(x, self.b_dec, out=self._workspace.take("centred", x.shape, x))
         squared_error, penalty, active, grad_x_hat_sum = (torch.zeros((), dtype=x.dtype, device=x.device) for _ in range(4))
         fired = self._fired.zero_()
-        for part, pre in kernels.pre_activation_chunks(centred, encoder, self.b_enc, self._workspace):
-            codes = self._activate(pre)
-            error = centred[part] - codes.T @ decoder
+        for part, chunk in kernels.pre_activation_chunks(centred, encoder, self.b_enc, self._workspace):
+            elements = elements_of(self._matter(chunk), self._workspace)
+            pre = elements.of(chunk)
+            codes = self._activate(pre, elements)
+            error = centred[part] - elements.decode(codes, decoder)
             squared_error += kernels.sum_of_squares(error) / b
             grad_x_hat = error.mul_(-2 * self.error_weight / b)
-            grad_pre = torch.mm(decoder, grad_x_hat.T, out=self._workspace.take("grad_pre", pre.shape, pre))
-            penalty += self._backward(pre, codes, grad_pre, coefficient) / b
-            self._add_weight_grads(codes, grad_x_hat, grad_pre, centred[part])
+            grad_pre = elements.gradient(grad_x_hat, decoder)
+            penalty += self._backward(pre, codes, grad_pre, coefficient, elements) / b
+            self._add_weight_grads(elements, codes, grad_x_hat, grad_pre, centred[part])
+            self.b_enc.grad.add_(elements.sum(grad_pre))
             grad_x_hat_sum = grad_x_hat_sum + grad_x_hat.sum(0)
             on = codes > 0
-            active += on.sum() / b
-            fired |= on.any(1)
+            active += on.sum(dtype=x.dtype) / b
+            fired |= elements.any(on)
         self._finish_grads(grad_x_hat_sum)
         loss = self.error_weight * squared_error + self.config.sparsity * step.sparsity_factor * penalty
         return {"loss": loss, "squared_error": squared_error, "l0": active, "penalty": penalty}
 
-    def _add_weight_grads(self, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor, centred: Tensor) -> None:
-        self.W_dec.grad.addmm_(codes, grad_x_hat)
-        self.W_enc.grad.addmm_(grad_pre, centred)
-        self.b_enc.grad.add_(grad_pre.sum(1))
+    def _add_weight_grads(self, elements: All | Few, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor, centred: Tensor) -> None:
+        elements.add_outer_(self.W_dec.grad, codes, grad_x_hat)
+        elements.add_outer_(self.W_enc.grad, grad_pre, centred)
 
     def _finish_grads(self, grad_x_hat_sum: Tensor) -> None:
         # x − b_dec enters both the encoder and the error: b_dec's gradient needs no dense gradient of the input

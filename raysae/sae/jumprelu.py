@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from raysae.config import SAEConfig, TrainConfig
 from raysae.sae.dense import DenseSAE
+from raysae.sae.elements import All, Few
 
 INITIAL_ROWS = 128  # that thresholds are first set from
 
@@ -40,17 +41,20 @@ class JumpReLU(DenseSAE):
         self.threshold.fill_(pre.kthvalue(max(1, int((1 - active) * len(pre)))).values.clamp_min(self.train_config.bandwidth))
         self.log_threshold.copy_(self.threshold.log())
 
-    def _activate(self, pre: Tensor) -> Tensor:
-        return pre * (pre > self.threshold.unsqueeze(1))
+    def _matter(self, pre: Tensor) -> Tensor:
+        return (pre - self.threshold.unsqueeze(1) <= -self.train_config.bandwidth / 2).logical_not_()
 
-    def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float) -> Tensor:
+    def _activate(self, pre: Tensor, elements: All | Few) -> Tensor:
+        return pre * (pre > elements.spread(self.threshold))
+
+    def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float, elements: All | Few) -> Tensor:
         bandwidth = self.train_config.bandwidth
-        near = ((pre - self.threshold.unsqueeze(1)).abs_() < bandwidth / 2).to(pre)
-        grad_threshold = -((grad_codes * near).sum(1) * self.threshold + coefficient * near.sum(1)) / bandwidth
+        near = (pre.sub_(elements.spread(self.threshold)).abs_() < bandwidth / 2).to(pre)
+        grad_threshold = -(elements.sum(torch.mul(grad_codes, near, out=pre)) * self.threshold + coefficient * elements.sum(near)) / bandwidth
         self.log_threshold.grad.addcmul_(grad_threshold, self.threshold)
         active = codes > 0
         grad_codes.mul_(active)
-        return active.sum()
+        return active.sum(dtype=codes.dtype)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 VERSION = 4  # raised with every change here or in selection.py that gives SAEs other bits: a checkpoint of before is then not gone on with unasked
-CHUNK_BYTES = 16 << 20  # of pre-activations at a time …
-MINIMUM_ROWS, MAXIMUM_BYTES = 256, 24 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
+CHUNK_BYTES = 24 << 20  # of pre-activations at a time …
+MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
 DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
+OUTER_BYTES = 8 << 20  # of rows of features that are summed at a time
 PASS_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of a matrix at a time in several operations in turn, which on a CPU find it in its cache
 
 
@@ -44,8 +45,12 @@ class Workspace:
 def chunk_rows(n: int, element_size: int) -> int:
     """Rows whose `n` pre-activations are handled at a time: a power of two, which the dense product is up to a third faster with."""
     row = n * element_size
-    rows = max(1, CHUNK_BYTES // row, min(MINIMUM_ROWS, MAXIMUM_BYTES // row))
-    return 1 << rows.bit_length() - 1
+    return power_of_two(max(1, CHUNK_BYTES // row, min(MINIMUM_ROWS, MAXIMUM_BYTES // row)))
+
+
+def power_of_two(number: int) -> int:
+    """The largest one that is not above `number`."""
+    return 1 << number.bit_length() - 1
 
 
 def pre_activation_chunks(x: Tensor, weight: Tensor, bias: Tensor, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:
@@ -90,10 +95,18 @@ def decode_rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     return embedding_bag(indices, weight, mode="sum", per_sample_weights=values)
 
 
+def outer_blocks(rows: Tensor, values: Tensor, starts: Tensor, source: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Σ over a feature's nonzeros of values · source[row], for `rows` and `values` (N,) sorted by feature, feature f from starts[f] on, and `source`
+    (b, d): blocks of features and their sums (·, d), so that there is no second matrix of the size of all."""
+    block = max(1, OUTER_BYTES // (source.shape[1] * source.element_size()))
+    edges = [*starts[::block].tolist(), len(values)]
+    for i, (begin, end) in enumerate(itertools.pairwise(edges)):
+        features = slice(i * block, (i + 1) * block)
+        yield features, embedding_bag(rows[begin:end], source, starts[features] - begin, mode="sum", per_sample_weights=values[begin:end])
+
+
 class ByFeature:
     """The same nonzeros sorted by feature, for products that end in one row per feature."""
-
-    BLOCK_BYTES = 8 << 20
 
     def __init__(self, codes: Nonzeros, n: int):
         ordered, self.order = codes.features.sort(stable=True)
@@ -104,16 +117,9 @@ class ByFeature:
     def outer_(self, out: Tensor, values: Tensor, source: Tensor, add_to: Tensor | None = None) -> None:
         """Σ over a feature's nonzeros of values · source[row], with `source` (b, d), written to the feature's row of `out` (n, d).
 
-        With `add_to` (n,) feature f is added to row add_to[f] of a larger `out` instead. Works in blocks of features, so that no second
-        matrix of the size of `out` is needed.
+        With `add_to` (n,) feature f is added to row add_to[f] of a larger `out` instead.
         """
-        values = values[self.order]
-        block = max(1, self.BLOCK_BYTES // (out.shape[1] * out.element_size()))
-        edges = [*self.starts[::block].tolist(), len(values)]
-        for i, (begin, end) in enumerate(itertools.pairwise(edges)):
-            features = slice(i * block, (i + 1) * block)
-            starts = self.starts[features] - begin
-            sums = embedding_bag(self.rows[begin:end], source, starts, mode="sum", per_sample_weights=values[begin:end])
+        for features, sums in outer_blocks(self.rows, values[self.order], self.starts, source):
             if add_to is None:
                 out[features] = sums
             else:

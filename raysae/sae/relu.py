@@ -8,14 +8,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from raysae.sae.dense import DenseSAE
+from raysae.sae.elements import All, Few
 
 
 class ReLU(DenseSAE):
     """c = ReLU(W_enc (x − b_dec) + b_enc)."""
 
-    def _activate(self, pre: Tensor) -> Tensor:
+    def _matter(self, pre: Tensor) -> Tensor:
+        return (pre <= 0).logical_not_()
+
+    def _activate(self, pre: Tensor, elements: All | Few) -> Tensor:
         return pre.relu()
 
-    def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float) -> Tensor:
+    def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float, elements: All | Few) -> Tensor:
         grad_codes.add_(coefficient).mul_(codes > 0)
         return codes.sum()

@@ -1,21 +1,24 @@
 """The largest pre-activations, exactly: k of each row (`top_k`) or a number of a whole batch (`BatchTop`).
 
-Pre-activations come latent-major, `scores` (n, r): latents × rows of the batch, as `kernels.pre_activation_chunks` makes them.
+Pre-activations come latent-major, `scores` (n, r): latents × rows of the batch, as `kernels.pre_activation_chunks` makes them. What changes the bits
+of SAEs here raises `kernels.VERSION`.
 
 On a CPU `top_k` is compiled, as torch.topk moves every element several times. For each row it
 
     1. takes the maximum of every group of some consecutive latents,
-    2. halves an interval until it has a bound which k of these maxima, but not many more, reach,
+    2. halves the interval of these maxima a few times, towards a bound that k of them just reach (k or more always do),
     3. looks for elements at or above the bound in the groups that reach it: the k largest are among them,
     4. keeps the k largest of these.
 
-1 and 2 go through 64 rows at once in vector registers, 3 and 4 touch a small part of the elements.
+1 and 2 go through many rows at once in vector registers, 3 and 4 touch a small part of the elements, more of them where one maximum lies far from
+all others.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -26,55 +29,64 @@ from torch import Tensor
 from raysae.sae.kernels import Nonzeros, starts_of
 
 STRIP, LANES = 64, 16  # rows that are handled together, and of these the ones that one comparison is for
-HALVINGS = 8  # the bound is then within 1/256 of the maxima's range of the k-th largest of them
-COMPILED = (torch.float32, torch.float64)
-_threads = ThreadPoolExecutor()
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+HALVINGS = 8
+DTYPES = (torch.float32, torch.float64)  # that are compiled for
+_pool = ThreadPoolExecutor()
+
+
+def _njit(function: Callable) -> Callable:
+    """Compiled at its first call, for a few seconds, and kept in a file for the next process, where there is a place for that."""
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each column of `scores` (n, r), in no particular order: values and indices, (r, k) each; the values are torch.topk's.
 
-    NaN counts as larger than any number. Of equal elements the same are taken every time, however the columns are divided into chunks.
+    NaN counts as +∞. Of equal elements the same are taken every time, on a CPU whatever columns are beside. ValueError: k is not in 1 … n.
     """
     n, r = scores.shape
-    if scores.device.type != "cpu" or scores.dtype not in COMPILED:
-        values, indices = torch.topk(scores, k, dim=0, sorted=False)
-        return values.T.contiguous(), indices.T.contiguous()
-    values, indices = scores.new_empty(r, k), torch.empty(r, k, dtype=torch.int64)
-    arrays = scores.contiguous().numpy(), k, math.isqrt(n // k), values.numpy(), indices.numpy()  # √(n/k) latents a group: n/√(n/k) ≥ k groups
-    share = STRIP * math.ceil(r / STRIP / torch.get_num_threads())
-    first, *others = itertools.pairwise([*range(0, r, share), r])
-    others = [_threads.submit(_select, *arrays, *part) for part in others]
-    _select(*arrays, *first)
-    for other in others:
-        other.result()
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}: from 1 to {n} is right for {n} latents")
+    if scores.device.type != "cpu" or scores.dtype not in DTYPES:
+        return torch.topk(scores.T.contiguous(), k, dim=1, sorted=False)
+    values, indices = scores.new_empty(r, k), scores.new_empty(r, k, dtype=torch.int64)
+    members = math.isqrt(n // k)  # of a group: there are then at least k groups, and step 3 has about as much to do as step 2
+    arguments = scores.contiguous().numpy(), k, members, values.numpy(), indices.numpy()
+    share = LANES * max(1, math.ceil(r / LANES / torch.get_num_threads()))
+    parts = list(itertools.pairwise([*range(0, r, share), r]))
+    running = [_pool.submit(_select, *arguments, *part) for part in parts[1:]]
+    for part in parts[:1]:
+        _select(*arguments, *part)
+    for future in running:
+        future.result()
     return values, indices
 
 
-@_compiled
-def _select(scores, k, members, values, indices, first, last):  # pragma: no cover (compiled)
+@_njit
+def _select(scores, k, members, values, indices, first, last):
     """Columns `first` to `last` of `scores` (n, r): their rows of `values` and `indices` (r, k)."""
-    n = scores.shape[0]
-    groups, room = n // members, 2 * k + LANES
+    groups, room = len(scores) // members, 2 * k + 16  # of what is found in a column: `_take` makes room where that is not enough
     maxima = np.empty((groups, STRIP), scores.dtype)
-    found, places, number = np.empty((STRIP, room), scores.dtype), np.empty((STRIP, room), np.int64), np.empty(STRIP, np.int64)
+    found, latents, counts = np.empty((STRIP, room), scores.dtype), np.empty((STRIP, room), np.int64), np.empty(STRIP, np.int64)
     for start in range(first, last, STRIP):
         width = min(STRIP, last - start)
-        _take_maxima(scores, start, width, members, maxima)
+        _group_maxima(scores, start, width, members, maxima)
         bound = _bound(maxima, k)
         bound[width:] = np.inf
-        number[:] = 0
-        _collect(scores, start, width, maxima, members, k, bound, found, places, number)
+        counts[:] = 0
+        _collect(scores, start, width, maxima, members, k, bound, found, latents, counts)
         for c in range(width):
-            _keep_largest(found[c], places[c], number[c], k)
+            _keep_largest(found[c], latents[c], counts[c], k)
             for i in range(k):
-                indices[start + c, i] = places[c, i]
-                values[start + c, i] = scores[places[c, i], start + c]
+                indices[start + c, i] = latents[c, i]
+                values[start + c, i] = scores[latents[c, i], start + c]
 
 
-@_compiled
-def _take_maxima(scores, start, width, members, maxima):  # pragma: no cover
+@_njit
+def _group_maxima(scores, start, width, members, maxima):
     """The maxima (groups, STRIP) of consecutive latents in `width` columns of `scores` (n, r) from `start` on; −∞ in the places that are left."""
     maxima[:, width:] = -np.inf
     for g in range(len(maxima)):
@@ -82,14 +94,15 @@ def _take_maxima(scores, start, width, members, maxima):  # pragma: no cover
         for c in range(width):
             maximum[c] = scores[g * members, start + c]
         for j in range(g * members + 1, (g + 1) * members):
-            row = scores[j, start : start + width]
+            row = scores[j, start : start + width]  # one-dimensional and contiguous, or the loop would not be vectorised
             for c in range(width):  # NaN stays, and comes in
                 maximum[c] = maximum[c] if maximum[c] > row[c] or maximum[c] != maximum[c] else row[c]
 
 
-@_compiled
-def _bound(maxima, k):  # pragma: no cover
+@_njit
+def _bound(maxima, k):
     """Numbers (STRIP,) that k or more of each column of `maxima` (groups, STRIP) are not below."""
+    half = maxima.dtype.type(0.5)
     low, high = np.full(STRIP, np.inf, maxima.dtype), np.full(STRIP, -np.inf, maxima.dtype)
     middle, reached = np.empty(STRIP, maxima.dtype), np.empty(STRIP, np.float32)
     for g in range(len(maxima)):
@@ -100,7 +113,7 @@ def _bound(maxima, k):  # pragma: no cover
             high[c] = row[c] if row[c] > high[c] else high[c]
     for _ in range(HALVINGS):
         for c in range(STRIP):
-            middle[c], reached[c] = low[c] + (high[c] - low[c]) / 2, 0
+            middle[c], reached[c] = low[c] + (high[c] - low[c]) * half, 0
         for g in range(len(maxima)):
             row = maxima[g]
             for c in range(STRIP):
@@ -113,44 +126,44 @@ def _bound(maxima, k):  # pragma: no cover
     return low
 
 
-@_compiled
-def _collect(scores, start, width, maxima, members, k, bound, found, places, number):  # pragma: no cover
-    """Elements of these columns not below `bound` (STRIP,), their latents and their number into `found`, `places` and `number`."""
+@_njit
+def _collect(scores, start, width, maxima, members, k, bound, found, latents, counts):
+    """Elements of these columns not below `bound` (STRIP,), their latents and how many they are into `found`, `latents` and `counts`."""
     n, groups = len(scores), len(maxima)
     bounds = bound.reshape(STRIP // LANES, LANES)  # a view: `bound` rises on the way
     for g in range(groups):
         blocks = maxima[g].reshape(STRIP // LANES, LANES)
         for block in range(STRIP // LANES):
-            reached = np.float32(0)
+            some = np.float32(0)
             for lane in range(LANES):
-                reached += np.float32(0) if blocks[block, lane] < bounds[block, lane] else np.float32(1)
-            if reached > 0:
+                some += np.float32(0) if blocks[block, lane] < bounds[block, lane] else np.float32(1)
+            if some > 0:
                 for c in range(block * LANES, (block + 1) * LANES):
                     if not maxima[g, c] < bound[c]:
                         for j in range(g * members, (g + 1) * members):
                             if not scores[j, start + c] < bound[c]:
-                                _take(scores[j, start + c], j, c, k, bound, found, places, number)
+                                _take(scores[j, start + c], j, c, k, bound, found, latents, counts)
     for j in range(groups * members, n):  # latents in no group
         for c in range(width):
             if not scores[j, start + c] < bound[c]:
-                _take(scores[j, start + c], j, c, k, bound, found, places, number)
+                _take(scores[j, start + c], j, c, k, bound, found, latents, counts)
 
 
-@_compiled
-def _take(value, j, c, k, bound, found, places, number):  # pragma: no cover
-    """Adds a value not below its bound; where there is no room, the bound rises to the k-th largest so far."""
-    if number[c] == found.shape[1]:
-        _keep_largest(found[c], places[c], number[c], k)
-        bound[c], number[c] = found[c, :k].min(), k
-    found[c, number[c]] = value if value == value else np.inf
-    places[c, number[c]] = j
-    number[c] += 1
+@_njit
+def _take(value, j, c, k, bound, found, latents, counts):
+    """Adds what was found; where there is no room, the bound rises to the k-th largest so far."""
+    if counts[c] == found.shape[1]:
+        _keep_largest(found[c], latents[c], counts[c], k)
+        bound[c], counts[c] = found[c, :k].min(), k
+    found[c, counts[c]] = value if value == value else np.inf
+    latents[c, counts[c]] = j
+    counts[c] += 1
 
 
-@_compiled
-def _keep_largest(found, places, number, k):  # pragma: no cover
-    """Brings the k largest of the first `number` of `found` to its front, with their `places`: Hoare's selection."""
-    low, high = 0, number - 1
+@_njit
+def _keep_largest(found, latents, count, k):
+    """Brings the k largest of the first `count` of `found` to its front, with their `latents`: Hoare's selection."""
+    low, high = 0, count - 1
     while low < high:
         pivot, i, j = found[(low + high) // 2], low, high
         while i <= j:
@@ -160,7 +173,7 @@ def _keep_largest(found, places, number, k):  # pragma: no cover
                 j -= 1
             if i <= j:
                 found[i], found[j] = found[j], found[i]
-                places[i], places[j] = places[j], places[i]
+                latents[i], latents[j] = latents[j], latents[i]
                 i, j = i + 1, j - 1
         if k - 1 <= j:
             high = j
@@ -176,15 +189,16 @@ class BatchTop:
     def __init__(self, count: int, n: int, like: Tensor):
         self.count, self.n = count, n
         self.values = like.new_empty(0)
-        self.places = torch.empty(0, dtype=torch.int64, device=like.device)  # row · n + column
+        self.places = torch.empty(0, dtype=torch.int64, device=like.device)  # row · n + latent
 
     def add(self, first_row: int, scores: Tensor) -> None:
         """Takes the rows from `first_row` on, as columns of `scores` (n, r), contiguous."""
         flat, r = scores.flatten(), scores.shape[1]
         found = torch.nonzero(flat >= self._lower_bound(scores)).squeeze(1)
-        latents = found.div(r, rounding_mode="floor")
         values = torch.cat([self.values, flat[found]])
-        places = torch.cat([self.places, (found - latents * r + first_row) * self.n + latents])
+        latents = found.div(r, rounding_mode="floor")
+        rows = found.sub_(latents, alpha=r).add_(first_row)
+        places = torch.cat([self.places, latents.add_(rows, alpha=self.n)])
         if len(values) > self.count:
             values, best = torch.topk(values, self.count, sorted=False)
             places = places[best]

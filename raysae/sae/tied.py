@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raysae.config import SAEConfig, TrainConfig
 from raysae.sae import kernels
+from raysae.sae.elements import All, Few
 from raysae.sae.relu import ReLU
 
 
@@ -42,9 +43,9 @@ class Tied(ReLU):
     def decoder(self) -> Tensor:
         return kernels.unit_rows(self.W_dec)
 
-    def _add_weight_grads(self, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor, centred: Tensor) -> None:
-        self.W_dec.grad.addmm_(codes, grad_x_hat).addmm_(grad_pre, centred)
-        self.b_enc.grad.add_(grad_pre.sum(1))
+    def _add_weight_grads(self, elements: All | Few, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor, centred: Tensor) -> None:
+        elements.add_outer_(self.W_dec.grad, codes, grad_x_hat)
+        elements.add_outer_(self.W_dec.grad, grad_pre, centred)
 
     def _finish_grads(self, grad_x_hat_sum: Tensor) -> None:
         # from the gradient for M̂ to that for M

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from raysae.sae import kernels
+from raysae.sae import elements, kernels
 from raysae.sae.base import StepInfo
+from raysae.sae.elements import Few
 from tests.sae import naive
 from tests.sae.conftest import make
 
@@ -40,6 +41,7 @@ def check(sae, dead, factor=0.7):
 @pytest.mark.parametrize("dense_per_nonzero", [0, 1000])  # sparse and dense matrices of codes
 def test_gradients_equal_autograd(architecture, chunk_rows, dense_per_nonzero, monkeypatch):
     monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", dense_per_nonzero)
+    monkeypatch.setattr(elements, "LISTED", dense_per_nonzero)
     monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size: chunk_rows)
     check(make(architecture, D, N, bandwidth=0.8), dead=None)
 
@@ -52,7 +54,7 @@ def test_gradients_with_auxk(architecture, dead_latents, aux_nonzeros, dense_per
     monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", dense_per_nonzero)
     monkeypatch.setattr("raysae.sae.topk.AUX_NONZEROS", aux_nonzeros)
     monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size: 11)
-    monkeypatch.setattr(kernels.ByFeature, "BLOCK_BYTES", 13 * D * 8)
+    monkeypatch.setattr(kernels, "OUTER_BYTES", 13 * D * 8)
     dead = torch.zeros(N, dtype=torch.bool)
     dead[torch.randperm(N, generator=torch.Generator().manual_seed(3))[:dead_latents]] = True
     sae = make(architecture, D, N)
@@ -73,6 +75,42 @@ def test_no_active_latent_at_all(architecture):
     assert terms["l0"] == 0
     assert not sae.fired().any()
     assert not sae.W_enc.grad.any()
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "tied"])
+def test_no_active_latent_at_all_in_a_dense_kind(architecture):
+    sae = make(architecture, D, N).double()
+    with torch.no_grad():
+        sae.b_enc.fill_(-100)
+    x = torch.randn(B, D, dtype=torch.float64)
+    terms = sae.loss_and_grads(x, StepInfo())
+    torch.testing.assert_close(terms["squared_error"], x.square().sum(1).mean())
+    assert terms["l0"] == 0
+    assert not sae.fired().any()
+    assert not any(parameter.grad.any() for name, parameter in sae.named_parameters() if name != "b_dec")
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "tied"])
+def test_few_active_latents_are_a_list(architecture, monkeypatch):
+    sae = make(architecture, D, N, bandwidth=0.8).double()
+    made = []
+    monkeypatch.setattr(elements, "Few", lambda where: made.append(where) or Few(where))
+    with torch.no_grad():
+        sae.b_enc.fill_(-2)
+    check(sae, dead=None)
+    assert made
+    assert 0 < made[0].sum() < made[0].numel() / elements.LISTED
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "tied"])
+@pytest.mark.parametrize("listed", [0, 1000])
+def test_a_nan_is_not_lost(architecture, listed, monkeypatch):
+    monkeypatch.setattr(elements, "LISTED", listed)
+    sae = make(architecture, D, N)
+    with torch.no_grad():
+        sae.b_enc.fill_(-100)
+        sae.W_enc[3, 1] = torch.nan
+    assert sae.loss_and_grads(torch.randn(B, D), StepInfo())["loss"].isnan()
 
 
 def test_l0_and_fired(architecture):

@@ -9,6 +9,7 @@ STEP = """
 import resource, sys, torch
 from raysae.config import SAEConfig, TrainConfig
 from raysae.sae.base import SAE, StepInfo
+from raysae.sae.selection import top_k
 architecture, width, d, batch = sys.argv[1], *map(int, sys.argv[2:])
 level = {"k": 32} if architecture in ("topk", "batchtopk") else {"sparsity": 1.0}
 sae = SAE.build(SAEConfig(architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, **level), d, TrainConfig())
@@ -16,6 +17,7 @@ for parameter in sae.parameters():
     parameter.grad = torch.ones_like(parameter)
 x = torch.randn(batch, d)
 (x[:64] @ x[:64].T).sum()  # the libraries' own buffers
+top_k(x[:64], 1)  # the compiler's
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sae.loss_and_grads(x, StepInfo(dead=torch.arange(width) % 2 == 0))
 sae.after_grads()
