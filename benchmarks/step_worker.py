@@ -10,9 +10,9 @@ torch and what SIDE needs.
 Every side does what its own trainer does in a step: forward, backward, gradient clipping, removal of the parallel gradient and unit decoder rows
 where it has them, Adam, learning-rate schedule, count of latents that fired. No latent is dead here, so AuxK is idle on all sides; logging, where a
 trainer leaves it out by itself, is off. ReLU, JumpReLU and the tied autoencoder begin with thresholds (or biases) that k latents per row exceed on
-average, as trained ones have them, and not with the half of all that random weights give. The schedules are so long that every step measured lies at
-the beginning of the learning rate's warm-up, a twentieth of all steps on every side; penalties have none. All sides step in the main thread, also
-ours, which has one of its own for that in a sweep.
+average, as trained ones have them, and not with the half of all (of our JumpReLU an eighth) that random weights give. The schedules are so long that
+every step measured lies at the beginning of the learning rate's warm-up, a twentieth of all steps on every side; penalties have none. All sides step
+in the main thread, also ours, which has one of its own for that in a sweep.
 """
 
 from __future__ import annotations

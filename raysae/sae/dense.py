@@ -60,6 +60,7 @@ class DenseSAE(SAE):
             on = codes > 0
             active += on.sum(dtype=x.dtype) / b
             fired |= elements.any(on)
+            del elements, pre, codes, grad_pre, on  # a list takes memory: not two at a time
         self._finish_grads(grad_x_hat_sum)
         loss = self.error_weight * squared_error + self.config.sparsity * step.sparsity_factor * penalty
         return {"loss": loss, "squared_error": squared_error, "l0": active, "penalty": penalty}

@@ -13,11 +13,14 @@ from torch.nn.functional import embedding_bag
 from raysae.sae.kernels import Workspace, outer_blocks, starts_of
 
 LISTED = 7  # elements of a whole chunk that cost as much as one in a list
+LONGEST = 1 << 18  # elements of a list, some 200 bytes each
 
 
 def elements_of(where: Tensor, workspace: Workspace) -> All | Few:
-    """Where `where` (n, r) is true; a list if that is faster: by their number alone, so that the same chunk takes the same way every time."""
-    return All(workspace) if where.numel() <= LISTED * int(where.sum()) else Few(where)
+    """Where `where` (n, r) is true; a list if that is faster: by their number alone, so that the same chunk takes the same way every time. On a GPU,
+    where dense products are cheap and a list would have the host wait for its length, all."""
+    few = not where.is_cuda and int(where.sum()) <= min(LONGEST, where.numel() / max(LISTED, 1))
+    return Few(where) if few else All(workspace)
 
 
 class All:
@@ -63,7 +66,8 @@ class Few:
         self._n, r = where.shape
         self._places = where.view(-1).nonzero().squeeze(1)
         self._latents = self._places.div(r, rounding_mode="floor")
-        self._starts = starts_of(self._latents, self._n)
+        self._present, counts = self._latents.unique_consecutive(return_counts=True)  # at great widths few have an element in a chunk
+        self._starts = counts.cumsum(0) - counts
         self._rows = torch.sub(self._places, self._latents, alpha=r)
         rows, self._order = self._rows.sort(stable=True)
         self._row_starts = starts_of(rows, r)
@@ -94,5 +98,5 @@ class Few:
         return torch.empty_like(by_row).index_copy_(0, self._order, by_row)
 
     def add_outer_(self, out: Tensor, quantity: Tensor, source: Tensor) -> None:
-        for latents, sums in outer_blocks(self._rows, quantity, self._starts, source):
-            out[latents] += sums
+        for part, sums in outer_blocks(self._rows, quantity, self._starts, source):
+            out.index_add_(0, self._present[part], sums)

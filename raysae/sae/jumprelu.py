@@ -42,7 +42,7 @@ class JumpReLU(DenseSAE):
         self.log_threshold.copy_(self.threshold.log())
 
     def _matter(self, pre: Tensor) -> Tensor:
-        return (pre - self.threshold.unsqueeze(1) <= -self.train_config.bandwidth / 2).logical_not_()
+        return (pre <= (self.threshold - self.train_config.bandwidth).unsqueeze(1)).logical_not_()  # and a few more, for rounding
 
     def _activate(self, pre: Tensor, elements: All | Few) -> Tensor:
         return pre * (pre > elements.spread(self.threshold))

@@ -96,7 +96,7 @@ def test_few_active_latents_are_a_list(architecture, monkeypatch):
     made = []
     monkeypatch.setattr(elements, "Few", lambda where: made.append(where) or Few(where))
     with torch.no_grad():
-        sae.b_enc.fill_(-2)
+        sae.b_enc.fill_(-3)
     check(sae, dead=None)
     assert made
     assert 0 < made[0].sum() < made[0].numel() / elements.LISTED

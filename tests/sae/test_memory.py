@@ -10,9 +10,11 @@ import resource, sys, torch
 from raysae.config import SAEConfig, TrainConfig
 from raysae.sae.base import SAE, StepInfo
 from raysae.sae.selection import top_k
-architecture, width, d, batch = sys.argv[1], *map(int, sys.argv[2:])
+architecture, width, d, batch = sys.argv[1], *map(int, sys.argv[2:5])
 level = {"k": 32} if architecture in ("topk", "batchtopk") else {"sparsity": 1.0}
 sae = SAE.build(SAEConfig(architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, **level), d, TrainConfig())
+if len(sys.argv) > 5:  # a list of active latents, as long as one may be
+    sae.threshold.fill_(float(sys.argv[5]))
 for parameter in sae.parameters():
     parameter.grad = torch.ones_like(parameter)
 x = torch.randn(batch, d)
@@ -24,6 +26,13 @@ sae.after_grads()
 sae.after_step()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
+
+
+@pytest.mark.timeout(300)
+def test_memory_of_a_list_is_bounded():
+    """Nearly as many active latents as a list may have, 3 %: pre-activations have a standard deviation of 1."""
+    out = subprocess.run([sys.executable, "-c", STEP, "jumprelu", "131072", "32", "640", "1.87"], capture_output=True, text=True, check=True)
+    assert float(out.stdout) < 256
 
 
 @pytest.mark.timeout(300)
