@@ -48,10 +48,10 @@ def raysae(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step,
     member.initialise(rows)
     with torch.no_grad():
         if architecture == "jumprelu":
-            member.sae.threshold.fill_(level(member.sae.pre_activations(rows[:256] / member.scale), k))
+            member.sae.threshold.fill_(level(member.sae.pre_activations(rows[:256] / member.scale).T, k))
             member.sae.log_threshold.copy_(member.sae.threshold.log())
         elif architecture in ("relu", "tied"):
-            member.sae.b_enc.fill_(-level(member.sae.pre_activations(rows[:256] / member.scale), k))
+            member.sae.b_enc.fill_(-level(member.sae.pre_activations(rows[:256] / member.scale).T, k))
 
     def step(number: int, x: torch.Tensor) -> None:
         assert bank.step(x, number * batch) == [member], f"step {number} trained nothing"

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from raysae.config import ActivationSpec, UserError, digest
-from raysae.sae import kernels
 from raysae.sae.base import SAE, Codes
 from raysae.stream.blocks import as_tensor
 
@@ -308,7 +307,7 @@ def _mapped(path: Path) -> np.ndarray:
 def encoded(sae: SAE, x: Tensor) -> Iterator[tuple[slice, Codes | Tensor]]:
     """The codes of `x` (b, d) in pieces of rows that bound the memory of dense codes, on the SAE's device."""
     x = x.to(sae.b_dec)
-    size = kernels.chunk_rows(sae.n, x.element_size())
+    size = sae.rows_at_once()
     for start in range(0, len(x), size):
         part = slice(start, min(start + size, len(x)))
         yield part, sae.encode(x[part])

@@ -102,11 +102,20 @@ class SAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ (b, d), rows taken in chunks so that memory is bounded at any width."""
-        return torch.cat([self.decode(self.encode(rows)) for rows in x.split(kernels.chunk_rows(self.n, x.element_size()))])
+        return torch.cat([self.decode(self.encode(rows)) for rows in x.split(self.rows_at_once())])
+
+    @property
+    def code_width(self) -> int:
+        """How many numbers the codes of one row are, as `encode` gives them."""
+        return self.n
+
+    def rows_at_once(self) -> int:
+        """Rows whose codes fit into bounded memory."""
+        return kernels.chunk_rows(max(self.code_width, self.d), self.W_enc.element_size())
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """W_enc (x − b_dec) + b_enc, (b, n), latent-major in memory as in `kernels.pre_activation_chunks`."""
-        return torch.addmm(self.b_enc.unsqueeze(1), self.encoder(), (x - self.b_dec).T).T
+        """W_enc (x − b_dec) + b_enc, latent-major (n, b) as in `kernels.pre_activation_chunks`."""
+        return torch.addmm(self.b_enc.unsqueeze(1), self.encoder(), (x - self.b_dec).T)
 
     def loss_and_grads(self, x: Tensor, step: StepInfo) -> dict[str, Tensor]:
         """Loss terms of a batch `x` (b, d) in normalised units, as scalars; overwrites .grad of every parameter and what `fired` tells.

@@ -27,18 +27,20 @@ class BatchTopK(TopK):
         self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64))
         self._smallest: Tensor | None = None
 
+    @property
+    def code_width(self) -> int:
+        return self.n
+
     def encode(self, x: Tensor) -> Tensor:
         pre = self.pre_activations(x)
-        return pre * (pre > self.threshold)
+        return (pre * (pre > self.threshold)).T
 
     def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
-        top, dead_tops = BatchTop(len(centred) * self.config.k, self.n, centred), []
+        top = BatchTop(len(centred) * self.config.k, self.n, centred)
         for rows, scores in kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace):
             top.add(rows.start, scores)
-            if dead is not None:
-                dead_tops.append(self._select_dead(scores, dead))
         self._smallest = top.values.min() if len(top.values) else None
-        return top.nonzeros(len(centred)), self._dead_codes(dead, dead_tops)
+        return top.nonzeros(len(centred)), self._dead_codes(centred, dead)
 
     @torch.no_grad()
     def after_step(self) -> None:

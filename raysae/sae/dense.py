@@ -19,7 +19,7 @@ class DenseSAE(SAE):
     error_weight: float = 1.0
 
     def encode(self, x: Tensor) -> Tensor:
-        return self._activate(self.pre_activations(x).T, All(self._workspace)).T
+        return self._activate(self.pre_activations(x), All(self._workspace)).T
 
     def _matter(self, pre: Tensor) -> Tensor:
         """Which pre-activations (n, r) the loss depends on, (n, r) bool; NaN does matter."""

@@ -12,14 +12,14 @@ from torch.nn.functional import embedding_bag
 
 from raysae.sae.kernels import Workspace, outer_blocks, starts_of
 
-LISTED = 7  # elements of a whole chunk that cost as much as one in a list
+LISTED = 1 / 7  # the share of a chunk's elements from which on a list costs more than all of them
 LONGEST = 1 << 18  # elements of a list, some 200 bytes each
 
 
 def elements_of(where: Tensor, workspace: Workspace) -> All | Few:
     """Where `where` (n, r) is true; a list if that is faster: by their number alone, so that the same chunk takes the same way every time. On a GPU,
     where dense products are cheap and a list would have the host wait for its length, all."""
-    few = not where.is_cuda and int(where.sum()) <= min(LONGEST, where.numel() / max(LISTED, 1))
+    few = not where.is_cuda and int(where.sum()) <= min(LONGEST, LISTED * where.numel())
     return Few(where) if few else All(workspace)
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-VERSION = 5  # raised with every change here, in selection.py or elements.py that gives SAEs other bits: checkpoints of before are then refused
+VERSION = 6  # raised with what gives SAEs other bits, here, in selection, screening or elements: checkpoints of before are then refused
 CHUNK_BYTES = 24 << 20  # of pre-activations at a time …
 MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
 DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
-OUTER_BYTES = 8 << 20  # of rows of features that are summed at a time
+OUTER_BYTES = 8 << 20  # of rows of features that are summed, or gathered, at a time
 PASS_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of a matrix at a time in several operations in turn, which on a CPU find it in its cache
 
 
@@ -48,20 +48,34 @@ def chunk_rows(n: int, element_size: int) -> int:
     return power_of_two(max(1, CHUNK_BYTES // row, min(MINIMUM_ROWS, MAXIMUM_BYTES // row)))
 
 
+def rows_of(size: int, like: Tensor) -> int:
+    """How many rows as those of the matrix `like` are of `size` bytes."""
+    return max(1, size // (like.shape[1] * like.element_size()))
+
+
 def power_of_two(number: int) -> int:
     """The largest one that is not above `number`."""
     return 1 << number.bit_length() - 1
 
 
-def pre_activation_chunks(x: Tensor, weight: Tensor, bias: Tensor, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:
-    """weight·xᵀ + bias (n, b) in chunks of rows of x: (rows, chunk (n, r)), each valid until the next is taken.
+def pre_activation_chunks(
+    x: Tensor, weight: Tensor, bias: Tensor, workspace: Workspace, latents: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """weight·xᵀ + bias (n, b) in chunks of rows of x: (rows, chunk (n, r)), each valid until the next is taken. With `latents` only these n of them.
 
     Latent-major, as BLAS then has the long side first: x·weightᵀ takes 15 to 50 % longer on a CPU."""
-    rows = min(chunk_rows(len(weight), x.element_size()), len(x))
+    n = len(weight) if latents is None else len(latents)
+    rows = min(chunk_rows(n, x.element_size()), len(x))
     for start in range(0, len(x), rows):
         part = slice(start, min(start + rows, len(x)))
-        chunk = workspace.take("pre_activations", (len(weight), part.stop - part.start), x)
-        yield part, torch.addmm(bias.unsqueeze(1), weight, x[part].T, out=chunk)
+        chunk = workspace.take("pre_activations", (n, part.stop - part.start), x)
+        if latents is None:
+            torch.addmm(bias.unsqueeze(1), weight, x[part].T, out=chunk)
+        else:
+            block = rows_of(OUTER_BYTES, x)
+            for some, out in zip(latents.split(block), chunk.split(block), strict=True):
+                torch.addmm(bias[some].unsqueeze(1), weight[some], x[part].T, out=out)
+        yield part, chunk
 
 
 # ---------------------------------------------------------------- products with sparse codes
@@ -98,7 +112,7 @@ def decode_rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
 def outer_blocks(rows: Tensor, values: Tensor, starts: Tensor, source: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Σ over a feature's nonzeros of values · source[row], for `rows` and `values` (N,) sorted by feature, feature f from starts[f] on, and `source`
     (b, d): blocks of features and their sums (·, d), so that there is no second matrix of the size of all."""
-    block = max(1, OUTER_BYTES // (source.shape[1] * source.element_size()))
+    block = rows_of(OUTER_BYTES, source)
     edges = [*starts[::block].tolist(), len(values)]
     for i, (begin, end) in enumerate(itertools.pairwise(edges)):
         features = slice(i * block, (i + 1) * block)
@@ -209,8 +223,7 @@ def row_norms(matrix: Tensor) -> Tensor:
 
 def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of matrices of one shape, as many at a time as `PASS_BYTES` allows."""
-    first = matrices[0]
-    rows = max(1, PASS_BYTES[first.device.type] // (first.shape[1] * first.element_size()))
+    rows = rows_of(PASS_BYTES[matrices[0].device.type], matrices[0])
     return zip(*(matrix.split(rows) for matrix in matrices), strict=True)
 
 

@@ -16,9 +16,10 @@ all others.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -34,12 +35,23 @@ DTYPES = (torch.float32, torch.float64)  # that are compiled for
 _pool = ThreadPoolExecutor()
 
 
-def _njit(function: Callable) -> Callable:
+def compiled(function: Callable | None = None, **options: object) -> Callable:
     """Compiled at its first call, for a few seconds, and kept in a file for the next process, where there is a place for that."""
+    if function is None:
+        return functools.partial(compiled, **options)
+    options = {"nogil": True, "error_model": "numpy", **options}
     try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's can be written
-        return numba.njit(nogil=True, error_model="numpy")(function)
+        return numba.njit(**options)(function)
+
+
+def in_parts(function: Callable, length: int, unit: int, *arguments: object) -> list:
+    """The results of function(*arguments, first, last) for parts of 0 … length, whole units but for the last: one for each of torch's threads."""
+    share = unit * max(1, math.ceil(length / unit / torch.get_num_threads()))
+    parts = list(itertools.pairwise([*range(0, length, share), length]))
+    running = [_pool.submit(function, *arguments, *part) for part in parts[1:]]
+    return [function(*arguments, *part) for part in parts[:1]] + [future.result() for future in running]
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -55,17 +67,17 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     values, indices = scores.new_empty(r, k), scores.new_empty(r, k, dtype=torch.int64)
     members = math.isqrt(n // k)  # of a group: there are then at least k groups, and step 3 has about as much to do as step 2
     arguments = scores.contiguous().numpy(), k, members, values.numpy(), indices.numpy()
-    share = LANES * max(1, math.ceil(r / LANES / torch.get_num_threads()))
-    parts = list(itertools.pairwise([*range(0, r, share), r]))
-    running = [_pool.submit(_select, *arguments, *part) for part in parts[1:]]
-    for part in parts[:1]:
-        _select(*arguments, *part)
-    for future in running:
-        future.result()
+    in_parts(_select, r, LANES, *arguments)
     return values, indices
 
 
-@_njit
+def top_of_chunks(chunks: Iterable[tuple[slice, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """`top_k` of (n, b) in chunks of columns, as `kernels.pre_activation_chunks` makes them: values and indices, (b, k) each."""
+    values, indices = zip(*(top_k(scores, k) for _, scores in chunks), strict=True)
+    return torch.cat(values), torch.cat(indices)
+
+
+@compiled
 def _select(scores, k, members, values, indices, first, last):
     """Columns `first` to `last` of `scores` (n, r): their rows of `values` and `indices` (r, k)."""
     groups, room = len(scores) // members, 2 * k + 16  # of what is found in a column: `_take` makes room where that is not enough
@@ -74,18 +86,18 @@ def _select(scores, k, members, values, indices, first, last):
     for start in range(first, last, STRIP):
         width = min(STRIP, last - start)
         _group_maxima(scores, start, width, members, maxima)
-        bound = _bound(maxima, k)
+        bound = bounds_of_largest(maxima, k)
         bound[width:] = np.inf
         counts[:] = 0
         _collect(scores, start, width, maxima, members, k, bound, found, latents, counts)
         for c in range(width):
-            _keep_largest(found[c], latents[c], counts[c], k)
+            keep_largest(found[c], latents[c], counts[c], k)
             for i in range(k):
                 indices[start + c, i] = latents[c, i]
                 values[start + c, i] = scores[latents[c, i], start + c]
 
 
-@_njit
+@compiled
 def _group_maxima(scores, start, width, members, maxima):
     """The maxima (groups, STRIP) of consecutive latents in `width` columns of `scores` (n, r) from `start` on; −∞ in the places that are left."""
     maxima[:, width:] = -np.inf
@@ -99,8 +111,8 @@ def _group_maxima(scores, start, width, members, maxima):
                 maximum[c] = maximum[c] if maximum[c] > row[c] or maximum[c] != maximum[c] else row[c]
 
 
-@_njit
-def _bound(maxima, k):
+@compiled
+def bounds_of_largest(maxima, k):
     """Numbers (STRIP,) that k or more of each column of `maxima` (groups, STRIP) are not below."""
     half = maxima.dtype.type(0.5)
     low, high = np.full(STRIP, np.inf, maxima.dtype), np.full(STRIP, -np.inf, maxima.dtype)
@@ -126,7 +138,7 @@ def _bound(maxima, k):
     return low
 
 
-@_njit
+@compiled
 def _collect(scores, start, width, maxima, members, k, bound, found, latents, counts):
     """Elements of these columns not below `bound` (STRIP,), their latents and how many they are into `found`, `latents` and `counts`."""
     n, groups = len(scores), len(maxima)
@@ -149,19 +161,19 @@ def _collect(scores, start, width, maxima, members, k, bound, found, latents, co
                 _take(scores[j, start + c], j, c, k, bound, found, latents, counts)
 
 
-@_njit
+@compiled
 def _take(value, j, c, k, bound, found, latents, counts):
     """Adds what was found; where there is no room, the bound rises to the k-th largest so far."""
     if counts[c] == found.shape[1]:
-        _keep_largest(found[c], latents[c], counts[c], k)
+        keep_largest(found[c], latents[c], counts[c], k)
         bound[c], counts[c] = found[c, :k].min(), k
     found[c, counts[c]] = value if value == value else np.inf
     latents[c, counts[c]] = j
     counts[c] += 1
 
 
-@_njit
-def _keep_largest(found, latents, count, k):
+@compiled
+def keep_largest(found, latents, count, k):
     """Brings the k largest of the first `count` of `found` to its front, with their `latents`: Hoare's selection."""
     low, high = 0, count - 1
     while low < high:

@@ -19,7 +19,8 @@ from torch import Tensor
 from raysae.sae import kernels
 from raysae.sae.base import SAE, Codes, StepInfo
 from raysae.sae.kernels import Nonzeros
-from raysae.sae.selection import top_k
+from raysae.sae.screening import top_pre_activations
+from raysae.sae.selection import top_of_chunks
 
 AUX_NONZEROS = 1 << 19  # of AuxK handled at a time
 
@@ -36,11 +37,14 @@ class DeadCodes:
 class TopK(SAE):
     """x̂ from the k largest pre-activations of each row that are positive."""
 
+    @property
+    def code_width(self) -> int:
+        return 3 * self.config.k  # a value and an index of 8 bytes each
+
     @torch.no_grad()
     def encode(self, x: Tensor) -> Codes | Tensor:
-        chunks = kernels.pre_activation_chunks(x - self.b_dec, self.W_enc, self.b_enc, self._workspace)
-        tops = [top_k(scores, self.config.k) for _, scores in chunks]
-        return Codes(torch.cat([values for values, _ in tops]).relu_(), torch.cat([indices for _, indices in tops]))
+        values, indices = top_pre_activations(x - self.b_dec, self.W_enc, self.b_enc, self.config.k, self._workspace)
+        return Codes(values.relu_(), indices)
 
     @torch.no_grad()
     def loss_and_grads(self, x: Tensor, step: StepInfo) -> dict[str, Tensor]:
@@ -69,26 +73,15 @@ class TopK(SAE):
 
     def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
         """The batch's codes, and AuxK's where there are dead latents, from x − b_dec (b, d)."""
-        tops, dead_tops = [], []
-        for _, scores in kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace):
-            tops.append(top_k(scores, self.config.k))
-            if dead is not None:
-                dead_tops.append(self._select_dead(scores, dead))
-        values, indices = (torch.cat(parts) for parts in zip(*tops, strict=True))
-        return Nonzeros.of_rows(indices, values.relu_()), self._dead_codes(dead, dead_tops)
+        values, indices = top_pre_activations(centred, self.W_enc, self.b_enc, self.config.k, self._workspace)
+        return Nonzeros.of_rows(indices, values.relu_()), self._dead_codes(centred, dead)
 
-    def _select_dead(self, scores: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
-        """AuxK's values and places in `dead`, (r, k_aux) each, from pre-activations `scores` (n, r)."""
-        dead_scores = torch.index_select(scores, 0, dead, out=self._workspace.take("dead", (len(dead), scores.shape[1]), scores))
-        values, places = top_k(dead_scores, min(self.k_aux, len(dead)))
-        return values.relu_(), places
-
-    @staticmethod
-    def _dead_codes(dead: Tensor | None, tops: list[tuple[Tensor, Tensor]]) -> DeadCodes | None:
+    def _dead_codes(self, centred: Tensor, dead: Tensor | None) -> DeadCodes | None:
         if dead is None:
             return None
-        values, places = (torch.cat(parts) for parts in zip(*tops, strict=True))
-        return DeadCodes(dead, places, values)
+        chunks = kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace, dead)
+        values, places = top_of_chunks(chunks, min(self.k_aux, len(dead)))
+        return DeadCodes(dead, places, values.relu_())
 
     @property
     def k_aux(self) -> int:

@@ -22,7 +22,7 @@ from raysae.sae.kernels import power_of_two
 
 # Bins of log10(share of rows on which a latent is active), half a decade each. The first bin also takes everything rarer; dead latents are in none.
 DENSITY_EDGES = np.linspace(-6, 0, 13)
-# Bound on the bytes of a temporary, (rows, n) in float32 or (rows, d) in float64. On a CPU larger ones are page-faulted anew for every chunk.
+# Bound on the bytes of a temporary, codes in float32 or (rows, d) in float64. On a CPU larger ones are page-faulted anew for every chunk.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 FEWEST_ROWS = 32
 TINY = 1e-30  # keeps a row of zeros from dividing by zero: its cosine and its ratio count as 0
@@ -78,7 +78,7 @@ def reconstruction_metrics(sae: SAE, chunks: Iterable[torch.Tensor], variance: V
     active = torch.zeros(sae.n, dtype=torch.int64, device=device)
     error = cosine = ratio = 0.0
     most = CHUNK_BYTES[device.type]
-    step = power_of_two(max(FEWEST_ROWS, most // max(4 * sae.n, 8 * sae.d)))
+    step = power_of_two(max(FEWEST_ROWS, most // max(4 * sae.code_width, 8 * sae.d)))
     for chunk in chunks:
         if unseen:
             for x in chunk.split(max(FEWEST_ROWS, most // (8 * sae.d))):  # whatever the SAE's width: the same bits for all SAEs

@@ -1,0 +1,142 @@
+"""The k largest pre-activations against float64, and what becomes of bounds that say little."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raysae.sae import screening
+from raysae.sae.base import StepInfo
+from raysae.sae.kernels import Workspace
+from raysae.sae.screening import top_pre_activations
+from tests.sae.conftest import make
+
+needs_integers = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this CPU has no fast products of 8-bit integers")
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """However few latents there are to a k, and however many are left."""
+    monkeypatch.setattr(screening, "LATENTS_PER_K", 1)
+    monkeypatch.setattr(screening, "TOO_MANY", 10)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)  # without, products of integers are slow, not wrong
+
+
+def screened(monkeypatch, *arguments):
+    """What `top_pre_activations` returns without its other way."""
+    monkeypatch.setattr(screening, "top_of_chunks", None)
+    return top_pre_activations(*arguments, Workspace())
+
+
+def are_largest(values, indices, x, weight, bias, k):
+    """Whether these are the k largest pre-activations, but for what float32 rounds in sums of d products."""
+    exact = x.double() @ weight.double().T + bias.double()
+    size = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1) + bias.double().abs()
+    tolerance = 2.0**-24 * (x.shape[1] + 2) * size
+    assert ((exact.gather(1, indices) - values.double()).abs() <= tolerance.gather(1, indices)).all()
+    least = exact.gather(1, indices).min(1, keepdim=True).values
+    left_out = torch.ones_like(exact, dtype=torch.bool).scatter(1, indices, False)
+    assert not (left_out & (exact > least + 2 * tolerance.amax(1, keepdim=True))).any()
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 150), st.integers(1, 500), st.integers(2, 70), st.data())
+def test_any_size(b, n, d, data):
+    k = data.draw(st.integers(1, n))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((b, d), (n, d), (n,)))
+    if data.draw(st.booleans()):
+        x, weight, bias = x.round(), weight.round(), bias.round()  # many ties, rows of zeros
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        are_largest(*screened(monkeypatch, x, weight, bias, k), x, weight, bias, k)
+
+
+@pytest.mark.parametrize("kind", ["normal", "one dimension", "one row", "one latent", "bias", "zeros", "tiny", "huge", "equal latents", "far from 0"])
+@pytest.mark.parametrize("k", [1, 30])
+def test_awkward_numbers(kind, k, monkeypatch):
+    x, weight, bias = torch.randn(200, 48), torch.randn(3000, 48), torch.zeros(3000)
+    match kind:
+        case "one dimension":
+            x[:, 5] *= 1000
+        case "one row":
+            x[100] *= 1e6
+        case "one latent":
+            weight[7] *= 1e6
+        case "bias":
+            bias = 100 * torch.randn(3000)
+        case "zeros":
+            x[::3], weight[::5], bias[::2] = 0, 0, -1
+        case "tiny":
+            x, weight = x * 1e-12, weight * 1e-12
+        case "huge":
+            x, weight = x * 1e12, weight * 1e12
+        case "equal latents":
+            weight[:] = weight[0]
+        case "far from 0":
+            x += 50
+    are_largest(*screened(monkeypatch, x, weight, bias, k), x, weight, bias, k)
+
+
+@pytest.mark.parametrize("where", ["x", "weight", "bias"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_takes_the_other_way(where, value):
+    given = {"x": torch.randn(70, 20), "weight": torch.randn(900, 20), "bias": torch.zeros(900)}
+    given[where].view(-1)[5] = value
+    expected = (given["x"] @ given["weight"].T + given["bias"]).topk(9, dim=1).values
+    values, _ = top_pre_activations(*given.values(), 9, Workspace())
+    torch.testing.assert_close(values.sort(descending=True).values, expected, equal_nan=True)
+
+
+def test_bounds_that_say_little_take_the_other_way(monkeypatch):
+    monkeypatch.setattr(screening, "TOO_MANY", 0.5)
+    calls, dense = [], screening.top_of_chunks
+    monkeypatch.setattr(screening, "top_of_chunks", lambda chunks, k: calls.append(k) or dense(chunks, k))
+    x, weight, bias = torch.randn(100, 48), torch.randn(1, 48) + 1e-4 * torch.randn(3000, 48), torch.zeros(3000)
+    are_largest(*top_pre_activations(x, weight, bias, 8, Workspace()), x, weight, bias, 8)
+    assert calls
+
+
+@needs_integers
+def test_few_are_computed(monkeypatch):
+    computed, real = [], screening.in_parts
+    monkeypatch.setattr(
+        screening, "in_parts", lambda function, *arguments: computed.append((function, real(function, *arguments))) or computed[-1][1]
+    )
+    top_pre_activations(torch.randn(256, 256), torch.randn(8192, 256), torch.zeros(8192), 32, Workspace())
+    totals = [sum(totals) for function, totals in computed if function is screening._select]
+    assert 32 * 256 < sum(totals) < 5 * 32 * 256
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_and_company_change_nothing(threads, monkeypatch):
+    x, weight, bias, before = torch.randn(300, 40), torch.randn(2000, 40), torch.randn(2000), torch.get_num_threads()
+    values, indices = screened(monkeypatch, x, weight, bias, 20)
+    torch.set_num_threads(threads)
+    try:
+        for rows in (slice(None), slice(100, 170)):
+            again = screened(monkeypatch, x[rows], weight, bias, 20)
+            assert torch.equal(again[0].sort().values, values[rows].sort().values)
+            assert torch.equal(again[1].sort().values, indices[rows].sort().values)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("k", [-1, 0, 11])
+def test_more_than_there_are(k):
+    with pytest.raises(ValueError, match=f"k is {k}: from 1 to 10 is right"):
+        top_pre_activations(torch.randn(3, 4), torch.randn(10, 4), torch.zeros(10), k, Workspace())
+
+
+@pytest.mark.parametrize("dead", [None, 150])
+def test_gradients_are_those_of_all_pre_activations(dead, monkeypatch):
+    """A step of TopK with AuxK both ways, in float32."""
+    x, found = torch.randn(100, 24), {}
+    step = StepInfo(dead=None if dead is None else torch.arange(400) >= 400 - dead)
+    for latents_per_k in (1, 10**6):
+        monkeypatch.setattr(screening, "LATENTS_PER_K", latents_per_k)
+        sae = make("topk", 24, 400)
+        terms = sae.loss_and_grads(x, step)
+        found[latents_per_k] = {**terms, **{name: parameter.grad for name, parameter in sae.named_parameters()}}
+    for name, value in found[1].items():
+        torch.testing.assert_close(value, found[10**6][name], rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
