@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from raysae.sae.kernels import Workspace, outer_blocks, starts_of
+from raysae.sae.kernels import Workspace, order_of, outer_blocks
 
 LISTED = 1 / 7  # the share of a chunk's elements from which on a list costs more than all of them
 LONGEST = 1 << 18  # elements of a list, some 200 bytes each
@@ -69,8 +69,7 @@ class Few:
         self._present, counts = self._latents.unique_consecutive(return_counts=True)  # at great widths few have an element in a chunk
         self._starts = counts.cumsum(0) - counts
         self._rows = torch.sub(self._places, self._latents, alpha=r)
-        rows, self._order = self._rows.sort(stable=True)
-        self._row_starts = starts_of(rows, r)
+        self._order, self._row_starts = order_of(self._rows, r)
 
     def of(self, matrix: Tensor) -> Tensor:
         return matrix.view(-1)[self._places]

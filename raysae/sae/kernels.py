@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from raysae.sae.compiled import compiled
+
 VERSION = 6  # raised with what gives SAEs other bits, here, in selection, screening or elements: checkpoints of before are then refused
 CHUNK_BYTES = 24 << 20  # of pre-activations at a time …
 MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
@@ -104,6 +106,30 @@ def starts_of(ascending: Tensor, bins: int) -> Tensor:
     return counts.cumsum(0) - counts
 
 
+def order_of(keys: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """What sorts `keys` (N,) int64, each from 0 to bins − 1, stably: (N,), and where each of these numbers then starts: (bins,)."""
+    if keys.is_cuda:
+        ordered, order = keys.sort(stable=True)
+        return order, starts_of(ordered, bins)
+    order, starts = torch.empty_like(keys), keys.new_empty(bins)
+    _order_of(keys.numpy(), order.numpy(), starts.numpy())
+    return order, starts
+
+
+@compiled
+def _order_of(keys, order, starts):
+    starts[:] = 0
+    for key in keys:
+        starts[key] += 1
+    total = 0
+    for key in range(len(starts)):
+        starts[key], total = total, total + starts[key]
+    free = starts.copy()
+    for i in range(len(keys)):
+        order[free[keys[i]]] = i
+        free[keys[i]] += 1
+
+
 def decode_rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     """Σ_j values[:, j] · weight[indices[:, j]] for `indices` and `values` (b, k): (b, d)."""
     return embedding_bag(indices, weight, mode="sum", per_sample_weights=values)
@@ -123,9 +149,8 @@ class ByFeature:
     """The same nonzeros sorted by feature, for products that end in one row per feature."""
 
     def __init__(self, codes: Nonzeros, n: int):
-        ordered, self.order = codes.features.sort(stable=True)
-        self.rows = codes.rows[self.order]
-        self.starts = starts_of(ordered, n)
+        self.order, self.starts = order_of(codes.features, n)
+        self.rows = codes.rows.index_select(0, self.order)
         self.b = len(codes.starts)
 
     def outer_(self, out: Tensor, values: Tensor, source: Tensor, add_to: Tensor | None = None) -> None:
@@ -133,7 +158,7 @@ class ByFeature:
 
         With `add_to` (n,) feature f is added to row add_to[f] of a larger `out` instead.
         """
-        for features, sums in outer_blocks(self.rows, values[self.order], self.starts, source):
+        for features, sums in outer_blocks(self.rows, values.index_select(0, self.order), self.starts, source):
             if add_to is None:
                 out[features] = sums
             else:

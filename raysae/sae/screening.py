@@ -18,19 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysae.sae.compiled import SUMS, compiled, in_parts
 from raysae.sae.kernels import Workspace, pre_activation_chunks
-from raysae.sae.selection import STRIP, bounds_of_largest, compiled, in_parts, keep_largest, top_of_chunks
+from raysae.sae.selection import STRIP, bounds_of_largest, keep_largest, top_of_chunks
 
 LEVELS = 127  # integers go from −LEVELS to LEVELS
 LATENTS_PER_K = 16  # with fewer, so many may reach the k-th largest that computing all is as fast
-TOO_MANY = 1 / 8 / 16  # of the latents: where so many are left, bounds are too loose for the rows at hand, and all are computed
+TOO_MANY = 1 / 8  # of the latents: where so many are left, bounds are too loose for the rows at hand, and all are computed
 GUESS = 1.25  # of the largest possible error, typically: so much lower than the k-th largest upper bound the k-th largest is expected
-PRODUCT_BYTES = 4 << 20  # of products at a time, so that they are found in the cache again
 INTEGERS = 1 << 26  # that weights may be rounded to, of a byte each
+PRODUCTS, CACHED = 1 << 24, 1 << 20  # of 4 bytes each: how many there may be at a time, and how many are found in the cache again
 SAMPLE = 1024  # rows that the factors of dimensions are estimated from
-SMALLEST = np.float32(1e-30)  # scale, so that its inverse is finite
+SMALLEST = np.float32(1e-15)  # scale
+UNDERFLOW = np.float32(2e-38)  # more than a square is too small by in float32
 ROUNDING = 2.0**-20  # relatively, more than some operations in float32 take or add
-SUMS = {"reassoc", "contract", "nsz"}  # what a compiler may do so that sums are vectorised
 
 
 def top_pre_activations(x: Tensor, weight: Tensor, bias: Tensor, k: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
@@ -39,8 +40,8 @@ def top_pre_activations(x: Tensor, weight: Tensor, bias: Tensor, k: int, workspa
     ValueError: k is not in 1 … n."""
     weight, bias = weight.detach(), bias.detach()
     (b, d), n = x.shape, len(weight)
-    with_integers = x.device.type == "cpu" and x.dtype == torch.float32 and torch.cpu._is_vnni_supported()
-    if with_integers and b and n >= LATENTS_PER_K * k > 0 and 1 < d <= INTEGERS // n:  # torch._int_mm is wrong for d = 1
+    with_integers = x.device.type == "cpu" and x.dtype == torch.float32 and torch.cpu._is_vnni_supported() and d > 1  # _int_mm is wrong for d = 1
+    if with_integers and b and n >= LATENTS_PER_K * k > 0 and n * d <= INTEGERS and n <= PRODUCTS // STRIP:
         found = _screened(x.contiguous(), weight, bias, k, workspace)
         if found is not None:
             return found
@@ -60,7 +61,7 @@ def _screened(x: Tensor, weight: Tensor, bias: Tensor, k: int, workspace: Worksp
             return None
     values, indices = x.new_empty(b, k), x.new_empty(b, k, dtype=torch.int64)
     members = math.isqrt(n // k)  # of a group, as in `top_k`
-    at_once = max(128, 2 ** int(math.log2(PRODUCT_BYTES / (4 * n))))
+    at_once = STRIP * (min(PRODUCTS, max(CACHED, n * STRIP * torch.get_num_threads())) // n // STRIP)
     for start in range(0, b, at_once):
         end = min(start + at_once, padded)
         products = workspace.take("products", (n, end - start), P.new_empty(0, dtype=torch.int32))
@@ -115,7 +116,7 @@ def _round(matrix, factors, integers, traits, first, last):
             rounded[m] = np.int8(integer)
             squares += value * value
             lost += (value - integer * scale) ** 2
-        traits[0, i], traits[1, i], traits[2, i] = scale, np.sqrt(squares), np.sqrt(lost)
+        traits[0, i], traits[1, i], traits[2, i] = scale, np.sqrt(squares + len(row) * UNDERFLOW), np.sqrt(lost + len(row) * UNDERFLOW)
 
 
 @compiled
@@ -132,20 +133,21 @@ def _select(products, latents, rows, weight, bias, x, members, values, indices, 
         bound = bounds_of_largest(maxima, k)
         bound[width:] = np.inf
         for c in range(width):
-            bound[c] -= np.float32(GUESS) * (typical[0] * own[1, c] + typical[1] * own[2, c])
+            bound[c] -= abs(bound[c]) * np.float32(ROUNDING) + np.float32(GUESS) * (typical[0] * own[1, c] + typical[1] * own[2, c])
         left = width
         while left:
             counts[:] = 0
             total += _collect(products, start, latents, own[0], own[1], own[2], bound, weight, bias, x, k, candidates, counts, found)
             for c in range(width):
-                if counts[c]:
-                    total += counts[c]
-                    lower = _lower(_compute(weight, bias, x[start + c], k, candidates[c], counts[c], found[c]), own[0, c])
-                    if lower >= bound[c]:  # none of the others can be among the k largest
-                        values[start + c], indices[start + c] = found[c, :k], candidates[c, :k]
-                        bound[c], left = np.inf, left - 1
-                    else:
-                        bound[c] = lower
+                if bound[c] == np.inf:  # done
+                    continue
+                total += counts[c]
+                lower = _lower(_compute(weight, bias, x[start + c], k, candidates[c], counts[c], found[c]), own[0, c])
+                if counts[c] >= k and lower >= bound[c]:  # none of the others can be among the k largest
+                    values[start + c], indices[start + c] = found[c, :k], candidates[c, :k]
+                    bound[c], left = np.inf, left - 1
+                else:
+                    bound[c] = lower if counts[c] >= k else -np.inf
     return total
 
 

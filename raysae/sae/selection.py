@@ -16,42 +16,19 @@ all others.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from raysae.sae.compiled import compiled, in_parts
 from raysae.sae.kernels import Nonzeros, starts_of
 
 STRIP, LANES = 64, 16  # rows that are handled together, and of these the ones that one comparison is for
 HALVINGS = 8
 DTYPES = (torch.float32, torch.float64)  # that are compiled for
-_pool = ThreadPoolExecutor()
-
-
-def compiled(function: Callable | None = None, **options: object) -> Callable:
-    """Compiled at its first call, for a few seconds, and kept in a file for the next process, where there is a place for that."""
-    if function is None:
-        return functools.partial(compiled, **options)
-    options = {"nogil": True, "error_model": "numpy", **options}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's can be written
-        return numba.njit(**options)(function)
-
-
-def in_parts(function: Callable, length: int, unit: int, *arguments: object) -> list:
-    """The results of function(*arguments, first, last) for parts of 0 … length, whole units but for the last: one for each of torch's threads."""
-    share = unit * max(1, math.ceil(length / unit / torch.get_num_threads()))
-    parts = list(itertools.pairwise([*range(0, length, share), length]))
-    running = [_pool.submit(function, *arguments, *part) for part in parts[1:]]
-    return [function(*arguments, *part) for part in parts[:1]] + [future.result() for future in running]
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -178,14 +178,14 @@ class Bank:
         """One step of every member that stands at `row`, on raw rows `(b, d)`; returns these members, each trained or failed."""
         members = self.at(row)
         x = x.to(self.device, non_blocking=True)
-        finite = torch.isfinite(x)
-        if not bool(finite.all()):
+        row_sum = x.sum(0, dtype=torch.float64)  # finite where all of x is: sums of numbers in float32 are far from what float64 can hold
+        if not bool(torch.isfinite(row_sum).all()):
+            finite = torch.isfinite(x)
             bad = int((~finite).nonzero()[0, 0])
             value = x[bad][~finite[bad]][0].item()
             for member in members:
                 member.fail("activation", value, row + bad)
             return members
-        row_sum = x.sum(0, dtype=torch.float64)
         scales = {member.name: member.scale for member in members}
         shared = {scale: self._divided(x, scale) for scale in scales.values()}
         for member in members:

@@ -32,7 +32,7 @@ def are_largest(values, indices, x, weight, bias, k):
     """Whether these are the k largest pre-activations, but for what float32 rounds in sums of d products."""
     exact = x.double() @ weight.double().T + bias.double()
     size = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1) + bias.double().abs()
-    tolerance = 2.0**-24 * (x.shape[1] + 2) * size
+    tolerance = 2.0**-24 * (x.shape[1] + 2) * size + x.shape[1] * 2.0**-126
     assert ((exact.gather(1, indices) - values.double()).abs() <= tolerance.gather(1, indices)).all()
     least = exact.gather(1, indices).min(1, keepdim=True).values
     left_out = torch.ones_like(exact, dtype=torch.bool).scatter(1, indices, False)
@@ -52,7 +52,9 @@ def test_any_size(b, n, d, data):
         are_largest(*screened(monkeypatch, x, weight, bias, k), x, weight, bias, k)
 
 
-@pytest.mark.parametrize("kind", ["normal", "one dimension", "one row", "one latent", "bias", "zeros", "tiny", "huge", "equal latents", "far from 0"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "one dimension", "one row", "one latent", "bias", "zeros", "tiny", "vanishing", "huge", "equal latents", "far from 0"]
+)
 @pytest.mark.parametrize("k", [1, 30])
 def test_awkward_numbers(kind, k, monkeypatch):
     x, weight, bias = torch.randn(200, 48), torch.randn(3000, 48), torch.zeros(3000)
@@ -69,6 +71,8 @@ def test_awkward_numbers(kind, k, monkeypatch):
             x[::3], weight[::5], bias[::2] = 0, 0, -1
         case "tiny":
             x, weight = x * 1e-12, weight * 1e-12
+        case "vanishing":
+            x, weight = x * 1e-21, weight * 1e-14
         case "huge":
             x, weight = x * 1e12, weight * 1e12
         case "equal latents":
