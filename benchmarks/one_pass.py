@@ -16,8 +16,9 @@ cache. Its steady-state time is that of the slowest bank from its first step to 
 
 Both are ranges. The producer may be ahead when the clock starts, by the shards that `stream.mib_in_flight` lets it hold: the `most` is without these.
 Not counted is the language model's pass over held-out rows, which takes cores from the steps. Reported apart are start-up, from the command to the
-first step; `rest`, whatever else is in the wall time (initialising, interim and final evaluations, checkpoints, summary, shutdown: sweeps keep no
-times of these by themselves); and the peak memory of all the sweep's processes (proportional set sizes).
+first step; `evaluation`, the time of cross-entropy and KL and, of all SAEs together, of interim and final evaluations on held-out rows, waiting for
+these included, over the number of banks; `rest`, all of the wall time but start-up and steady state (evaluation, initialising, checkpoints, summary,
+shutdown); and the peak memory of all the sweep's processes (proportional set sizes).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the sweep's processes; read when torch is imported
 
@@ -114,13 +117,26 @@ def run_sweep(argv: list[str]) -> dict[str, float]:
         subprocess.run([sys.executable, str(REPOSITORY / "jobs" / "scaling_sweep.py"), *argv, *own], check=True, env=environment)
         wall = time.time() - began
         reports = [json.loads(path.read_text())["reports"] for path in Path(folder).glob("bench/saes/*/outcome.json")]
+        banks = yaml.safe_load((Path(folder) / "bench" / "config.yaml").read_text())["resources"]["banks"]
+        downstream = in_model_seconds(f"sqlite:///{folder}/mlflow.db")
     first, last = [each[0] for each in reports], [each[-1] for each in reports]
     steady = max(report["tokens"] / report["tokens_per_second"] for report in last)
     start_up = min(report["time"] - report["tokens"] / report["tokens_per_second"] for report in first) - began
+    evaluation = downstream + sum(report["evaluation_seconds"] for each in reports for report in each) / banks
     return {
-        "wall": wall, "start_up": start_up, "steady_state": steady, "rest": wall - start_up - steady,
-        "waited_share": max(report["waited_share"] for report in last), "saes": len(last), "peak_gib": memory[0] / 2**30,
+        "wall": wall, "start_up": start_up, "steady_state": steady, "evaluation": evaluation, "evaluation_share": evaluation / wall,
+        "rest": wall - start_up - steady, "waited_share": max(report["waited_share"] for report in last), "saes": len(last),
+        "peak_gib": memory[0] / 2**30,
     }  # fmt: skip
+
+
+def in_model_seconds(uri: str) -> float:
+    """What the sweep tells MLflow: how long cross-entropy and KL of all SAEs took."""
+    import mlflow
+
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return next(run.data.metrics["stream/evaluation_seconds"] for run in runs if "stream/evaluation_seconds" in run.data.metrics)
 
 
 @contextmanager

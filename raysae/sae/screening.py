@@ -128,7 +128,9 @@ def _select(products, latents, rows, weight, bias, x, members, values, indices, 
     found, candidates, counts = np.empty((STRIP, 8 * k + 16), np.float32), np.empty((STRIP, 8 * k + 16), np.int64), np.empty(STRIP, np.int64)
     for start in range(first, last, STRIP):
         width = min(STRIP, last - start)
-        own[:, :width], own[:, width:] = rows[:, start : start + width], 0
+        for trait in range(3):
+            for c in range(STRIP):
+                own[trait, c] = rows[trait, start + c] if c < width else 0
         _group_maxima(products, start, latents, own[0], own[1], own[2], members, maxima)
         bound = bounds_of_largest(maxima, k)
         bound[width:] = np.inf
@@ -144,7 +146,8 @@ def _select(products, latents, rows, weight, bias, x, members, values, indices, 
                 total += counts[c]
                 lower = _lower(_compute(weight, bias, x[start + c], k, candidates[c], counts[c], found[c]), own[0, c])
                 if counts[c] >= k and lower >= bound[c]:  # none of the others can be among the k largest
-                    values[start + c], indices[start + c] = found[c, :k], candidates[c, :k]
+                    for i in range(k):
+                        values[start + c, i], indices[start + c, i] = found[c, i], candidates[c, i]
                     bound[c], left = np.inf, left - 1
                 else:
                     bound[c] = lower if counts[c] >= k else -np.inf
@@ -210,4 +213,7 @@ def _compute(weight, bias, row, k, candidates, count, found):
             total += latent[m] * row[m]
         found[i] = total + bias[candidates[i]]
     keep_largest(found, candidates, count, k)
-    return found[:k].min()
+    least = found[0]
+    for i in range(1, k):
+        least = min(least, found[i])
+    return least

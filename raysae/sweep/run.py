@@ -42,6 +42,7 @@ from raysae.train.actor import start_trainer
 
 MIB = 2**20
 SECONDS = 1.0  # between two questions to an actor that is starting
+START_SECONDS = 60.0  # at most, that Ray Tune waits for the training: its processes would take the cores that trainers and producers start with
 INTERRUPTED = 130
 EVALUATED_BYTES = 2 << 30  # of the largest SAEs that a producer evaluates together
 RUNGS = "rungs.jsonl"  # what ASHA has decided
@@ -137,10 +138,13 @@ def _train_and_evaluate(
     trainer_of = {sae.name: trainers[bank.name] for bank in banks for sae in bank.saes}
     try:
         with Watch(settled, queue, trainers, study) as watch:
+            watch.await_training(START_SECONDS)
             tuner(settled, trainer_of, place, watch).fit()
             results = _results(settled, trainer_of, study, watch)
+            began = time.monotonic()
             unmeasured = _evaluate(settled, queue, trainer_of, results, study, place, watch)
-        return results, unmeasured, patiently(lambda: ray.get(queue.stats.remote()), config.faults.queue_seconds)
+            took = time.monotonic() - began
+        return results, unmeasured, patiently(lambda: ray.get(queue.stats.remote()), config.faults.queue_seconds) | {"evaluation_seconds": took}
     except (KeyboardInterrupt, StuckError):
         if len(interruptions) < 2:
             with suppress(Exception):  # whatever state the actors are in, the newest checkpoints count
@@ -291,7 +295,7 @@ def _finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream:
         f"{stream['blocks_served']} blocks served, "
         f"at most {stream['peak_bytes_in_flight'] / MIB:.0f} MiB in flight. "
         f"Consumers waited {stream['consumer_wait_seconds']:.0f} s, producers {stream['producer_wait_seconds']:.0f} s. "
-        f"{seconds / 60:.1f} minutes in all.",
+        f"{seconds / 60:.1f} minutes in all, {stream['evaluation_seconds']:.0f} s of these for cross-entropy and KL.",
         highlight=False,
     )
     for of, shards in skipped.items():
@@ -339,7 +343,10 @@ def _headlines(results: pd.DataFrame, stream: dict, needed: int) -> dict[str, fl
     Contexts needed, shards skipped and rows consumed (by all SAEs) are the same whatever died; the others count what was done, done twice included.
     """
     best = {key: results[key].agg(pick) for key, pick in (("fvu", "min"), ("ce_recovered", "max")) if key in results}
-    shown = ("contexts_forwarded", "evaluation_contexts_forwarded", "shards_from_cache", "consumer_wait_seconds", "producer_wait_seconds")
+    shown = (
+        "contexts_forwarded", "evaluation_contexts_forwarded", "shards_from_cache", "consumer_wait_seconds", "producer_wait_seconds",
+        "evaluation_seconds",
+    )  # fmt: skip
     flow = {key: stream[key] for key in shown} | {"peak_mib_in_flight": stream["peak_bytes_in_flight"] / MIB}
     flow |= {"contexts_needed": needed, "shards_skipped": sum(map(len, stream["shards_skipped"].values())), "rows_consumed": results["tokens"].sum()}
     return {f"best/{key}": value for key, value in best.items() if pd.notna(value)} | {f"stream/{key}": value for key, value in flow.items()}

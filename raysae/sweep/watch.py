@@ -81,6 +81,14 @@ class Watch:
         if self.failure:
             raise StuckError(self.failure)
 
+    def await_training(self, seconds: float) -> None:
+        """Return when an SAE is in training or has ended, when none ever will be, or after so many seconds."""
+        give_up = time.monotonic() + seconds
+        while not self.failure and time.monotonic() < give_up:
+            if any(row["state"] != "waiting" for trainer in self.trainers.values() for row in trainer.status):
+                return
+            time.sleep(SECONDS / 10)
+
     # ---------------------------------------------------------------- the thread
 
     def _watch(self) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import fsspec
+import numba
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -47,6 +48,8 @@ def fingerprint(spec: ActivationSpec, sae: SAEConfig, train: TrainConfig, device
     They also depend on the numerics of the producers (see `stream.shard.numerics`), which come with the rows: an SAE's file has both.
     """
     facts = device_facts(device) | {"kernels": kernels.VERSION, "spec": spec.hash}
+    if torch.device(device).type == "cpu":
+        facts["numba"] = numba.__version__  # it compiles sums, in an order of its own
     facts |= {f"sae.{key}": value for key, value in sae.model_dump().items()}
     return facts | {f"train.{key}": value for key, value in train.model_dump().items() if key not in WITHOUT_EFFECT}
 

@@ -327,7 +327,7 @@ class Loop:
 
     def _report(self, progress: Progress, final: bool) -> None:
         """Evaluate on held-out rows, on all of them if `final`: then the report also has the density histogram."""
-        member = progress.member
+        member, reached, began = progress.member, time.time(), self.clock()
         progress.state = "evaluating"
         self.on_change()
         rows = self.evaluation.rows if final else min(self.evaluation.interim_rows, self.evaluation.rows)
@@ -340,7 +340,7 @@ class Loop:
             "step": member.steps_done,
             "tokens": member.next_row,
             "final": final,
-            "time": time.time(),
+            "time": reached,
             "learning_rate": member.learning_rate,
             **member.take_means(),
             **metrics.scalars(),
@@ -349,6 +349,7 @@ class Loop:
             "tokens_per_second": rate,
             "waited_share": waited,
             "step_seconds": member.seconds / max(1, member.timed),
+            "evaluation_seconds": self.clock() - began,
         }
         if final:
             report["density"] = metrics.density

@@ -31,7 +31,7 @@ ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLE
 CONTEXT, SKIPPED, BATCH = 64, 8, 64
 SHARD_ROWS = 256 * (CONTEXT - SKIPPED)
 ACTORS = {"producer": "Producer", "trainer": "Trainer", "queue": "StreamQueue", "trial": "ImplicitFunc"}  # kind of process → class of its Ray actor
-MEASURED = ("time", "tokens_per_second", "waited_share", "step_seconds")  # in seconds: no two runs agree
+MEASURED = ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")  # in seconds: no two runs agree
 WORK = (  # metrics of a study that count the work done, repeated work included
     "stream/contexts_forwarded", "stream/evaluation_contexts_forwarded", "stream/shards_from_cache", "stream/consumer_wait_seconds",
     "stream/producer_wait_seconds", "stream/peak_mib_in_flight", "minutes",

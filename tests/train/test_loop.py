@@ -42,7 +42,9 @@ def assert_same_sae(one, other, name: str) -> None:
 
 def lasting(reports: list[dict]) -> list[dict]:
     """Reports without what is measured in seconds."""
-    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_second", "waited_share", "step_seconds")} for r in reports]
+    return [
+        {k: v for k, v in r.items() if k not in ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")} for r in reports
+    ]
 
 
 class KilledError(Exception):
