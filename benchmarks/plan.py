@@ -137,6 +137,7 @@ def measure(path: Path) -> None:
 
     from raysae.config import SweepConfig
     from raysae.lm.model import LanguageModel
+    from raysae.sae import screening
     from raysae.stream.shard import ShardMaker
     from raysae.sweep.preflight import plan
 
@@ -168,6 +169,7 @@ def measure(path: Path) -> None:
         with torch.inference_mode():
             found["lm"].append({"features": of_lm(lm), "seconds": seconds_of(lambda maker=maker: maker.make(0)) / tokens})
         print(f"language model to layer {layer}: {1 / found['lm'][-1]['seconds']:,.0f} tokens/s", flush=True)
+    screening.LATENTS_PER_K = 1 << 40  # all pre-activations are computed, as they are on a GPU
     for sizes in STEPS:
         *_, batch = sizes
         step, _ = raysae("topk", *sizes)

@@ -305,7 +305,7 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def encoded(sae: SAE, x: Tensor) -> Iterator[tuple[slice, Codes | Tensor]]:
-    """The codes of `x` (b, d) in pieces of rows that bound the memory of dense codes, on the SAE's device."""
+    """The codes of `x` (b, d) in pieces of rows that bound the memory of codes, on the SAE's device."""
     x = x.to(sae.b_dec)
     size = sae.rows_at_once()
     for start in range(0, len(x), size):

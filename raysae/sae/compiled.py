@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import math
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numba
 import torch
 
 SUMS = {"reassoc", "contract", "nsz"}  # as `fastmath`: what the compiler may do so that sums are vectorised
 _pool = ThreadPoolExecutor()
+
+# numba compiles anew when the file of a function changes, and would not when that of a function called from it does: a folder for each state of all
+_state = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+numba.config.CACHE_DIR = os.path.join(numba.config.CACHE_DIR or Path(__file__).parent / "__pycache__", f"numba-{_state}")
 
 
 def compiled(function: Callable | None = None, **options: object) -> Callable:

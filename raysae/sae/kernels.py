@@ -18,7 +18,7 @@ from torch.nn.functional import embedding_bag
 
 from raysae.sae.compiled import compiled
 
-VERSION = 6  # raised with what gives SAEs other bits, here, in selection, screening or elements: checkpoints of before are then refused
+VERSION = 6  # raised with what gives SAEs other bits, here, in compiled, selection, screening or elements: checkpoints of before are then refused
 CHUNK_BYTES = 24 << 20  # of pre-activations at a time …
 MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
 DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
@@ -67,6 +67,8 @@ def pre_activation_chunks(
 
     Latent-major, as BLAS then has the long side first: x·weightᵀ takes 15 to 50 % longer on a CPU."""
     n = len(weight) if latents is None else len(latents)
+    if latents is not None and (x.is_cuda or n * x.shape[1] * x.element_size() <= MAXIMUM_BYTES):
+        weight, bias, latents = weight[latents], bias[latents], None
     rows = min(chunk_rows(n, x.element_size()), len(x))
     for start in range(0, len(x), rows):
         part = slice(start, min(start + rows, len(x)))
@@ -107,8 +109,8 @@ def starts_of(ascending: Tensor, bins: int) -> Tensor:
 
 
 def order_of(keys: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """What sorts `keys` (N,) int64, each from 0 to bins − 1, stably: (N,), and where each of these numbers then starts: (bins,)."""
-    if keys.is_cuda:
+    """What sorts `keys` (N,) int64, stably: (N,), and where each of the numbers 0 … bins − 1 then starts: (bins,). Keys are not checked."""
+    if keys.device.type != "cpu":
         ordered, order = keys.sort(stable=True)
         return order, starts_of(ordered, bins)
     order, starts = torch.empty_like(keys), keys.new_empty(bins)

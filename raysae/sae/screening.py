@@ -13,6 +13,7 @@ rounding, W is multiplied by a factor for each dimension and x divided by it, so
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
@@ -35,17 +36,30 @@ ROUNDING = 2.0**-20  # relatively, more than some operations in float32 take or 
 
 
 def top_pre_activations(x: Tensor, weight: Tensor, bias: Tensor, k: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
-    """The k largest of x·weightᵀ + bias in each row, for x (b, d), weight (n, d) and bias (n,): values and indices, (b, k) each, in any order.
+    """The k largest of x·weightᵀ + bias in each row, for x (b, d), weight (n, d) and bias (n,), all of one dtype: values and indices, (b, k) each, in
+    any order. NaN counts as +∞. Whichever way they are found, they are the largest but for what that way rounds, and of equal ones some.
 
     ValueError: k is not in 1 … n."""
-    weight, bias = weight.detach(), bias.detach()
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
     (b, d), n = x.shape, len(weight)
-    with_integers = x.device.type == "cpu" and x.dtype == torch.float32 and torch.cpu._is_vnni_supported() and d > 1  # _int_mm is wrong for d = 1
-    if with_integers and b and n >= LATENTS_PER_K * k > 0 and n * d <= INTEGERS and n <= PRODUCTS // STRIP:
-        found = _screened(x.contiguous(), weight, bias, k, workspace)
+    if not b:
+        return x.new_empty(0, k), x.new_empty(0, k, dtype=torch.int64)
+    sizes = 1 < d < 1 << 17 and n * d <= INTEGERS and n <= PRODUCTS // STRIP  # _int_mm is wrong for d = 1, and its results have 32 bits
+    if sizes and b >= STRIP and n >= LATENTS_PER_K * k > 0 and x.device.type == "cpu" and x.dtype == torch.float32 and fast_integers():
+        found = _screened(x.contiguous(), weight.contiguous(), bias.contiguous(), k, workspace)
         if found is not None:
             return found
     return top_of_chunks(pre_activation_chunks(x, weight, bias, workspace), k)
+
+
+@cache
+def fast_integers() -> bool:
+    """Whether this CPU multiplies integers of 8 bits faster than float32, and PyTorch does it right: told to do without the instructions for that
+    (ONEDNN_MAX_CPU_ISA), oneDNN adds up in 16 bits, which overflow."""
+    if not getattr(torch.cpu, "_is_vnni_supported", bool)():
+        return False
+    largest = torch.full((STRIP, STRIP), LEVELS, dtype=torch.int8)
+    return all(bool((torch._int_mm(sign * largest, largest.T) == sign * STRIP * LEVELS**2).all()) for sign in (1, -1))
 
 
 def _screened(x: Tensor, weight: Tensor, bias: Tensor, k: int, workspace: Workspace) -> tuple[Tensor, Tensor] | None:
@@ -91,12 +105,13 @@ def _rounded(matrix: Tensor, factors: Tensor, padded: int, name: str, workspace:
 
 
 def _of_latents(scale: np.ndarray, norm: np.ndarray, lost: np.ndarray, bias: np.ndarray, d: int) -> np.ndarray:
-    """What `_upper` needs of each latent, (n, 4), made larger by more than float32 can round there and in the pre-activations themselves."""
+    """What `_upper` needs of each latent, (n, 4): scale, bias, norm of what is lost, norm of the integers times the scale; made larger by more than
+    float32 can round there and in the pre-activations themselves."""
     return np.stack([scale, bias + ROUNDING * np.abs(bias), lost + (d + 16) * ROUNDING / 4 * norm, norm + lost], axis=1, dtype=np.float32)
 
 
 def _of_rows(scale: np.ndarray, norm: np.ndarray, lost: np.ndarray) -> np.ndarray:
-    """What `_upper` needs of each row, (3, r)."""
+    """What `_upper` needs of each row, (3, r): the scale's inverse, and in this scale the norm and the norm of what is lost."""
     return np.stack([1 / scale, norm / scale, lost / scale])
 
 
@@ -136,7 +151,7 @@ def _select(products, latents, rows, weight, bias, x, members, values, indices, 
         bound[width:] = np.inf
         for c in range(width):
             bound[c] -= abs(bound[c]) * np.float32(ROUNDING) + np.float32(GUESS) * (typical[0] * own[1, c] + typical[1] * own[2, c])
-        left = width
+        left, again = width, False
         while left:
             counts[:] = 0
             total += _collect(products, start, latents, own[0], own[1], own[2], bound, weight, bias, x, k, candidates, counts, found)
@@ -145,12 +160,14 @@ def _select(products, latents, rows, weight, bias, x, members, values, indices, 
                     continue
                 total += counts[c]
                 lower = _lower(_compute(weight, bias, x[start + c], k, candidates[c], counts[c], found[c]), own[0, c])
-                if counts[c] >= k and lower >= bound[c]:  # none of the others can be among the k largest
+                # None of the others can be among the k largest where the guess was low enough. The second time the bound is no guess.
+                if counts[c] >= k and (again or lower >= bound[c]):
                     for i in range(k):
                         values[start + c, i], indices[start + c, i] = found[c, i], candidates[c, i]
                     bound[c], left = np.inf, left - 1
                 else:
                     bound[c] = lower if counts[c] >= k else -np.inf
+            again = True
     return total
 
 
@@ -186,7 +203,7 @@ def _collect(products, start, latents, inverse_scale, norm, lost, bound, weight,
     """Into `candidates` the latents whose upper bound reaches `bound`, which rises where room is lacking. Returns how many were computed for that."""
     total, room = 0, candidates.shape[1]
     reach = np.empty(STRIP, np.uint8)
-    eights = reach.view(np.uint64)
+    eights = reach.view(np.uint64)  # eight rows are looked at together: mostly none reaches
     for j in range(len(latents)):
         product = products[j, start : start + STRIP]
         scale, bias_j, lost_j, norm_j = latents[j, 0], latents[j, 1], latents[j, 2], latents[j, 3]
@@ -197,7 +214,8 @@ def _collect(products, start, latents, inverse_scale, norm, lost, bound, weight,
                 for c in range(8 * eight, 8 * eight + 8):
                     if reach[c] != 0:
                         if counts[c] == room:
-                            bound[c] = _lower(_compute(weight, bias, x[start + c], k, candidates[c], room, found[c]), inverse_scale[c])
+                            lower = _lower(_compute(weight, bias, x[start + c], k, candidates[c], room, found[c]), inverse_scale[c])
+                            bound[c] = max(bound[c], lower)
                             total, counts[c] = total + room, k
                         candidates[c, counts[c]] = j
                         counts[c] += 1

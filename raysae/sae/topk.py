@@ -5,7 +5,8 @@ from the k_aux dead latents of largest pre-activation, k_aux = d/2 rounded to a 
 Rows are scaled so that the mean of ‖x‖² is d: both terms are then fractions of Σ‖x‖² or of an error's variance, times d. In the paper the first is a
 fraction of the variance; where the mean of x is large, AuxK weighs accordingly less here.
 
-The gradients are written by hand: one dense product per step (the pre-activations), everything else touches active latents only.
+The gradients are written by hand: one dense product per step (the pre-activations, or bounds of them in integers), everything else touches active
+latents only.
 """
 
 from __future__ import annotations

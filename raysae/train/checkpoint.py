@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from raysae.config import ActivationSpec, SAEConfig, TrainConfig, UserError
 from raysae.numerics import Scalar, device_facts
 from raysae.sae import kernels
+from raysae.sae.screening import fast_integers
 from raysae.storage import PARTIAL, sealed, unsealed, write_atomically
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def fingerprint(spec: ActivationSpec, sae: SAEConfig, train: TrainConfig, device
     """
     facts = device_facts(device) | {"kernels": kernels.VERSION, "spec": spec.hash}
     if torch.device(device).type == "cpu":
-        facts["numba"] = numba.__version__  # it compiles sums, in an order of its own
+        # numba compiles sums, in an order of its own, and does so where products of integers are fast
+        facts |= {"numba": numba.__version__, "fast_integers": fast_integers()}
     facts |= {f"sae.{key}": value for key, value in sae.model_dump().items()}
     return facts | {f"train.{key}": value for key, value in train.model_dump().items() if key not in WITHOUT_EFFECT}
 

@@ -34,7 +34,7 @@ ACTORS = {"producer": "Producer", "trainer": "Trainer", "queue": "StreamQueue", 
 MEASURED = ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")  # in seconds: no two runs agree
 WORK = (  # metrics of a study that count the work done, repeated work included
     "stream/contexts_forwarded", "stream/evaluation_contexts_forwarded", "stream/shards_from_cache", "stream/consumer_wait_seconds",
-    "stream/producer_wait_seconds", "stream/peak_mib_in_flight", "minutes",
+    "stream/producer_wait_seconds", "stream/evaluation_seconds", "stream/peak_mib_in_flight", "minutes",
 )  # fmt: skip
 SAME = ("stream/contexts_needed", "stream/shards_skipped", "stream/rows_consumed")  # the stream's counters that are the same whatever dies
 LONG = {"train__tokens": 36 * SHARD_ROWS, "stream__epochs": 4}  # knobs of a sweep that lasts for several faults, on a fast machine too

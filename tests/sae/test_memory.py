@@ -9,6 +9,8 @@ STEP = """
 import resource, sys, torch
 from raysae.config import SAEConfig, TrainConfig
 from raysae.sae.base import SAE, StepInfo
+from raysae.sae.kernels import Workspace
+from raysae.sae.screening import top_pre_activations
 from raysae.sae.selection import top_k
 architecture, width, d, batch = sys.argv[1], *map(int, sys.argv[2:5])
 level = {"k": 32} if architecture in ("topk", "batchtopk") else {"sparsity": 1.0}
@@ -20,6 +22,7 @@ for parameter in sae.parameters():
 x = torch.randn(batch, d)
 (x[:64] @ x[:64].T).sum()  # the libraries' own buffers
 top_k(x[:64], 1)  # the compiler's
+top_pre_activations(torch.randn(64, 8), torch.randn(64, 8), torch.zeros(64), 2, Workspace())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sae.loss_and_grads(x, StepInfo(dead=torch.arange(width) % 2 == 0))
 sae.after_grads()
@@ -37,7 +40,11 @@ def test_memory_of_a_list_is_bounded():
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
-@pytest.mark.parametrize("size", [(131_072, 32, 640), (32_768, 2_304, 640)], ids=["codes of 320 MiB", "weights of 288 MiB"])
+@pytest.mark.parametrize(
+    "size",
+    [(131_072, 32, 640), (32_768, 2_304, 640), (65_536, 1_024, 640)],
+    ids=["codes of 320 MiB", "weights of 288 MiB", "weights of 256 MiB, which may be rounded to integers"],
+)
 def test_step_memory_is_bounded(architecture, size):
     """No temporary has the size of a dense code matrix, nor that of a weight matrix."""
     out = subprocess.run([sys.executable, "-c", STEP, architecture, *map(str, size)], capture_output=True, text=True, check=True)

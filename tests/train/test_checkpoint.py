@@ -146,7 +146,7 @@ def test_another_run_is_refused_unless_allowed_by_name(tmp_path, caplog):
 
 def test_fingerprint_covers_what_bits_depend_on():
     base = fingerprint(SPEC, SAE, TrainConfig(), "cpu")
-    assert {"torch", "device", "threads", "spec", "sae.k", "sae.seed", "train.batch", "train.tokens"} <= base.keys()
+    assert {"torch", "numba", "fast_integers", "device", "threads", "spec", "sae.k", "sae.seed", "train.batch", "train.tokens"} <= base.keys()
     assert base["threads"] == torch.get_num_threads()
     for changed in (
         fingerprint(SPEC.model_copy(update={"seed": 1}), SAE, TrainConfig(), "cpu"),
