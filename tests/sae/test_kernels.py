@@ -98,3 +98,23 @@ def test_chunks_are_bounded(n, bytes_each):
 def test_chunks_are_large_enough(n, rows):
     """A power of two, and enough for the product not to wait for W_enc to come from memory, as far as memory allows."""
     assert kernels.chunk_rows(n, 4) == rows
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000])
+def test_order_is_that_of_a_stable_sort(length):
+    keys = torch.randint(0, 40, (length,)) + 3  # some of 0 … 44 are no key
+    order, starts = kernels.order_of(keys, 45)
+    ordered, expected = keys.sort(stable=True)
+    assert torch.equal(order, expected)
+    assert torch.equal(starts, torch.searchsorted(ordered, torch.arange(45)))
+
+
+@pytest.mark.parametrize("at_once", [0, 1 << 20])  # bytes of weights that may be gathered at once
+def test_pre_activations_of_some_latents(at_once, monkeypatch):
+    monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size: 8)
+    monkeypatch.setattr(kernels, "OUTER_BYTES", 5 * 7 * 8)
+    monkeypatch.setattr(kernels, "MAXIMUM_BYTES", at_once)
+    x, weight, bias, latents = torch.randn(30, 7).double(), torch.randn(50, 7).double(), torch.randn(50).double(), torch.randperm(50)[:23]
+    chunks = kernels.pre_activation_chunks(x, weight, bias, kernels.Workspace(), latents)
+    found = torch.cat([chunk.clone() for _, chunk in chunks], dim=1)
+    torch.testing.assert_close(found, (x @ weight.T + bias).T[latents])
