@@ -12,6 +12,7 @@ rounding, W is multiplied by a factor for each dimension and x divided by it, so
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cache
 
@@ -24,7 +25,7 @@ from raysae.sae.kernels import Workspace, pre_activation_chunks
 from raysae.sae.selection import STRIP, bounds_of_largest, keep_largest, top_of_chunks
 
 LEVELS = 127  # integers go from −LEVELS to LEVELS
-LATENTS_PER_K = 16  # with fewer, so many may reach the k-th largest that computing all is as fast
+LATENTS_PER_K = 32  # with fewer, so many may reach the k-th largest that computing all is as fast
 TOO_MANY = 1 / 8  # of the latents: where so many are left, bounds are too loose for the rows at hand, and all are computed
 GUESS = 1.25  # of the largest possible error, typically: so much lower than the k-th largest upper bound the k-th largest is expected
 INTEGERS = 1 << 26  # that weights may be rounded to, of a byte each
@@ -75,9 +76,9 @@ def _screened(x: Tensor, weight: Tensor, bias: Tensor, k: int, workspace: Worksp
             return None
     values, indices = x.new_empty(b, k), x.new_empty(b, k, dtype=torch.int64)
     members = math.isqrt(n // k)  # of a group, as in `top_k`
-    at_once = STRIP * (min(PRODUCTS, max(CACHED, n * STRIP * torch.get_num_threads())) // n // STRIP)
-    for start in range(0, b, at_once):
-        end = min(start + at_once, padded)
+    fewest = STRIP * min(torch.get_num_threads(), PRODUCTS // n // STRIP)  # rows at a time
+    starts = [0, *range(fewest, b, max(fewest, CACHED // n // STRIP * STRIP))]  # a few first, to see what the bounds say
+    for start, end in itertools.pairwise([*starts, padded]):
         products = workspace.take("products", (n, end - start), P.new_empty(0, dtype=torch.int32))
         torch._int_mm(Q, P[start:end].T, out=products)
         part = slice(start, min(end, b))

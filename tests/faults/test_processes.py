@@ -42,8 +42,8 @@ def test_killed(sweep: Start, undisturbed: Start, moment: float) -> None:
     queue = ours.kill("queue")
     again = ours.kill("queue", ours.wait_for("queue", {queue}))
     ours.wait_for("queue", {queue, again})
+    ours.wait_for("trial")
     trials = {ours.kill("trial", pid) for pid in ours.pids("trial")}
-    assert trials
     ours.kill("trial", ours.wait_for("trial", trials))
     producer = ours.kill("producer")
     next_producer = ours.kill("producer", ours.wait_for("producer", {producer}))
