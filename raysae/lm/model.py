@@ -8,6 +8,7 @@ passed over when continuing from it. So masks, positions and whatever else an ar
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -99,6 +100,11 @@ class LanguageModel:
             "math": torch.backends.cuda.math_sdp_enabled(),
         }
         return " ".join([name, *(kernel for kernel, enabled in kernels.items() if enabled)])
+
+    def twin(self) -> LanguageModel:
+        """The same model with modules of its own on the same weights, for use in another thread: what is hooked in one is not in the other."""
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in weights})
 
     def contexts_at_once(self, length: int) -> int:
         """How many contexts of `length` tokens have logits of at most LOGITS_AT_ONCE elements (at least 1)."""

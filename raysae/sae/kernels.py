@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ OUTER_BYTES = 8 << 20  # of rows of features that are summed, or gathered, at a 
 PASS_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of a matrix at a time in several operations in turn, which on a CPU find it in its cache
 
 
-class Workspace:
-    """Buffers of one autoencoder, kept between steps. A copy or a pickle starts empty."""
+class Workspace(threading.local):
+    """Buffers of one autoencoder, kept between steps; each thread has its own. A copy or a pickle starts empty."""
 
     def __init__(self):
         self._buffers: dict[str, Tensor] = {}

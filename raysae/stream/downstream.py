@@ -8,13 +8,19 @@ and KL are taken over the predictions made *at* a replaced position, that is of 
 - both are undefined (None) where the denominator is below 0.01 nats: there is nothing to recover;
 - `kl` = KL(clean ‖ patched), mean per token.
 
-Contexts go through in small batches: one clean pass up to the hook point, then one partial pass from there up per variant.
+Contexts go through in small batches: one clean pass up to the hook point, then one partial pass from there up per variant. On a CPU each of torch's
+threads has batches of its own where these are small: waiting for each other in every operation would cost them half their time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -70,7 +76,6 @@ def _recovered(ablated: float, sae: float, clean: float) -> float | None:
     return (ablated - sae) / (ablated - clean) if ablated - clean >= LEAST_DENOMINATOR else None
 
 
-@torch.no_grad()
 def downstream_metrics(
     lm: LanguageModel, tokens: Tensor, hook_point: str, saes: Mapping[str, Callable[[Tensor], Tensor]], mean: Tensor, skip: int
 ) -> DownstreamSums:
@@ -80,7 +85,8 @@ def downstream_metrics(
         lm: the language model.
         tokens: (c, t) token ids.
         hook_point: where the SAEs were trained.
-        saes: by name, functions from raw activations (rows, w) in float32 on the hook point's device to reconstructions of the same shape.
+        saes: by name, functions from raw activations (rows, w) in float32 on the hook point's device to reconstructions of the same shape. They may
+            be called in several threads at once.
         mean: (w,), mean activation over training rows.
         skip: first positions of each context that are left intact, less than t − 1.
     """
@@ -89,16 +95,42 @@ def downstream_metrics(
         raise ValueError(
             f"skip is {skip}: from 0 to {length - 2} is right for contexts of {length} tokens, so that a replaced position predicts a token"
         )
-    totals = None
-    size = max(1, min(lm.contexts_at_once(length), ROWS_AT_ONCE // length))
-    for i in range(0, len(tokens), size):
-        sums = _batch_sums(lm, tokens[i : i + size], hook_point, saes, mean, skip)
-        totals = sums if totals is None else totals + sums
-    if totals is None:
+    if not len(tokens):
         raise ValueError("there are no contexts to evaluate")
-    return totals
+    at_once = lm.contexts_at_once(length)
+    batches = tokens.split(max(1, min(at_once, ROWS_AT_ONCE // length)))
+    apart = lm.device.type == "cpu" and at_once > 1  # one context's logits fill the cache otherwise, and memory if each thread has its own
+    threads = min(torch.get_num_threads(), len(batches)) if apart else 1
+    free = SimpleQueue()
+    for model in (lm, *(lm.twin() for _ in range(threads - 1))):
+        free.put(model)
+
+    def sums(batch: Tensor) -> DownstreamSums:
+        model = free.get()
+        try:
+            return _batch_sums(model, batch, hook_point, saes, mean, skip)
+        finally:
+            free.put(model)
+
+    with _mapping(threads) as each:
+        return functools.reduce(operator.add, each(sums, batches))
 
 
+@contextmanager
+def _mapping(threads: int) -> Iterator[Callable]:
+    """`map` in so many threads with one of torch's each; the plain one, with all of torch's, for one."""
+    if threads == 1:
+        yield map
+        return
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool.map
+    finally:
+        torch.set_num_threads(before)  # BLAS has one number for the whole process
+
+
+@torch.no_grad()
 def _batch_sums(
     lm: LanguageModel, tokens: Tensor, hook_point: str, saes: Mapping[str, Callable[[Tensor], Tensor]], mean: Tensor, skip: int
 ) -> DownstreamSums:

@@ -251,6 +251,16 @@ def test_continuing_computes_only_the_blocks_from_the_hook_point_up(lm, architec
     assert calls == computed
 
 
+def test_a_twin_shares_weights_and_no_hooks(lm):
+    tokens = random_tokens()
+    twin, clean = lm.twin(), lm.logits(tokens)
+    assert [t.data_ptr() for t in twin.model.state_dict().values()] == [t.data_ptr() for t in lm.model.state_dict().values()]
+    inside = []
+    replaced = lm.logits(tokens, {"resid_post.0": lambda x: inside.append(twin.logits(tokens)) or nonlinear(x)})
+    assert_close(inside, [clean], rtol=0, atol=0)
+    assert_close(twin.logits(tokens, {"resid_post.0": nonlinear}), replaced, rtol=0, atol=0)
+
+
 def test_an_error_while_continuing_leaves_the_model_whole(lm):
     tokens = random_tokens()
     clean = lm.logits(tokens)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -84,6 +85,8 @@ def test_workspace_reuses_memory_and_is_left_out_of_copies():
     first = workspace.take("a", (4, 5), like)
     assert workspace.take("a", (2, 3), like).data_ptr() == first.data_ptr()
     assert workspace.take("a", (2, 3), like.double()).dtype == torch.float64
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(workspace.take, "a", (2, 3), like).result().data_ptr() != workspace.take("a", (2, 3), like).data_ptr()
     assert not copy.deepcopy(workspace)._buffers
     assert not pickle.loads(pickle.dumps(workspace))._buffers
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from torch import Tensor
 
-from raysae.config import ModelConfig
+from raysae.config import ModelConfig, SAEConfig, TrainConfig
+from raysae.lm import model
 from raysae.lm.facts import hook_width
 from raysae.lm.model import LanguageModel
 from raysae.lm.tokenizer import load_tokenizer
+from raysae.sae.base import SAE
 from raysae.stream import downstream
 from raysae.stream.downstream import DownstreamSums, downstream_metrics
 
@@ -98,6 +103,39 @@ def test_shards_add_up(lm, tokens):
     total = parts[0] + parts[1] + parts[2] + parts[3]
     assert total.tokens == whole.tokens == CONTEXTS * (LENGTH - 1 - SKIP)
     assert total.finish()["a"] == pytest.approx(whole.finish()["a"], rel=1e-5)
+
+
+def test_threads_take_batches_side_by_side(lm, tokens, monkeypatch):
+    monkeypatch.setattr(downstream, "ROWS_AT_ONCE", LENGTH)  # a context each
+    sae = SAE.build(SAEConfig(hook_point="resid_post.2", width=128, k=8, learning_rate=1e-3), 64, TrainConfig())
+    sae.initialise(lm.activations(tokens, ["resid_post.2"])["resid_post.2"].flatten(0, 1))
+    seen: dict[int, int] = {}  # by thread: torch's threads in it
+
+    def reconstruct(rows: Tensor) -> Tensor:
+        seen[threading.get_ident()] = torch.get_num_threads()
+        if len(seen) == 1:
+            time.sleep(0.1)  # so that the others get some
+        return sae(rows)
+
+    def found(threads: int) -> DownstreamSums:
+        torch.set_num_threads(threads)
+        seen.clear()
+        try:
+            sums = downstream_metrics(lm, tokens, "resid_post.2", {"a": reconstruct}, torch.zeros(64), SKIP)
+            assert torch.get_num_threads() == threads
+            return sums
+        finally:
+            torch.set_num_threads(before)
+
+    before = torch.get_num_threads()
+    alone = found(1)
+    assert seen == {threading.get_ident(): 1}
+    together = found(3)
+    assert list(seen.values()) == [1, 1, 1]
+    assert together == alone, "the same batches, added up in the same order"
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 1)  # too many logits to have them several times
+    found(2)
+    assert seen == {threading.get_ident(): 2}
 
 
 def test_perfect_and_useless_reconstructions(lm, tokens):
