@@ -1,6 +1,6 @@
 """What a sweep will cost, from a model of the cost per token that is fitted to measurements.
 
-    python benchmarks/plan.py --measure          measure this machine (five minutes, quiet) into build/bench/cost.json
+    python benchmarks/plan.py --measure          measure this machine (eight minutes, quiet) into build/bench/cost.json
     python benchmarks/plan.py                    Gemma 2 9B, 7 widths to 2^20 × 6 sparsities, 4 billion tokens, H100s, in a week
     python benchmarks/plan.py --device here --model embedded --layer 2 --widths 256,512 --k 8,16 --tokens 1e6 --hours 1
 
@@ -11,8 +11,10 @@
     the queue, s per block and consumer  c₁ + c₂ / blocks per shard        (docs/cost.md)
 
 b₁ is the dense encoder product, b₂ the selection of the k largest, b₃ the sparse products, b₄ Adam and the decoder's norms, b₅ what a step costs
-however small. On another device a₁ and b₁ scale with the rate of its matrix products, of which it reaches `--efficiency`, b₅ stays as it is, the rest
-scales with its memory's bandwidth. **That is an extrapolation: nothing here has been measured on a GPU.**
+however small. The b are fitted twice: to steps as they are on this CPU, which computes few pre-activations, for `--device here`; and to steps that
+compute all, for GPUs. There a₁ and b₁ scale with the rate of matrix products, of which `--efficiency` is reached, in bfloat16 for the language model
+and in float32, as they are trained, for the SAEs; b₅ stays as it is, the rest scales with the memory's bandwidth. **That is an extrapolation:
+nothing here has been measured on a GPU.**
 
 All SAEs train in one pass, so a device holds its SAEs (weights, gradients, Adam's moments) all the time and takes a step of each per batch. They are
 put on devices largest first, each on the first with hours and memory left for it; that number of devices is the plan's. An SAE is never split.
@@ -21,6 +23,7 @@ put on devices largest first, each on the first with hours and memory left for i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -51,17 +54,18 @@ TAKEN = 5  # of so many attempts, the median
 class Device:
     """Rates at their best: operations per second of matrix products, bytes per second of memory, of the bus from the host, of the network."""
 
-    matmul: float
+    matmul: float  # in bfloat16, the language model's
+    matmul32: float  # in float32, the SAEs'
     memory: float
     bus: float
     network: float
     room: float  # bytes of memory
 
 
-DEVICES = {  # vendors' data sheets: dense bfloat16; PCIe 4 or 5; a 200 or 400 Gbit/s port per GPU
-    "a100": Device(312e12, 2.0e12, 32e9, 25e9, 80e9),
-    "h100": Device(989e12, 3.35e12, 64e9, 50e9, 80e9),
-    "h200": Device(989e12, 4.8e12, 64e9, 50e9, 141e9),
+DEVICES = {  # vendors' data sheets: dense bfloat16; float32 without TF32; PCIe 4 or 5; a 200 or 400 Gbit/s port per GPU
+    "a100": Device(312e12, 19.5e12, 2.0e12, 32e9, 25e9, 80e9),
+    "h100": Device(989e12, 67e12, 3.35e12, 64e9, 50e9, 80e9),
+    "h200": Device(989e12, 67e12, 4.8e12, 64e9, 50e9, 141e9),
 }
 
 
@@ -156,7 +160,7 @@ def measure(path: Path) -> None:
         "threads": threads,
         "matmul": 2 * 4096 * 2048 * 4096 / seconds_of(lambda: torch.mm(a, b, out=out)),
         "memory": 2 * 4 * 2**26 / seconds_of(lambda: target.copy_(source)),
-        "lm": [], "steps": [],
+        "lm": [], "steps": [], "dense_steps": [],
     }  # fmt: skip
     for layer in range(4):
         hook_point = f"resid_post.{layer}"
@@ -169,15 +173,16 @@ def measure(path: Path) -> None:
         with torch.inference_mode():
             found["lm"].append({"features": of_lm(lm), "seconds": seconds_of(lambda maker=maker: maker.make(0)) / tokens})
         print(f"language model to layer {layer}: {1 / found['lm'][-1]['seconds']:,.0f} tokens/s", flush=True)
-    screening.LATENTS_PER_K = 1 << 40  # all pre-activations are computed, as they are on a GPU
-    for sizes in STEPS:
+    as_here = screening.LATENTS_PER_K
+    for kind, sizes in itertools.product(("steps", "dense_steps"), STEPS):
+        screening.LATENTS_PER_K = as_here if kind == "steps" else 1 << 40  # all pre-activations are computed, as they are on a GPU
         *_, batch = sizes
         step, _ = raysae("topk", *sizes)
         x = torch.randn(batch, sizes[0])
         numbers = iter(range(100))
         seconds = seconds_of(lambda step=step, x=x, numbers=numbers: step(next(numbers), x)) / batch
-        found["steps"].append({"sizes": sizes, "seconds": seconds})
-        print("step with d{} n{} k{} batch {}:".format(*sizes), f"{1 / seconds:,.0f} tokens/s", flush=True)
+        found[kind].append({"sizes": sizes, "seconds": seconds})
+        print(f"{kind.replace('_', ' ')} with d{{}} n{{}} k{{}} batch {{}}:".format(*sizes), f"{1 / seconds:,.0f} tokens/s", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1))
 
@@ -199,12 +204,13 @@ class Cost:
 def fitted(measured: dict, device: Device | None, efficiency: float) -> tuple[Cost, list[tuple[float, float]]]:
     """The cost on `device` (None: the one that was measured), and the errors of the fits of language model and step."""
     lm = [row["features"] for row in measured["lm"]], [row["seconds"] for row in measured["lm"]]
-    step = [of_step(*row["sizes"]) for row in measured["steps"]], [row["seconds"] for row in measured["steps"]]
+    steps = measured["dense_steps" if device else "steps"]
+    step = [of_step(*row["sizes"]) for row in steps], [row["seconds"] for row in steps]
     cost = Cost(fit(*lm), fit(*step))
     if device:
-        products, other = 1 / (efficiency * device.matmul), measured["memory"] / device.memory
-        cost.lm[:] = products, other * cost.lm[1]
-        cost.step[:] = products, *(other * cost.step[1:-1]), cost.step[-1]
+        other = measured["memory"] / device.memory
+        cost.lm[:] = 1 / (efficiency * device.matmul), other * cost.lm[1]
+        cost.step[:] = 1 / (efficiency * device.matmul32), *(other * cost.step[1:-1]), cost.step[-1]
     return cost, [errors_of(*lm), errors_of(*step)]
 
 
@@ -234,7 +240,9 @@ def main() -> None:
     if not options.measured.exists():
         sys.exit(f"error: {options.measured} is not there: begin with --measure")
     measured = json.loads(options.measured.read_text())
-    here = Device(measured["matmul"], measured["memory"], math.inf, math.inf, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    here = Device(
+        measured["matmul"], measured["matmul"], measured["memory"], math.inf, math.inf, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     device = DEVICES.get(options.device)
     cost, errors = fitted(measured, device, options.efficiency)
     print(tell(options, cost, device or here, errors, measured))

@@ -50,6 +50,19 @@ def test_the_table_has_what_was_measured_and_is_written_as_text_and_json(tmp_pat
     assert "8 blocks a shard | < 100 % | 10% |" in text
     assert "32 blocks a shard | ≥ 64 | 70 |" in text
     assert "make sweep" not in text  # not measured
+    sweep = {"wall": 390, "waited_share": 0.004, "evaluation_share": 0.17, "start_up": 22.4, "ratio_least": 0.9, "ratio_most": 0.95} | point
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    with_sweep = bench.write_table(tmp_path)
+    for row in (
+        "| make sweep | ≤ 8 min | 6.5 min |",
+        "| ≤ 10 % | 17% |",
+        "waited | ≤ 3 % | 0.4% |",
+        "step | ≤ 25 s | 22 s |",
+        "| ≤ 1.10 | 0.97 to 1.04 |",
+    ):
+        assert row in with_sweep
+    (tmp_path / "sweep.json").unlink()
+    assert bench.write_table(tmp_path) == text
     assert (tmp_path / "table.md").read_text() == text + "\n"
     rows = json.loads((tmp_path / "table.json").read_text())
     assert len(rows) == len(text.splitlines()) - 2

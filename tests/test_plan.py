@@ -45,6 +45,7 @@ def test_operations_of_a_language_model_are_those_that_torch_counts(plan: Module
 
 
 PLANTED = np.array([2e-12, 0.0, 3e-11, 5e-10, 1e-4])
+DENSE = np.array([6e-12, 0.0, 3e-11, 5e-10, 1e-4])  # steps that compute all pre-activations
 
 
 def test_a_planted_cost_is_found(plan: ModuleType):
@@ -74,6 +75,7 @@ def planned(plan: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     measured = {
         "threads": 2, "matmul": 3e11, "memory": 1e10, "lm": [{"features": row, "seconds": 1e-12 * row[0] + 1e-8 * row[1]} for row in lm],
         "steps": [{"sizes": sizes, "seconds": float(np.dot(plan.of_step(*sizes), PLANTED))} for sizes in plan.STEPS],
+        "dense_steps": [{"sizes": sizes, "seconds": float(np.dot(plan.of_step(*sizes), DENSE))} for sizes in plan.STEPS],
     }  # fmt: skip
     (tmp_path / "cost.json").write_text(json.dumps(measured))
 
@@ -103,8 +105,19 @@ def test_what_a_step_costs_however_small_is_the_same_on_every_device(planned):
         assert float(rate.replace(",", "")) == pytest.approx(10_000, rel=0.1)
 
 
+def test_gpus_are_predicted_from_dense_steps_and_their_rates_in_float32(plan: ModuleType, planned, tmp_path: Path):
+    """The dense product alone is left of a step whose other costs are small: of 2·d·n operations per token at 0.5 of 67 TFLOP/s."""
+    planned(widths=64, k=4, device="here")  # writes the measurements
+    measured = json.loads((tmp_path / "cost.json").read_text())
+    here, _ = plan.fitted(measured, None, 0.5)
+    assert here.step == pytest.approx(PLANTED, rel=1e-6, abs=1e-15)
+    there, _ = plan.fitted(measured, plan.DEVICES["h100"], 0.5)
+    assert there.step == pytest.approx([1 / (0.5 * 67e12), *(DENSE[1:4] * 1e10 / 3.35e12), DENSE[4]], rel=1e-6, abs=1e-18)
+    assert there.lm[0] == pytest.approx(1 / (0.5 * 989e12))
+
+
 def test_an_sae_too_large_or_too_slow_for_a_device_is_named(planned):
     told = planned(widths=f"1024,{2**24}", k=32, tokens=1e6, hours=1e6)
     assert "SAEs of width 16,777,216 do not fit into a device's usable 72 GB: raysae does not split an SAE" in told
-    told = planned(widths="1024,65536", k=32, tokens=1e9, hours=0.01)
-    assert "SAEs of width 65,536 take more than 0.01 hours on a device: raysae does not split an SAE" in told
+    told = planned(widths="1024,65536", k=32, tokens=1e9, hours=0.05)
+    assert "SAEs of width 65,536 take more than 0.05 hours on a device: raysae does not split an SAE" in told

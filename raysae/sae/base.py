@@ -15,6 +15,7 @@ One training step is
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ class SAE(nn.Module):
 
     Weights are latent-major, W_enc and W_dec are (n, d). Every architecture but the tied one keeps decoder rows at norm 1 and starts with
     W_enc = W_dec, rows of random directions. A subclass gives the activation (`encode`) and the loss with its gradients.
-    Buffers kept between calls make an instance unfit for use in two threads at once.
+    One instance may encode and decode in several threads at once, each with buffers of its own, and train in one.
     """
 
     def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
@@ -159,3 +160,10 @@ class SAE(nn.Module):
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+
+def share_buffers(saes: Iterable[SAE]) -> None:
+    """Lets SAEs that are used in turns have the same buffers: as many as the largest needs, not the sum."""
+    workspace = kernels.Workspace()
+    for sae in saes:
+        sae._workspace = workspace

@@ -36,11 +36,14 @@ class BatchTopK(TopK):
         return (pre * (pre > self.threshold)).T
 
     def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
-        top = BatchTop(len(centred) * self.config.k, self.n, centred)
+        top, dead_tops = BatchTop(len(centred) * self.config.k, self.n, centred), []
         for rows, scores in kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace):
             top.add(rows.start, scores)
+            if dead is not None:
+                of_dead = torch.index_select(scores, 0, dead, out=self._workspace.take("dead", (len(dead), scores.shape[1]), scores))
+                dead_tops.append(self._dead_top(of_dead))
         self._smallest = top.values.min() if len(top.values) else None
-        return top.nonzeros(len(centred)), self._dead_codes(centred, dead)
+        return top.nonzeros(len(centred)), self._dead_codes(dead, dead_tops)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numba
@@ -17,9 +18,23 @@ import torch
 SUMS = {"reassoc", "contract", "nsz"}  # as `fastmath`: what the compiler may do so that sums are vectorised
 _pool = ThreadPoolExecutor()
 
-# numba compiles anew when the file of a function changes, and would not when that of a function called from it does: a folder for each state of all
-_state = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
-numba.config.CACHE_DIR = os.path.join(numba.config.CACHE_DIR or Path(__file__).parent / "__pycache__", f"numba-{_state}")
+
+@functools.cache
+def _folder() -> Path | None:
+    """Where compiled code is kept: beside this package's own, else with the user's caches; None where neither can be written.
+
+    numba compiles anew when the file of a function changes, and would not when that of a function called from it does: so a folder for each state of
+    all files.
+    """
+    here = Path(__file__).parent
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
+    for parent in filter(None, (numba.config.CACHE_DIR, here / "__pycache__", os.path.expanduser("~/.cache/raysae"))):
+        folder = Path(parent, f"numba-{state}")
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
+    return None
 
 
 def compiled(function: Callable | None = None, **options: object) -> Callable:
@@ -27,10 +42,12 @@ def compiled(function: Callable | None = None, **options: object) -> Callable:
     if function is None:
         return functools.partial(compiled, **options)
     options = {"nogil": True, "error_model": "numpy", **options}
+    before, folder = numba.config.CACHE_DIR, _folder()
+    numba.config.CACHE_DIR = str(folder or before)
     try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's can be written
-        return numba.njit(**options)(function)
+        return numba.njit(cache=folder is not None, **options)(function)
+    finally:
+        numba.config.CACHE_DIR = before  # that of others who use numba
 
 
 def in_parts(function: Callable, length: int, unit: int, *arguments: object) -> list:

@@ -19,7 +19,7 @@ from torch.nn.functional import embedding_bag
 
 from raysae.sae.compiled import compiled
 
-VERSION = 6  # raised with what gives SAEs other bits, here, in compiled, selection, screening or elements: checkpoints of before are then refused
+VERSION = 7  # raised with what gives SAEs other bits, here, in compiled, selection, screening or elements: checkpoints of before are then refused
 CHUNK_BYTES = 24 << 20  # of pre-activations at a time …
 MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
 DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one

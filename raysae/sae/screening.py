@@ -6,8 +6,9 @@ those in float32, and tell where each pre-activation lies (Cauchy-Schwarz):
     |W_i·x_j − s_i t_j Q_i·P_j| ≤ ‖W_i − s_i Q_i‖ ‖x_j‖ + ‖s_i Q_i‖ ‖x_j − t_j P_j‖
 
 The latents whose upper bound is among the largest are computed in float32; the k-th largest of these is a lower bound for the k-th largest of all,
-and what is left to compute are the latents whose upper bound reaches it: a few times k, none of the others can be among the k largest. Before
-rounding, W is multiplied by a factor for each dimension and x divided by it, so that no dimension is much larger than the others in either.
+and what is left to compute are the latents whose upper bound reaches it: none of the others can be among the k largest. These are a few times k
+where d is some hundreds, and more the larger it is. Before rounding, W is multiplied by a factor for each dimension and x divided by it, so that no
+dimension is much larger than the others in either.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from raysae.sae.selection import STRIP, bounds_of_largest, keep_largest, top_of_
 
 LEVELS = 127  # integers go from −LEVELS to LEVELS
 LATENTS_PER_K = 32  # with fewer, so many may reach the k-th largest that computing all is as fast
-TOO_MANY = 1 / 8  # of the latents: where so many are left, bounds are too loose for the rows at hand, and all are computed
+FEWEST_ROWS = 2 * STRIP  # for fewer, rounding W takes as long as it saves
+WIDEST = 1 << 10  # d: bounds are √d times as loose as pre-activations vary, in thousands of dimensions too loose
+TOO_MANY = 1 / 32  # of the latents: where more are left, bounds are too loose for the rows at hand, and all are as fast computed
 GUESS = 1.25  # of the largest possible error, typically: so much lower than the k-th largest upper bound the k-th largest is expected
 INTEGERS = 1 << 26  # that weights may be rounded to, of a byte each
 PRODUCTS, CACHED = 1 << 24, 1 << 20  # of 4 bytes each: how many there may be at a time, and how many are found in the cache again
@@ -45,8 +48,8 @@ def top_pre_activations(x: Tensor, weight: Tensor, bias: Tensor, k: int, workspa
     (b, d), n = x.shape, len(weight)
     if not b:
         return x.new_empty(0, k), x.new_empty(0, k, dtype=torch.int64)
-    sizes = 1 < d < 1 << 17 and n * d <= INTEGERS and n <= PRODUCTS // STRIP  # _int_mm is wrong for d = 1, and its results have 32 bits
-    if sizes and b >= STRIP and n >= LATENTS_PER_K * k > 0 and x.device.type == "cpu" and x.dtype == torch.float32 and fast_integers():
+    sizes = 1 < d <= WIDEST and n * d <= INTEGERS and n <= PRODUCTS // STRIP  # _int_mm is wrong for d = 1
+    if sizes and b >= FEWEST_ROWS and n >= LATENTS_PER_K * k > 0 and x.device.type == "cpu" and x.dtype == torch.float32 and fast_integers():
         found = _screened(x.contiguous(), weight.contiguous(), bias.contiguous(), k, workspace)
         if found is not None:
             return found

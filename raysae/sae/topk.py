@@ -21,7 +21,7 @@ from raysae.sae import kernels
 from raysae.sae.base import SAE, Codes, StepInfo
 from raysae.sae.kernels import Nonzeros
 from raysae.sae.screening import top_pre_activations
-from raysae.sae.selection import top_of_chunks
+from raysae.sae.selection import top_k
 
 AUX_NONZEROS = 1 << 19  # of AuxK handled at a time
 
@@ -75,13 +75,21 @@ class TopK(SAE):
     def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
         """The batch's codes, and AuxK's where there are dead latents, from x − b_dec (b, d)."""
         values, indices = top_pre_activations(centred, self.W_enc, self.b_enc, self.config.k, self._workspace)
-        return Nonzeros.of_rows(indices, values.relu_()), self._dead_codes(centred, dead)
+        dead_tops = []
+        if dead is not None:
+            chunks = kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace, dead)
+            dead_tops = [self._dead_top(scores) for _, scores in chunks]
+        return Nonzeros.of_rows(indices, values.relu_()), self._dead_codes(dead, dead_tops)
 
-    def _dead_codes(self, centred: Tensor, dead: Tensor | None) -> DeadCodes | None:
+    def _dead_top(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """AuxK's selection from some rows' pre-activations of the dead latents (m, r): values and places among these, (r, k_aux) each."""
+        return top_k(scores, min(self.k_aux, len(scores)))
+
+    @staticmethod
+    def _dead_codes(dead: Tensor | None, tops: list[tuple[Tensor, Tensor]]) -> DeadCodes | None:
         if dead is None:
             return None
-        chunks = kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace, dead)
-        values, places = top_of_chunks(chunks, min(self.k_aux, len(dead)))
+        values, places = (torch.cat(parts) for parts in zip(*tops, strict=True))
         return DeadCodes(dead, places, values.relu_())
 
     @property

@@ -9,7 +9,8 @@ and KL are taken over the predictions made *at* a replaced position, that is of 
 - `kl` = KL(clean ‖ patched), mean per token.
 
 Contexts go through in small batches: one clean pass up to the hook point, then one partial pass from there up per variant. On a CPU each of torch's
-threads has batches of its own where these are small: waiting for each other in every operation would cost them half their time.
+threads has batches of its own where their logits are small (the embedded model's are, GPT-2's are not): waiting for each other in every operation
+would cost them a quarter of their time.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from raysae.lm.model import LanguageModel
 
+THREADS = 16  # at most, that have batches of their own: each holds their logits several times
 LEAST_DENOMINATOR = 0.01  # nats
 ROWS_AT_ONCE = 4096  # rows given to an SAE at a time: wide ones hold (rows, latents)
 
@@ -100,7 +102,7 @@ def downstream_metrics(
     at_once = lm.contexts_at_once(length)
     batches = tokens.split(max(1, min(at_once, ROWS_AT_ONCE // length)))
     apart = lm.device.type == "cpu" and at_once > 1  # one context's logits fill the cache otherwise, and memory if each thread has its own
-    threads = min(torch.get_num_threads(), len(batches)) if apart else 1
+    threads = min(torch.get_num_threads(), len(batches), THREADS) if apart else 1
     free = SimpleQueue()
     for model in (lm, *(lm.twin() for _ in range(threads - 1))):
         free.put(model)

@@ -103,6 +103,7 @@ class Producer:
         """
         import torch
 
+        from raysae.sae.base import share_buffers
         from raysae.sae.files import load_sae
         from raysae.stream.downstream import downstream_metrics
 
@@ -114,8 +115,10 @@ class Producer:
         tokens = torch.from_numpy(self.contexts[stream][indices]).to(self.lm.device)
         mean = torch.from_numpy(np.array(mean)).to(self.lm.device)
         with torch.no_grad():
-            loaded = {name: _where_rows_are(load_sae(folder)) for name, folder in saes.items()}
-            return downstream_metrics(self.lm, tokens, hook_point, loaded, mean, spec.skip_positions).finish()
+            loaded = {name: load_sae(folder) for name, folder in saes.items()}
+            share_buffers(loaded.values())
+            functions = {name: _where_rows_are(sae) for name, sae in loaded.items()}
+            return downstream_metrics(self.lm, tokens, hook_point, functions, mean, spec.skip_positions).finish()
 
 
 def nonfinite(meta: Mapping[str, object]) -> str:
@@ -125,4 +128,4 @@ def nonfinite(meta: Mapping[str, object]) -> str:
 
 def _where_rows_are(sae: SAE) -> Callable[[Tensor], Tensor]:
     """The SAE as a function that computes on the device of its rows: a model spread over GPUs has each layer's activations on another."""
-    return lambda rows: sae.to(rows.device)(rows)
+    return lambda rows: (sae if sae.W_enc.device == rows.device else sae.to(rows.device))(rows)

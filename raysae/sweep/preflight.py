@@ -130,9 +130,12 @@ class Bank:
 
 
 def cost(sae: SAEConfig, d: int) -> float:
-    """Predicted time of a step in arbitrary units: the dense encoder product, twice more for kinds without sparse gradients; the sparse products of
-    the others, an operation of which takes twenty times as long as one of a dense product; and a constant."""
-    return sae.width * d + 20 * sae.k * d + 2e5 if sae.k is not None else 3 * sae.width * d + 2e5
+    """Predicted time of a step on a CPU, a unit is about 20 ps a row and thread: TopK's search for the largest pre-activations; twice that for
+    BatchTopK, which computes all, and thrice for kinds without a k, whose products are with more than a few; the sparse products of the others, an
+    operation of which takes twenty times as long as one of that search; and a constant. Of 26 steps measured, d 256 and 768, none is off by more
+    than a factor of 1.8."""
+    searches = 1 if sae.architecture == "topk" else 2 if sae.k is not None else 3
+    return searches * sae.width * d + 20 * (sae.k or 0) * d + 2e5
 
 
 def pack(saes: tuple[SAEConfig, ...], banks: int, width_of: dict[str, int]) -> list[Bank]:

@@ -12,13 +12,15 @@ from raysae.sae.kernels import Workspace
 from raysae.sae.screening import fast_integers, top_pre_activations
 from tests.sae.conftest import make
 
+SHIPPED = screening.TOO_MANY
+with_fast_integers = pytest.mark.skipif(not fast_integers(), reason="this CPU has no fast products of 8-bit integers")
+
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
     """However few latents there are to a k, and however many are left; a strip of rows for each thread at a time."""
-    if not fast_integers():
-        pytest.skip("this CPU has no fast products of 8-bit integers")
     monkeypatch.setattr(screening, "LATENTS_PER_K", 1)
+    monkeypatch.setattr(screening, "FEWEST_ROWS", screening.STRIP)
     monkeypatch.setattr(screening, "TOO_MANY", 10)
     monkeypatch.setattr(screening, "CACHED", 1)
 
@@ -42,6 +44,7 @@ def are_largest(values, indices, x, weight, bias, k):
     assert all(len(set(row)) == k for row in indices.tolist())
 
 
+@with_fast_integers
 @settings(max_examples=100, deadline=None)
 @given(st.integers(64, 300), st.integers(1, 500), st.integers(2, 70), st.data())
 def test_any_size(b, n, d, data):
@@ -56,6 +59,7 @@ def test_any_size(b, n, d, data):
         are_largest(*screened(monkeypatch, x, weight, bias, k), x, weight, bias, k)
 
 
+@with_fast_integers
 @pytest.mark.parametrize(
     "kind",
     [
@@ -112,8 +116,9 @@ def test_what_is_not_finite_takes_the_other_way(where, value):
     torch.testing.assert_close(values.sort(descending=True).values, expected, equal_nan=True)
 
 
+@with_fast_integers
 def test_bounds_that_say_little_take_the_other_way(monkeypatch):
-    monkeypatch.setattr(screening, "TOO_MANY", 0.5)
+    monkeypatch.setattr(screening, "TOO_MANY", SHIPPED)
     calls, dense = [], screening.top_of_chunks
     monkeypatch.setattr(screening, "top_of_chunks", lambda chunks, k: calls.append(k) or dense(chunks, k))
     x, weight, bias = torch.randn(100, 48), torch.randn(1, 48) + 1e-4 * torch.randn(3000, 48), torch.zeros(3000)
@@ -121,6 +126,7 @@ def test_bounds_that_say_little_take_the_other_way(monkeypatch):
     assert calls
 
 
+@with_fast_integers
 def test_few_are_computed(monkeypatch):
     computed, real = [], screening.in_parts
     monkeypatch.setattr(
@@ -131,6 +137,7 @@ def test_few_are_computed(monkeypatch):
     assert 32 * 256 < sum(totals) < 5 * 32 * 256
 
 
+@with_fast_integers
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_and_company_change_nothing(threads, monkeypatch):
     x, weight, bias, before = torch.randn(300, 40), torch.randn(2000, 40), torch.randn(2000), torch.get_num_threads()
@@ -151,6 +158,7 @@ def test_more_than_there_are(k):
         top_pre_activations(torch.randn(3, 4), torch.randn(10, 4), torch.zeros(10), k, Workspace())
 
 
+@with_fast_integers
 @pytest.mark.parametrize("dead", [None, 150])
 def test_gradients_are_those_of_all_pre_activations(dead, monkeypatch):
     """A step of TopK with AuxK both ways, in float32."""

@@ -1,5 +1,6 @@
 """The largest elements against torch.topk."""
 
+import os
 import subprocess
 import sys
 
@@ -119,13 +120,26 @@ def test_batch_top(b, n, chunk, data):
 
 
 def test_without_a_folder_for_compiled_code(tmp_path):
-    """A package that cannot be written, and a user without a home: everything is compiled anew, nothing fails."""
+    """A package that cannot be written, with and without a home that can: nothing fails."""
     code = """
-import numba.core.caching as caching
-caching.CacheImpl._locator_classes = []
-import torch
+import os, pathlib, sys
+refused = pathlib.Path.mkdir
+def mkdir(self, *args, **kwargs):
+    if not str(self).startswith(sys.argv[1]):
+        raise PermissionError(self)
+    refused(self, *args, **kwargs)
+pathlib.Path.mkdir = mkdir
+import numba, torch
+before = numba.config.CACHE_DIR
 from raysae.sae.selection import top_k
-print(top_k(torch.arange(12.).view(4, 3), 1)[1].tolist())
+print(top_k(torch.arange(12.).view(4, 3), 1)[1].tolist(), numba.config.CACHE_DIR == before)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "[[3], [3], [3]]"
+
+    def run(writable: str) -> str:
+        environment = os.environ | {"HOME": str(tmp_path)}
+        return subprocess.run([sys.executable, "-c", code, writable], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert run("nowhere") == "[[3], [3], [3]] True"
+    assert not list(tmp_path.rglob("*.nbi"))
+    assert run(str(tmp_path)) == "[[3], [3], [3]] True"
+    assert list(tmp_path.glob(".cache/raysae/numba-*/**/*.nbi")), "what cannot be kept beside the package is kept with the user's caches"

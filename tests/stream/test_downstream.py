@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
@@ -110,14 +109,17 @@ def test_threads_take_batches_side_by_side(lm, tokens, monkeypatch):
     sae = SAE.build(SAEConfig(hook_point="resid_post.2", width=128, k=8, learning_rate=1e-3), 64, TrainConfig())
     sae.initialise(lm.activations(tokens, ["resid_post.2"])["resid_post.2"].flatten(0, 1))
     seen: dict[int, int] = {}  # by thread: torch's threads in it
+    meeting = threading.Barrier(1)
 
     def reconstruct(rows: Tensor) -> Tensor:
-        seen[threading.get_ident()] = torch.get_num_threads()
-        if len(seen) == 1:
-            time.sleep(0.1)  # so that the others get some
+        if threading.get_ident() not in seen:
+            seen[threading.get_ident()] = torch.get_num_threads()
+            meeting.wait(60)
         return sae(rows)
 
-    def found(threads: int) -> DownstreamSums:
+    def found(threads: int, workers: int) -> DownstreamSums:
+        nonlocal meeting
+        meeting = threading.Barrier(workers)  # no thread goes on before all have begun
         torch.set_num_threads(threads)
         seen.clear()
         try:
@@ -128,13 +130,13 @@ def test_threads_take_batches_side_by_side(lm, tokens, monkeypatch):
             torch.set_num_threads(before)
 
     before = torch.get_num_threads()
-    alone = found(1)
+    alone = found(1, workers=1)
     assert seen == {threading.get_ident(): 1}
-    together = found(3)
+    together = found(3, workers=3)
     assert list(seen.values()) == [1, 1, 1]
     assert together == alone, "the same batches, added up in the same order"
     monkeypatch.setattr(model, "LOGITS_AT_ONCE", 1)  # too many logits to have them several times
-    found(2)
+    found(2, workers=1)
     assert seen == {threading.get_ident(): 2}
 
 
