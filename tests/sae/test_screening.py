@@ -127,6 +127,14 @@ def test_bounds_that_say_little_take_the_other_way(monkeypatch):
 
 
 @with_fast_integers
+@pytest.mark.parametrize(("n", "k"), [(1024, 32), (2048, 32), (4096, 128)])
+def test_as_shipped_few_latents_to_a_k_are_not_too_many(n, k, monkeypatch):
+    monkeypatch.undo()
+    assert n == screening.LATENTS_PER_K * k or n == 2 * screening.LATENTS_PER_K * k
+    screened(monkeypatch, torch.randn(256, 256), torch.randn(n, 256), torch.zeros(n), k)
+
+
+@with_fast_integers
 def test_few_are_computed(monkeypatch):
     computed, real = [], screening.in_parts
     monkeypatch.setattr(
