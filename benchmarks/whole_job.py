@@ -5,11 +5,12 @@
 Widths 512, 1,024, 2,048 and 4,096 with k = 16 and 32 at the middle layer, batch 4,096, contexts of 128 tokens. All train with Adam on the same
 contexts in float32 with two threads and without AuxK, which is idle in the peers for so few steps. Ours runs as users run it, start-up, tokenisation
 (nothing cached), evaluations, tracking and figures included. The peers are given token ids; SAELens trains all eight in one run and evaluates them
-with its own `run_evals`, sparsify has one run per SAE (its trainer takes one width) and no evaluation. Each side has the allocator that `steps.py`
+with its own `run_evals`. sparsify has one run per SAE (its trainer takes one width) and evaluates nothing: its SAEs are then read and evaluated by
+raysae's functions in a process of its own, on as many rows and tokens as ours, and both times are told. Each side has the allocator that `steps.py`
 found best for its TopK step (d256 n4096; trying them on whole jobs would take hours). Told are wall time and the largest sum of the proportional set
 sizes of all processes; with `--repeats` the sides take turns and the ratios are taken in every one. Afterwards the SAEs of the last turn are read by
-raysae's importers and evaluated alike: the mean FVU of each side's eight on one shard of held-out rows, which like our training has no rows from the
-first eight positions of a context.
+raysae's importers and evaluated alike: the mean FVU of each side's eight on held-out rows, of which like in our training none are from the first
+eight positions of a context.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -74,26 +76,33 @@ def contexts(path: Path, tokens: int) -> None:
     np.save(path, made[np.arange(min(len(made.tokens), -(-(tokens + EVALUATED) // CONTEXT) + 64))])
 
 
-def mean_fvu(folders: dict[str, Path], tokens: int) -> dict[str, float]:
-    """Of each side's eight SAEs, on one shard of held-out rows."""
+def evaluate(side: str, folder: Path, tokens: int, in_model: bool = False) -> float:
+    """Mean FVU of a side's eight SAEs on EVALUATED held-out rows or a few more; `in_model` also finds cross-entropy and KL on as many tokens."""
+    import numpy as np
+    import torch
+
     from raysae.lm.model import LanguageModel
     from raysae.sae.importers import load_any
     from raysae.stream.blocks import as_tensor
+    from raysae.stream.downstream import downstream_metrics
     from raysae.stream.shard import ShardMaker
     from raysae.sweep.preflight import plan
-    from raysae.train.evaluation import reconstruction_metrics
+    from raysae.train.evaluation import Variance, reconstruction_metrics
 
     settled = plan(stream(tokens))
-    (hook,) = settled.hook_points
+    (hook,), spec = settled.hook_points, settled.evaluation
     lm = LanguageModel.load(settled.config.model)
-    maker = ShardMaker(lm, settled.contexts["evaluation"], settled.evaluation, [hook], settled.config.stream.block_mib)
-    rows = [as_tensor(block, settled.evaluation.dtype) for block in maker.make(0)[1][hook]]
-    found = {}
-    for side, folder in folders.items():
-        saes = [load_any(path.parent, hook).sae for path in folder.glob(SAVED[side])]
-        assert len(saes) == len(WIDTHS) * len(KS), f"{folder} has {len(saes)} SAEs"
-        found[side] = sum(reconstruction_metrics(sae, rows).fvu for sae in saes) / len(saes)
-    return found
+    maker = ShardMaker(lm, settled.contexts["evaluation"], spec, [hook], settled.config.stream.block_mib)
+    shards = range(-(-EVALUATED // spec.rows_per_shard))
+    rows = [as_tensor(block, spec.dtype) for shard in shards for block in maker.make(shard)[1][hook]]
+    saes = {str(path.parent): load_any(path.parent, hook).sae for path in folder.glob(SAVED[side])}
+    assert len(saes) == len(WIDTHS) * len(KS), f"{folder} has {len(saes)} SAEs"
+    variance = Variance(settled.widths[hook])
+    fvu = statistics.mean(reconstruction_metrics(sae, rows, variance).fvu for sae in saes.values())
+    if in_model:
+        contexts = settled.contexts["evaluation"][np.arange(-(-EVALUATED // (CONTEXT - 1 - spec.skip_positions)))]
+        downstream_metrics(lm, torch.from_numpy(contexts), hook, saes, torch.cat(rows).mean(0), spec.skip_positions).finish()
+    return fvu
 
 
 # ---------------------------------------------------------------- in the peers' environment
@@ -176,6 +185,9 @@ def run(command: list[str], allocator: str, log: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    if len(sys.argv) > 2 and sys.argv[1] == "evaluate":
+        print(evaluate("sparsify", Path(sys.argv[2]), int(sys.argv[3]), in_model=True))
+        return
     if len(sys.argv) > 2 and sys.argv[1] in ("saelens", "sparsify"):
         {"saelens": saelens, "sparsify": sparsify}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), sys.argv[4])
         return
@@ -200,15 +212,22 @@ def main() -> None:
                 command = ours(folder, options.tokens)
                 if side != "raysae":
                     command = [options.peers, __file__, side, str(folder), str(options.tokens), str(EMBEDDED)]
-                found[side].append(run(command, allocators[side], folder / "log"))
-                print("{:10} {seconds:7.1f} s   {gib:5.2f} GiB   {}".format(side, allocators[side], **found[side][-1]), flush=True)
-        fvu = mean_fvu(folders, options.tokens)
+                result = run(command, allocators[side], folder / "log")
+                result["own_seconds"], note = result["seconds"], ""  # of its own library alone
+                if side == "sparsify":
+                    after = run([sys.executable, __file__, "evaluate", str(folder), str(options.tokens)], allocators["raysae"], folder / "log")
+                    result["seconds"] += after["seconds"]
+                    note = f", of these {after['seconds']:.1f} s evaluated by raysae"
+                found[side].append(result)
+                print(("{:10} {seconds:7.1f} s   {gib:5.2f} GiB   {}" + note).format(side, allocators[side], **result), flush=True)
+        fvu = {side: evaluate(side, folder, options.tokens) for side, folder in folders.items()}
+    keys = ("seconds", "own_seconds", "gib")
     sides = {
-        side: {key: spread(result[key] for result in results) for key in ("seconds", "gib")} | {"fvu": fvu[side], "allocator": allocators[side]}
+        side: {key: spread(result[key] for result in results) for key in keys} | {"fvu": fvu[side], "allocator": allocators[side]}
         for side, results in found.items()
     }
     for side in ("saelens", "sparsify"):
-        for key in ("seconds", "gib"):
+        for key in keys:
             sides[side][f"{key}_ratio"] = spread(theirs[key] / our[key] for our, theirs in zip(found["raysae"], found[side], strict=True))
         told = "{median:.2f} × ({least:.2f} to {greatest:.2f})"
         print(f"{side}: {told.format(**sides[side]['seconds_ratio'])} our wall time, {told.format(**sides[side]['gib_ratio'])} our memory")

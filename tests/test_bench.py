@@ -31,7 +31,7 @@ def test_the_table_has_what_was_measured_and_is_written_as_text_and_json(tmp_pat
         {"name": "topk-d256-n4096", "sides": {"raysae": side(64), "sparsify": side(20)}, "best_peer": "sparsify", "ratio": SPREAD},
         {"name": "tied-d256-n4096", "sides": {"raysae": side(30)}},
     ]
-    whole = {name: {"gib": ONCE, "fvu": 0.1, "seconds_ratio": ONCE} for name in ("raysae", "saelens", "sparsify")}
+    whole = {name: {"gib": ONCE, "fvu": 0.1, "seconds_ratio": ONCE, "own_seconds_ratio": ONCE} for name in ("raysae", "saelens", "sparsify")}
     state = [{"consumers": 512, "blocks": blocks, "share_of_core": 0.1} for blocks in (8, 32)]
     queue = [{"consumers": 64, "blocks": blocks, "limit_consumers": 70.0} for blocks in (8, 32)]
     point = {"ratio_least": 0.97, "ratio_most": 1.04, "ratio_best_least": 1.1, "ratio_best_most": 1.2}
@@ -47,6 +47,7 @@ def test_the_table_has_what_was_measured_and_is_written_as_text_and_json(tmp_pat
     assert "| topk-d256-n4096: share of the least-work bound | ≥ 40% | 45% |" in text
     assert "N = 1: 0.97 to 1.04, N = 16: 0.97 to 1.04 |" in text
     assert "| whole job of 8 SAEs against saelens | ≥ 4 × | 4.10 × |" in text
+    assert "| whole job of 8 SAEs against sparsify | ≥ 4 × | 4.10 ×; against its training alone 4.10 × |" in text
     assert "8 blocks a shard | < 100 % | 10% |" in text
     assert "32 blocks a shard | ≥ 64 | 70 |" in text
     assert "make sweep" not in text  # not measured

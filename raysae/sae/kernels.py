@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from raysae.sae.compiled import compiled
+from raysae.sae.compiled import SUMS, compiled, in_parts
 
-VERSION = 7  # raised with what gives SAEs other bits, here, in compiled, selection, screening or elements: checkpoints of before are then refused
+VERSION = 8  # raised with what gives SAEs other bits, here, in compiled, selection, screening or elements: checkpoints of before are then refused
 CHUNK_BYTES = 24 << 20  # of pre-activations at a time …
 MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
 DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
@@ -138,6 +138,55 @@ def decode_rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     return embedding_bag(indices, weight, mode="sum", per_sample_weights=values)
 
 
+def residuals(codes: Nonzeros, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`target` (b, d) less the codes (b, n) times `weight` (n, d), and the products of its rows with the rows of weight, those at nonzeros, (N,)."""
+    if target.device.type != "cpu":
+        return plain_residuals(codes, target, weight)
+    found, products = torch.empty_like(target), torch.empty_like(codes.values)  # row by row: its latents' weights are still in the cache for these
+    operands = (tensor.numpy() for tensor in (*codes, target.contiguous(), weight.detach(), found, products))
+    in_parts(_residuals, len(target), 1, *operands)
+    return found, products
+
+
+def plain_residuals(codes: Nonzeros, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in plain torch."""
+    leaf = codes.values.detach().requires_grad_()
+    with torch.enable_grad():
+        decoded = embedding_bag(codes.features, weight.detach(), codes.starts, mode="sum", per_sample_weights=leaf)
+    found = target - decoded.detach()
+    return found, torch.autograd.grad(decoded, leaf, found)[0]
+
+
+@compiled(fastmath=SUMS)
+def _residuals(features, values, rows, starts, target, weight, found, products, first, last):
+    """Rows `first` to `last` of `found`, and their part of `products`."""
+    for i in range(first, last):
+        begin, end = starts[i], starts[i + 1] if i + 1 < len(starts) else len(values)
+        row = found[i]
+        row[:] = target[i]
+        for j in range(begin, end):
+            value, latent = values[j], weight[features[j]]
+            for m in range(len(row)):
+                row[m] -= value * latent[m]
+        products_of(weight, features[begin:end], row, products[begin:end])
+
+
+@compiled(fastmath=SUMS)
+def products_of(weight, latents, row, products):
+    """Into `products` those of `row` (d,) with the rows `latents` of `weight` (n, d)."""
+    last = len(latents) - 1
+    for i in range(0, len(latents), 4):  # four at a time, so that their weights come from memory side by side
+        a, b, c, d = i, min(i + 1, last), min(i + 2, last), min(i + 3, last)
+        latent_a, latent_b, latent_c, latent_d = weight[latents[a]], weight[latents[b]], weight[latents[c]], weight[latents[d]]
+        of_a, of_b, of_c, of_d = row.dtype.type(0), row.dtype.type(0), row.dtype.type(0), row.dtype.type(0)
+        for m in range(len(row)):
+            of_a += latent_a[m] * row[m]
+            of_b += latent_b[m] * row[m]
+            of_c += latent_c[m] * row[m]
+            of_d += latent_d[m] * row[m]
+        products[a], products[b], products[c], products[d] = of_a, of_b, of_c, of_d
+
+
 def outer_blocks(rows: Tensor, values: Tensor, starts: Tensor, source: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Σ over a feature's nonzeros of values · source[row], for `rows` and `values` (N,) sorted by feature, feature f from starts[f] on, and `source`
     (b, d): blocks of features and their sums (·, d), so that there is no second matrix of the size of all."""
@@ -180,20 +229,19 @@ class SparseCodes:
     def __init__(self, codes: Nonzeros, n: int, latents: Tensor | None = None):
         self.codes, self.n, self.latents = codes, n, latents
 
-    def decode(self, weight: Tensor) -> Tensor:
-        """The codes times the latents' rows of `weight` (·, d): (b, d)."""
-        codes, self._leaf = self.codes, self.codes.values.detach().requires_grad_()
-        features = codes.features if self.latents is None else self.latents[codes.features]
-        with torch.enable_grad():
-            self._product = embedding_bag(features, weight.detach(), codes.starts, mode="sum", per_sample_weights=self._leaf)
-        return self._product.detach()
+    def residual(self, target: Tensor, weight: Tensor) -> Tensor:
+        """`target` (b, d) less the codes times the latents' rows of `weight` (·, d)."""
+        features = self.codes.features if self.latents is None else self.latents[self.codes.features]
+        residual, self._products = residuals(self.codes._replace(features=features), target, weight)
+        return residual
 
-    def backward(self, grad: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
-        """Gradients of the latents' weights into W_enc (n, d), b_enc (n,) and W_dec (n, d), from the gradient `grad` (b, d) of what the last
-        `decode` gave and the encoder's input `x` (b, d); those of a part of the dictionary are added to its rows."""
-        grad_codes = torch.autograd.grad(self._product, self._leaf, grad)[0].mul_(self.codes.values > 0)
+    def backward(self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
+        """Gradients of the latents' weights into W_enc (n, d), b_enc (n,) and W_dec (n, d), of a loss whose gradient with respect to codes · weight
+        is `scale` times the `residual` (b, d) found last, where the encoder's input is `x` (b, d); those of a part of the dictionary are added to
+        its rows."""
+        grad_codes = self._products.mul_(scale).mul_(self.codes.values > 0)
         by_feature = ByFeature(self.codes, self.n)
-        by_feature.outer_(W_dec, self.codes.values, grad, self.latents)
+        by_feature.outer_(W_dec, self.codes.values * scale, residual, self.latents)
         by_feature.outer_(W_enc, grad_codes, x, self.latents)
         by_feature.sum_(b_enc, grad_codes, self.latents)
 
@@ -207,18 +255,20 @@ class DenseCodes:
         self.matrix.view(-1)[torch.add(codes.features, codes.rows, alpha=n)] = codes.values
         self.latents, self.workspace = latents, workspace
 
-    def decode(self, weight: Tensor) -> Tensor:
+    def residual(self, target: Tensor, weight: Tensor) -> Tensor:
         self._weight = weight if self.latents is None else weight[self.latents]
-        return self.matrix @ self._weight
+        return torch.addmm(target, self.matrix, self._weight, alpha=-1)
 
-    def backward(self, grad: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
-        grad_codes = torch.mm(grad, self._weight.T, out=self.workspace.take("grad_codes", self.matrix.shape, grad)).mul_(self.matrix > 0)
+    def backward(self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
+        grad_codes = torch.mm(residual, self._weight.T, out=self.workspace.take("grad_codes", self.matrix.shape, residual))
+        grad_codes.mul_(scale).mul_(self.matrix > 0)
+        codes = self.matrix.mul_(scale)
         if self.latents is None:
-            torch.mm(self.matrix.T, grad, out=W_dec)
+            torch.mm(codes.T, residual, out=W_dec)
             torch.mm(grad_codes.T, x, out=W_enc)
             torch.sum(grad_codes, 0, out=b_enc)
         else:
-            W_dec.index_add_(0, self.latents, self.matrix.T @ grad)
+            W_dec.index_add_(0, self.latents, codes.T @ residual)
             W_enc.index_add_(0, self.latents, grad_codes.T @ x)
             b_enc.index_add_(0, self.latents, grad_codes.sum(0))
 

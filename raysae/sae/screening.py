@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from raysae.sae.compiled import SUMS, compiled, in_parts
-from raysae.sae.kernels import Workspace, pre_activation_chunks
+from raysae.sae.kernels import Workspace, pre_activation_chunks, products_of
 from raysae.sae.selection import STRIP, bounds_of_largest, keep_largest, top_of_chunks
 
 LEVELS = 127  # integers go from −LEVELS to LEVELS
@@ -229,11 +229,9 @@ def _collect(products, start, latents, inverse_scale, norm, lost, bound, weight,
 @compiled(fastmath=SUMS)
 def _compute(weight, bias, row, k, candidates, count, found):
     """Pre-activations of the first `count` candidates, into `found`; brings the k largest to the front of both and returns the least of these."""
+    products_of(weight, candidates[:count], row, found[:count])
     for i in range(count):
-        latent, total = weight[candidates[i]], np.float32(0)
-        for m in range(len(row)):
-            total += latent[m] * row[m]
-        found[i] = total + bias[candidates[i]]
+        found[i] += bias[candidates[i]]
     keep_largest(found, candidates, count, k)
     least = found[0]
     for i in range(1, k):

@@ -56,10 +56,8 @@ class TopK(SAE):
         active = codes.values > 0
 
         matrix = kernels.code_matrix(codes, self.n, self._workspace)
-        product = matrix.decode(self.W_dec)
-        error = torch.sub(centred, product, out=product)
-        grad_x_hat = torch.mul(error, -2 / len(x), out=self._workspace.take("grad_x_hat", x.shape, x))
-        matrix.backward(grad_x_hat, centred, self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)
+        error = matrix.residual(centred, self.W_dec)
+        matrix.backward(-2 / len(x), error, centred, self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)
 
         squared_error = kernels.sum_of_squares(error) / len(x)
         terms = {"loss": squared_error, "squared_error": squared_error, "l0": active.sum() / len(x)}
@@ -68,7 +66,7 @@ class TopK(SAE):
             terms["loss"] = squared_error + self.train_config.aux_coefficient * self.d * terms["aux"]
 
         # x − b_dec enters both the encoder and the error: b_dec's gradient needs no dense gradient of the input
-        torch.sub(grad_x_hat.sum(0), self.b_enc.grad @ self.W_enc, out=self.b_dec.grad)
+        torch.sub(error.sum(0).mul_(-2 / len(x)), self.b_enc.grad @ self.W_enc, out=self.b_dec.grad)
         self._fired.zero_()[codes.features[active]] = True
         return terms
 
@@ -109,7 +107,7 @@ class TopK(SAE):
         for start in range(0, len(error), rows):
             part = slice(start, start + rows)
             matrix = kernels.code_matrix(Nonzeros.of_rows(codes.places[part], codes.values[part]), len(codes.dead), self._workspace, codes.dead)
-            difference = matrix.decode(self.W_dec).sub_(error[part])
-            missed += kernels.sum_of_squares(difference)
-            matrix.backward(difference.mul_(weight), centred[part], self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)
+            left = matrix.residual(error[part], self.W_dec)
+            missed += kernels.sum_of_squares(left)
+            matrix.backward(-weight, left, centred[part], self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)
         return missed * share

@@ -39,32 +39,57 @@ def test_code_matrices(form, monkeypatch):
     monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", {"sparse": 0, "dense": 1000}[form])
     b, n, d, k = 30, 50, 7, 4
     indices = torch.stack([torch.randperm(n)[:k] for _ in range(b)])
-    x, weight, grad = torch.randn(b, d).double(), torch.randn(n, d).double(), torch.randn(b, d).double()
+    x, weight, target = torch.randn(b, d).double(), torch.randn(n, d).double(), torch.randn(b, d).double()
     values = torch.randn(b, k).double().relu()
     assert (values == 0).any()
     encoder, decoder = (torch.zeros(n, d, dtype=torch.float64, requires_grad=True) for _ in range(2))
     bias = torch.zeros(n, dtype=torch.float64, requires_grad=True)
     on = torch.zeros(b, n).double().scatter(1, indices, (values > 0).double())
     dense = torch.zeros(b, n).double().scatter(1, indices, values)
-    (((dense + on * (x @ encoder.T + bias)) @ (weight + decoder)) * grad).sum().backward()
+    left = target - dense @ weight
+    (((dense + on * (x @ encoder.T + bias)) @ (weight + decoder)) * (0.3 * left)).sum().backward()
 
     codes = kernels.code_matrix(Nonzeros.of_rows(indices, values), n, kernels.Workspace())
     assert isinstance(codes, {"sparse": kernels.SparseCodes, "dense": kernels.DenseCodes}[form])
-    torch.testing.assert_close(codes.decode(weight), dense @ weight)
+    residual = codes.residual(target, weight)
+    torch.testing.assert_close(residual, left)
     W_enc, b_enc, W_dec = torch.full((n, d), 9.0).double(), torch.full((n,), 9.0).double(), torch.full((n, d), 9.0).double()
-    codes.backward(grad, x, W_enc, b_enc, W_dec)
+    codes.backward(0.3, residual, x, W_enc, b_enc, W_dec)
     expected = (encoder.grad, bias.grad, decoder.grad)
     for found, right in zip((W_enc, b_enc, W_dec), expected, strict=True):
         torch.testing.assert_close(found, right)
     latents = torch.randperm(n + 5)[:n]  # of a dictionary of n + 5, of which these codes are a part
     part = kernels.code_matrix(Nonzeros.of_rows(indices, values), n, kernels.Workspace(), latents)
     whole = torch.full((n + 5, d), torch.nan).double().index_copy(0, latents, weight)
-    torch.testing.assert_close(part.decode(whole), dense @ weight)
+    torch.testing.assert_close(part.residual(target, whole), left)
     larger = torch.ones(n + 5, d).double(), torch.ones(n + 5).double(), torch.ones(n + 5, d).double()
-    part.backward(grad, x, *larger)
+    part.backward(torch.tensor(0.3).double(), residual, x, *larger)
     for found, right in zip(larger, expected, strict=True):
         torch.testing.assert_close(found[latents], 1 + right)
         assert (found.sum() - found[latents].sum()).item() == pytest.approx(found[0].numel() * 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_residuals_and_their_products_with_latents(dtype, threads):
+    """Rows with no nonzero, one and many, against dense products; as in torch's own way, which a GPU takes."""
+    b, n, d = 13, 40, 9
+    matrix = torch.randn(b, n, dtype=dtype) * (torch.rand(b, n) < torch.linspace(0, 0.5, b).unsqueeze(1))
+    matrix[1], matrix[2, 3] = 0, 1.5
+    rows, features = matrix.nonzero(as_tuple=True)
+    codes = Nonzeros(features, matrix[rows, features], rows, kernels.starts_of(rows, b))
+    target, weight = torch.randn(b, d, dtype=dtype), torch.randn(n, d, dtype=dtype)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found, products = kernels.residuals(codes, target, weight)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, target - matrix @ weight)
+    torch.testing.assert_close(products, (found @ weight.T)[rows, features])
+    if threads == 1:
+        plain = kernels.plain_residuals(codes, target, weight)
+        torch.testing.assert_close((found, products), plain)
 
 
 def test_geometric_median_is_the_point_of_least_distance():
