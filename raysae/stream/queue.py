@@ -90,6 +90,7 @@ def start_stream(
     contexts: Mapping[str, Contexts],
     widths: Mapping[str, int],
     shards: int | None = None,
+    held_out: int = 0,
     threads: int | None = None,
     faults: FaultsConfig | None = None,
     skipped: str | None = None,
@@ -106,6 +107,7 @@ def start_stream(
         contexts: their tokens, under "train" and "evaluation"; they go to the object store.
         widths: hook point → width of its activations, for all hook points that anyone will ask for.
         shards: how many of the training stream are needed in all; unset: all it has.
+        held_out: how many of the held-out stream will be read. They are produced when a producer has nothing else to do; others when asked for.
         threads: CPU threads of a producer; unset: torch's default.
         faults: timeouts and limits; unset: the defaults.
         skipped: file, a path or URL, in which skipped shards are remembered.
@@ -129,6 +131,7 @@ def start_stream(
         production,
         cap=shards_in_flight(stream, training, widths),
         shards=training.shards if shards is None else min(shards, training.shards),
+        held_out=held_out,
         blocks={hook: blocks_per_shard(training, width, stream.block_mib) for hook, width in widths.items()},
         evaluation_blocks={hook: blocks_per_shard(evaluation, width, stream.block_mib) for hook, width in widths.items()},
         actor_options={"num_cpus": resources.producer_cpus, "num_gpus": resources.producer_gpus, "runtime_env": ENVIRONMENT},
@@ -173,6 +176,7 @@ class StreamQueue:
         *,
         cap: int,
         shards: int,
+        held_out: int,
         blocks: Mapping[str, int],
         evaluation_blocks: Mapping[str, int],
         actor_options: Mapping[str, float],
@@ -186,6 +190,7 @@ class StreamQueue:
         self.faults = faults
         self.skipped = Skipped(skipped)
         self.state = StreamState(shards, cap, config.lag, faults.shard_attempts, self.skipped.of(TRAIN))
+        self.held_out = held_out
         self.shard_bytes = _shard_bytes(production.specs[TRAIN], production.widths)
         self._blocks = blocks
         self._offsets = {TRAIN: _offsets(blocks), EVALUATION: _offsets(evaluation_blocks)}
@@ -280,10 +285,7 @@ class StreamQueue:
         await self.start()
         if shard in self.skipped.of(EVALUATION):
             return [None]
-        future = self._evaluation.get(shard)
-        if future is None or (future.done() and future.exception()):
-            future = self._evaluation[shard] = self._errand("produce", (EVALUATION, shard), self._returns[EVALUATION])
-        meta, refs = await self._result(future)
+        meta, refs = await self._result(self._held_out(shard))
         if not refs:
             return [None]
         self._check_finite(meta, EVALUATION, shard, hook_point)
@@ -361,8 +363,25 @@ class StreamQueue:
                         failed=lambda error, died: self._failed(shard, error, died),
                         seconds=self._patience(),
                     )  # fmt: skip
+                if (shard := self._held_out_ahead()) is not None:
+                    self._held_out(shard)
+                    continue
                 self._work.clear()
                 await self._work.wait()
+
+    def _held_out_ahead(self) -> int | None:
+        """A held-out shard to produce before it is asked for: the first, on which SAEs in training are evaluated, once training has begun; the others
+        take memory, and come when no training shard is left to produce."""
+        missing = next((shard for shard in range(self.held_out) if shard not in self._evaluation), None)
+        begun = self._totals["shards_produced"] > 0
+        return missing if begun and (missing == 0 or self.state.all_there()) else None
+
+    def _held_out(self, shard: int) -> asyncio.Future:
+        """Meta and blocks of the held-out shard, on their way at least from now on."""
+        future = self._evaluation.get(shard)
+        if future is None or (future.done() and future.exception()):
+            future = self._evaluation[shard] = self._errand("produce", (EVALUATION, shard), self._returns[EVALUATION])
+        return future
 
     def _produced(self, shard: int, meta: Mapping[str, object], refs: list[ray.ObjectRef]) -> None:
         self._count("shards_produced", 1)

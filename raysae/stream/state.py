@@ -163,6 +163,11 @@ class StreamState:
         self.leased.add(shard)
         return shard
 
+    def all_there(self) -> bool:
+        """Whether nothing is left to lease unless a shard is lost or someone joins: all that is needed is held or in production, or nobody's."""
+        there = self.held | self.leased | self.skipped | self._bad.keys()
+        return all(shard in there for c in self.consumers.values() for shard in range(c.position, c.until))
+
     def produced(self, shard: int) -> bool:
         """The shard is there; False where nobody waits for it any more (then it is not held)."""
         if shard not in self.leased:

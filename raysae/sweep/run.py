@@ -124,8 +124,8 @@ def _train_and_evaluate(
     name = f"raysae-{place.name}-{time.time_ns()}"
     queue = start_stream(
         model=config.model, stream=config.stream, resources=config.resources, training=settled.training, evaluation=settled.evaluation,
-        contexts=settled.contexts, widths=settled.streamed_widths, shards=settled.shards, threads=config.stream.threads, name=name,
-        faults=config.faults, skipped=place.skipped,
+        contexts=settled.contexts, widths=settled.streamed_widths, shards=settled.shards,
+        held_out=settled.evaluation_shards, threads=config.stream.threads, name=name, faults=config.faults, skipped=place.skipped,
     )  # fmt: skip
     queue.expect.remote([bank.name for bank in banks])
     trainers = {

@@ -42,7 +42,7 @@ def stream():
     """Starts queues, and takes them down after the test."""
     queues = []
 
-    def start(model="plain", shards_of_room=3, faults=None, skipped=None, resources=ResourcesConfig(producer_cpus=0.5), **config):  # noqa: B008
+    def start(model="plain", shards_of_room=3, faults=None, skipped=None, held_out=0, resources=ResourcesConfig(producer_cpus=0.5), **config):  # noqa: B008
         queue = start_stream(
             model=ModelConfig(name=model),
             stream=StreamConfig(block_mib=BLOCK_MIB, mib_in_flight=shards_of_room * SHARD_MIB, **config),
@@ -51,6 +51,7 @@ def stream():
             evaluation=SPEC,
             contexts={"train": None, "evaluation": None},
             widths=WIDTHS,
+            held_out=held_out,
             faults=faults,
             skipped=skipped,
             producer_class=FakeProducer,
@@ -337,6 +338,31 @@ def test_the_held_out_stream_is_produced_once_and_kept(stream):
     total = stats(queue)
     assert total["evaluation_contexts_forwarded"] == CONTEXTS
     assert total["contexts_forwarded"] == 0
+
+
+def test_held_out_shards_are_produced_when_there_is_nothing_else_to_do(stream):
+    """The first once training has begun, where the window is full; the second when the training stream is there."""
+    queue = stream(shards_of_room=2, held_out=2)
+    trainer = StreamClient(queue, "a", "resid_post.0", SPEC, WIDTHS["resid_post.0"], BLOCK_MIB)
+    time.sleep(1)
+    assert stats(queue)["evaluation_contexts_forwarded"] == 0
+    reader = trainer.open(0, ROWS)
+
+    def forwarded(contexts: int) -> bool:
+        give_up = time.monotonic() + TIMEOUT
+        while stats(queue)["evaluation_contexts_forwarded"] < contexts and time.monotonic() < give_up:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        return stats(queue)["evaluation_contexts_forwarded"] == contexts
+
+    assert forwarded(CONTEXTS)
+    for _ in range(SPEC.shards - 2):
+        reader.next()
+    assert forwarded(2 * CONTEXTS)
+    assert all(trainer.evaluation_block(shard, 0) is not None for shard in range(2))
+    assert stats(queue)["evaluation_contexts_forwarded"] == 2 * CONTEXTS
+    assert stats(queue)["peak_bytes_in_flight"] <= 2 * SHARD_MIB * 2**20
+    reader.close()
 
 
 def test_evaluate_reaches_a_producer(stream):
