@@ -34,6 +34,7 @@ GUESS = 1.25  # of the largest possible error, typically: so much lower than the
 INTEGERS = 1 << 26  # that weights may be rounded to, of a byte each
 PRODUCTS, CACHED = 1 << 24, 1 << 20  # of 4 bytes each: how many there may be at a time, and how many are found in the cache again
 SAMPLE = 1024  # rows that the factors of dimensions are estimated from
+BYTE = np.uint64(0x0001020304050607)  # times 256ⁱ it has i as its highest byte, for i from 0 to 7
 SMALLEST = np.float32(1e-15)  # scale
 UNDERFLOW = np.float32(2e-38)  # more than a square is too small by in float32
 ROUNDING = 2.0**-20  # relatively, more than some operations in float32 take or add
@@ -214,15 +215,17 @@ def _collect(products, start, latents, inverse_scale, norm, lost, bound, weight,
         for c in range(STRIP):
             reach[c] = _upper(product[c], scale, bias_j, lost_j, norm_j, inverse_scale[c], norm[c], lost[c]) >= bound[c]
         for eight in range(len(eights)):
-            if eights[eight] != 0:
-                for c in range(8 * eight, 8 * eight + 8):
-                    if reach[c] != 0:
-                        if counts[c] == room:
-                            lower = _lower(_compute(weight, bias, x[start + c], k, candidates[c], room, found[c]), inverse_scale[c])
-                            bound[c] = max(bound[c], lower)
-                            total, counts[c] = total + room, k
-                        candidates[c, counts[c]] = j
-                        counts[c] += 1
+            left = eights[eight]
+            while left != 0:
+                lowest = left & (~left + np.uint64(1))
+                left ^= lowest
+                c = 8 * eight + np.int64((lowest * BYTE) >> np.uint64(56))
+                if counts[c] == room:
+                    lower = _lower(_compute(weight, bias, x[start + c], k, candidates[c], room, found[c]), inverse_scale[c])
+                    bound[c] = max(bound[c], lower)
+                    total, counts[c] = total + room, k
+                candidates[c, counts[c]] = j
+                counts[c] += 1
     return total
 
 
