@@ -149,7 +149,7 @@ def _batch_sums(
     predicted = tokens[:, skip + 1 :].to(original.device).unsqueeze(-1)
 
     def log_probability(logits: Tensor) -> Tensor:
-        return logits[:, skip:-1].float().log_softmax(-1)  # (c, t − 1 − skip, V)
+        return logits.float().log_softmax(-1)[:, skip:-1]  # (c, t − 1 − skip, V); cut before, it would be copied
 
     def cross_entropy(log_probability: Tensor) -> float:
         return -log_probability.gather(-1, predicted).sum(dtype=torch.float64).item()
