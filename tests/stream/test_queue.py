@@ -54,6 +54,7 @@ def stream():
             faults=faults,
             skipped=skipped,
             producer_class=FakeProducer,
+            name=f"queue-{time.time_ns()}",
         )
         queues.append(queue)
         return queue
