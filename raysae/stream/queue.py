@@ -141,13 +141,16 @@ def start_stream(
 
 
 def patiently(call: Callable[[], Any], seconds: float, wanted: Callable[[], bool] = lambda: True) -> Any:
-    """The result of a call of the queue, asking again for `seconds` while its process is being restarted, and as long as it is `wanted`. The queue's
-    own errors come without Ray's stack traces."""
-    give_up = time.monotonic() + seconds
+    """The result of a call of the queue, or of a relay, asking again for `seconds` while its process is being restarted, and as long as it is
+    `wanted`. The queue's own errors come without Ray's stack traces."""
+    give_up = None
     while True:
+        began = time.monotonic()
         try:
             return call()
         except (NotJoinedError, RayActorError):
+            if give_up is None or time.monotonic() - began > seconds:  # before it failed, it may have waited for a shard for long
+                give_up = time.monotonic() + seconds
             time.sleep(RETRY_PAUSE)
             if time.monotonic() > give_up or not wanted() or not ray.is_initialized():  # where Ray is gone, a call would end the process
                 raise

@@ -22,16 +22,17 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from raysae.heard import Heard
 from raysae.stream.queue import TEND_SECONDS
 from raysae.stream.state import NotJoinedError, StreamError
 
 CONSUMERS = 16  # of a relay at most; so few in all talk to the queue itself
 
 
-def start_relays(queue: str, consumers: Sequence[str]) -> tuple[list[ActorHandle], dict[str, str]]:
-    """Start the relays that so many consumers of the queue of this name need, if any; returns them, and for each consumer the name of the actor that
-    it talks to. Neighbours share a relay: those of one hook point should be neighbours."""
-    number = -(-len(consumers) // CONSUMERS)
+def start_relays(queue: str, consumers: Sequence[str], of_each: int) -> tuple[list[ActorHandle], dict[str, str]]:
+    """Start relays of `of_each` consumers at most, none where one would do; returns them, and for each consumer the name of the actor that it talks
+    to, the queue's (`queue`) or its relay's. Neighbours share a relay: those of one hook point should be neighbours."""
+    number = -(-len(consumers) // of_each)
     if number < 2:
         return [], dict.fromkeys(consumers, queue)
     names = [f"{queue}-relay-{i}" for i in range(number)]
@@ -53,6 +54,7 @@ class Relay:
     """See the module. `queue` is the queue's name: an actor that may be restarted should depend on nothing in the object store."""
 
     def __init__(self, queue: str):
+        self._heard = Heard()
         self.queue = ray.get_actor(queue)
         self._readers: dict[str, _Reader] = {}
         self._news: list[tuple[tuple, asyncio.Future]] = []  # for the queue: a method and its arguments; and for the error or None that it answers
@@ -104,7 +106,9 @@ class Relay:
         mine = key not in self._evaluation
         if mine:
             self._evaluation[key] = _task(self._ask_held_out(*key))
-        found, _ = await self._evaluation[key]
+        asked = self._evaluation[key]
+        await asyncio.wait([asked])
+        found, _ = asked.result()
         self._counts["blocks_served"] += not mine
         return found
 
@@ -114,6 +118,10 @@ class Relay:
                 if any(held and held.hex() == ref for held in asked[key].result()[0]):
                     del asked[key]
         await _answer(self.queue.lost.remote(stream, shard, ref))
+
+    async def warnings(self) -> list[str]:
+        """See `Heard.take`."""
+        return self._heard.take()
 
     # ---------------------------------------------------------------- the queue
 
@@ -168,7 +176,8 @@ class Relay:
                 self._place(consumer, _Reader(arguments[0]))
             elif method == "leave" or isinstance(error, NotJoinedError):
                 self._place(consumer, None)
-            answer.set_result(error)
+            if not answer.done():  # who waited for it may be gone
+                answer.set_result(error)
         for key, asked in before.items():
             refs, _ = asked.result()
             if self._shards.get(key) is asked and not (refs and refs[0].task_id().binary() == held.get(key[1])):
