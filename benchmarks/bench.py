@@ -81,7 +81,11 @@ def of_control_plane(result: dict) -> Iterator[Row]:
         what = f"{row['consumers']} consumers of 10,000 blocks a minute each, {row['blocks']} blocks a shard"
         yield f"state machine alone, share of a core: {what}", "< 100 %", f"{row['share_of_core']:.0%}"
     for row in result["queue"]:
-        yield f"queue: consumers of 10,000 blocks a minute each, {row['blocks']} blocks a shard", "≥ 64", f"{row['limit_consumers']:.0f}"
+        yield f"queue alone: consumers of 10,000 blocks a minute each, {row['blocks']} blocks a shard", "–", f"{row['limit_consumers']:.0f}"
+    for row, bundled, relay in zip(result["relayed"], result["crowd"], result["relay"], strict=True):
+        what = f"queue through relays: consumers of 10,000 blocks a minute each, {row['blocks']} blocks a shard"
+        yield what, "≥ 64", f"{row['limit_consumers']:.0f}; {bundled['limit_consumers']:.0f} at that rate"
+        yield "of these a relay serves", f"≥ {relay['consumers'] // relay['relays']}", f"{relay['limit_consumers']:.0f}"
 
 
 PARTS = {  # name → its rows of the table, its script and what that is told
@@ -91,7 +95,7 @@ PARTS = {  # name → its rows of the table, its script and what that is told
     "sweep": (of_sweep, "one_pass.py"),
     "many": (of_many, "many.py", "--figure", str(RESULTS / "many.png")),
     "whole_job": (of_whole_job, "whole_job.py", "--steps", str(RESULTS / "steps.json")),
-    "control_plane": (of_control_plane, "control_plane.py", "--simulated", "512", "--consumers", "64", "--blocks", "8,32"),
+    "control_plane": (of_control_plane, "control_plane.py", "--simulated", "512", "--consumers", "64", "--relayed", "64", "--blocks", "8,32"),
 }
 
 

@@ -1,8 +1,8 @@
 """What the stream's control plane costs per block and consumer, and where it breaks.
 
-    python benchmarks/control_plane.py [--simulated 8,64,512] [--consumers 1,8,64,512] [--blocks 8] [--seconds 10] [--json FILE]
+    python benchmarks/control_plane.py [--simulated 8,64,512] [--consumers 1,8,64,512] [--relayed 64] [--blocks 8] [--seconds 10] [--json FILE]
 
-Two measurements, without a language model and with next to no data; eight shards are in flight. Both are taken with each of the `--blocks` a shard.
+Four measurements, without a language model and with next to no data; eight shards are in flight. All are taken with each of the `--blocks` a shard.
 
 1. The state machine alone, with producers and `--simulated` consumers in this process: CPU time per block and consumer, and the share of a core that
    10,000 blocks a minute take, each read by all consumers.
@@ -10,11 +10,16 @@ Two measurements, without a language model and with next to no data; eight shard
    fast as it goes: blocks handed over per second, summed over consumers, and the CPU time that the queue's process spends on each. Those of its
    threads that run Python share one lock: when together they fill a core, the queue is saturated. That point is computed from the CPU time, because
    the consumers of this benchmark share the machine with the queue and slow it down before.
+3. The same with `--relayed` consumers through relays, as a sweep of so many banks has them: the queue, and the busiest relay.
+4. The queue, where so many consumers live in the processes of their relays and read 10,000 blocks a minute each, give or take half of the time
+   between two shards. So the queue can be brought near that rate on a small machine, and what consumers say in it is bundled as it is then; in the
+   measurement before, few calls of a queue with little to do are bundles.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import json
 import os
@@ -34,6 +39,7 @@ from raysae.stream.blocks import cut
 from raysae.stream.client import StreamClient
 from raysae.stream.producer import Production
 from raysae.stream.queue import patiently, start_stream
+from raysae.stream.relay import CONSUMERS, Relay, start_relays
 from raysae.stream.state import StreamState
 
 GOAL = 10_000 / 60  # blocks per second
@@ -104,22 +110,23 @@ class Taker(StreamClient):
 class Readers:
     """Consumers that take block after block, each in a thread."""
 
-    def __init__(self, queue: ray.actor.ActorHandle, names: list[str], blocks: int):
-        self.read = [0] * len(names)  # blocks
+    def __init__(self, speaks_to: dict[str, str], blocks: int):
+        self.read = dict.fromkeys(speaks_to, 0)  # blocks
         self.spec, self.blocks = spec_of(blocks), blocks
-        for i, name in enumerate(names):
-            threading.Thread(target=self._read, args=(i, Taker(queue, name, HOOK, self.spec, WIDTH, BLOCK_MIB)), daemon=True).start()
+        for consumer, name in speaks_to.items():
+            client = Taker(ray.get_actor(name), consumer, HOOK, self.spec, WIDTH, BLOCK_MIB)
+            threading.Thread(target=self._read, args=(client,), daemon=True).start()
 
-    def _read(self, i: int, client: Taker) -> None:
+    def _read(self, client: Taker) -> None:
         client._joined = True
         client._join()
         for shard in range(self.spec.shards):
             for block in range(self.blocks):
                 client.block(shard, block)
-                self.read[i] += 1
+                self.read[client.consumer] += 1
             client._acknowledge(shard + 1)
 
-    def progress(self) -> list[int]:
+    def progress(self) -> dict[str, int]:
         return self.read
 
 
@@ -130,7 +137,31 @@ def cpu_seconds(pid: int) -> tuple[float, float]:
     return sum(seconds), sum(itertools.compress(seconds, ("(ray::" in stat for stat in stats)))
 
 
-def saturate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
+class Load:
+    """What an actor's process does from now on: CPU time for each block that its consumers take."""
+
+    def __init__(self, actor: ray.actor.ActorHandle, consumers: list[str], read: dict[str, int]):
+        self.pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+        self.consumers, self.read, self.cpu = consumers, read, cpu_seconds(self.pid)
+        self.began = time.perf_counter()
+
+    def measured(self, read: dict[str, int]) -> dict[str, float]:
+        blocks = sum(read[name] - self.read[name] for name in self.consumers)
+        spent = time.perf_counter() - self.began
+        whole, python = (after - before for after, before in zip(cpu_seconds(self.pid), self.cpu, strict=True))
+        return {
+            "blocks_per_second": blocks / spent,
+            "microseconds": 1e6 * whole / blocks,
+            "python_microseconds": 1e6 * python / blocks,
+            "python_load": python / spent,
+            "limit_per_second": blocks / python,
+            "limit_consumers": blocks / python / GOAL,
+        }
+
+
+def start(consumers: int, blocks: int) -> tuple[ray.actor.ActorHandle, str, list[str]]:
+    """A queue, its name, and the consumers that it expects."""
+    name = f"queue-{time.time_ns()}"
     queue = start_stream(
         model=ModelConfig(),
         stream=StreamConfig(mib_in_flight=CAP * blocks * BLOCK_MIB, block_mib=BLOCK_MIB, cache="off"),
@@ -140,58 +171,112 @@ def saturate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
         contexts={"train": None, "evaluation": None},
         widths={HOOK: WIDTH},
         producer_class=SmallProducer,
+        name=name,
     )
-    pid = ray.get(queue.__ray_call__.remote(lambda self: os.getpid()))
     names = [f"consumer {i}" for i in range(consumers)]
     ray.get(queue.expect.remote(names))
-    readers = [Readers.remote(queue, names[i::PROCESSES], blocks) for i in range(min(PROCESSES, consumers))]
+    return queue, name, names
 
-    def read_by_each() -> list[int]:
-        return list(itertools.chain.from_iterable(ray.get([reader.progress.remote() for reader in readers])))
 
-    while min(read_by_each()) < 2 * blocks:  # all have joined, and read at their pace
+def read_by_each(readers: list[ray.actor.ActorHandle]) -> dict[str, int]:
+    return {name: read for some in ray.get([reader.progress.remote() for reader in readers]) for name, read in some.items()}
+
+
+def under_way(readers: list[ray.actor.ActorHandle], blocks: int) -> dict[str, int]:
+    """Waits until all consumers have joined, and read at their pace."""
+    while min((read := read_by_each(readers)).values()) < 2 * blocks:
         time.sleep(0.2)
-    before, cpu_before, began = sum(read_by_each()), cpu_seconds(pid), time.perf_counter()
+    return read
+
+
+def saturate(consumers: int, blocks: int, seconds: float, relayed: bool = False) -> list[dict[str, float]]:
+    """The queue's load, and with relays that of the busiest of them."""
+    queue, name, names = start(consumers, blocks)
+    relays, speaks_to = start_relays(name, names, CONSUMERS if relayed else consumers)
+    readers = [Readers.remote({name: speaks_to[name] for name in names[i::PROCESSES]}, blocks) for i in range(min(PROCESSES, consumers))]
+    read = under_way(readers, blocks)
+    served = zip(relays, sorted({*speaks_to.values()}, key=list(speaks_to.values()).index), strict=False)
+    loads = [Load(relay, [consumer for consumer in names if speaks_to[consumer] == relay_name], read) for relay, relay_name in served]
+    of_queue = Load(queue, names, read)
     time.sleep(seconds)
-    read, cpu, spent = sum(read_by_each()) - before, cpu_seconds(pid), time.perf_counter() - began
-    for actor in (*readers, queue):
+    read = read_by_each(readers)
+    rows = [of_queue.measured(read), *sorted((load.measured(read) for load in loads), key=lambda row: -row["python_load"])[:1]]
+    for actor in (*readers, *relays, queue):
         ray.kill(actor)
-    whole, python = (after - before for after, before in zip(cpu, cpu_before, strict=True))
-    return {
-        "consumers": consumers,
-        "blocks": blocks,
-        "blocks_per_second": read / spent,
-        "microseconds": 1e6 * whole / read,
-        "python_microseconds": 1e6 * python / read,
-        "python_load": python / spent,
-        "limit_per_second": read / python,
-        "limit_consumers": read / python / GOAL,
-    }
+    return [{"consumers": consumers, "blocks": blocks, "relays": len(relays)} | row for row in rows]
+
+
+class Crowd(Relay):
+    """A relay whose consumers live in it: they cost next to nothing."""
+
+    async def run(self, names: list[str], blocks: int) -> None:
+        self.read = dict.fromkeys(names, 0)  # blocks
+        self.tasks = [asyncio.create_task(self.consume(name, blocks)) for name in names]
+
+    async def consume(self, name: str, blocks: int) -> None:
+        await self.join(name, HOOK, 0)
+        due = time.monotonic()
+        for shard in itertools.count():
+            await self.fetch(name, shard, 0, shard)
+            due = max(due, time.monotonic() - 1) + random.uniform(0.5, 1.5) * blocks / GOAL
+            await asyncio.sleep(max(0, due - time.monotonic()))
+            self.read[name] += blocks
+            await self.acknowledge(name, shard + 1)
+
+    async def progress(self) -> dict[str, int]:
+        return self.read
+
+
+def crowd(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
+    """The queue's load."""
+    queue, name, names = start(consumers, blocks)
+    relays = [ray.remote(Crowd).options(num_cpus=0).remote(name) for _ in range(-(-consumers // CONSUMERS))]
+    ray.get([relay.run.remote(names[i :: len(relays)], blocks) for i, relay in enumerate(relays)])
+    read = under_way(relays, blocks)
+    load = Load(queue, names, read)
+    time.sleep(seconds)
+    found = load.measured(read_by_each(relays))
+    for actor in (*relays, queue):
+        ray.kill(actor)
+    return {"consumers": consumers, "blocks": blocks, "relays": len(relays)} | found
+
+
+HEAD = "blocks a shard   consumers   relays   blocks/s   µs of CPU a block   of it Python   share of a core   saturated: blocks/s   consumers"
+
+
+def show(what: str, row: dict[str, float]) -> None:
+    counts = f"{row['blocks']:13}   {row['consumers']:9}   {row['relays']:6}   {row['blocks_per_second']:8,.0f}"
+    times = f"{row['microseconds']:17.0f}   {row['python_microseconds']:12.0f}   {row['python_load']:15.0%}"
+    print(f"  {what:14}   {counts}   {times}   {row['limit_per_second']:19,.0f}   {row['limit_consumers']:9.1f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulated", default="8,64,512")
     parser.add_argument("--consumers", default="1,8,64,512")
+    parser.add_argument("--relayed", default="64", help="consumers, through relays")
     parser.add_argument("--blocks", default="8", help="of a shard")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    simulated, consumers, blocks = ([int(word) for word in words.split(",")] for words in (options.simulated, options.consumers, options.blocks))
-    found = {"state": [], "queue": []}
+    given = (options.simulated, options.consumers, options.relayed, options.blocks)
+    simulated, consumers, relayed, blocks = ([int(word) for word in words.split(",") if word] for words in given)
+    found = {"state": [], "queue": [], "relayed": [], "relay": [], "crowd": []}
     print("the state machine alone\n  blocks a shard   consumers   µs per block and consumer   share of a core")
     for each, number in itertools.product(blocks, simulated):
         found["state"].append(row := simulate(number, each, options.seconds / 2))
         print(f"  {each:14}   {number:9}   {row['microseconds']:25.2f}   {row['share_of_core']:15.1%}", flush=True)
     ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False, logging_level="error")
-    print("the queue\n  blocks a shard   consumers   blocks/s   µs of CPU a block   of it Python   share of a core   saturated: blocks/s   consumers")
+    print("the queue\n  measured        " + HEAD)
     for each, number in itertools.product(blocks, consumers):
-        found["queue"].append(row := saturate(number, each, options.seconds))
-        print(
-            f"  {each:14}   {number:9}   {row['blocks_per_second']:8,.0f}   {row['microseconds']:17.0f}   {row['python_microseconds']:12.0f}   "
-            f"{row['python_load']:15.0%}   {row['limit_per_second']:19,.0f}   {row['limit_consumers']:9.1f}",
-            flush=True,
-        )
+        found["queue"] += saturate(number, each, options.seconds)
+        show("queue", found["queue"][-1])
+    for each, number in itertools.product(blocks, relayed):
+        for of, row in zip(("relayed", "relay"), saturate(number, each, options.seconds, relayed=True), strict=True):
+            found[of].append(row)
+            show({"relayed": "through relays", "relay": "busiest relay"}[of], row)
+        found["crowd"].append(crowd(number, each, options.seconds))
+        show("at that rate", found["crowd"][-1])
     ray.shutdown()
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))

@@ -33,13 +33,13 @@ def test_the_table_has_what_was_measured_and_is_written_as_text_and_json(tmp_pat
     ]
     whole = {name: {"gib": ONCE, "fvu": 0.1, "seconds_ratio": ONCE, "own_seconds_ratio": ONCE} for name in ("raysae", "saelens", "sparsify")}
     state = [{"consumers": 512, "blocks": blocks, "share_of_core": 0.1} for blocks in (8, 32)]
-    queue = [{"consumers": 64, "blocks": blocks, "limit_consumers": 70.0} for blocks in (8, 32)]
+    queue = [{"consumers": 64, "blocks": blocks, "relays": 4, "limit_consumers": 70.0} for blocks in (8, 32)]
     point = {"ratio_least": 0.97, "ratio_most": 1.04, "ratio_best_least": 1.1, "ratio_best_most": 1.2}
     for part, found in {
         "many": {"1": point, "16": point},
         "steps": steps,
         "whole_job": whole,
-        "control_plane": {"state": state, "queue": queue},
+        "control_plane": {"state": state, "queue": queue, "relayed": queue, "relay": queue, "crowd": queue},
     }.items():
         (tmp_path / f"{part}.json").write_text(json.dumps(found))
     text = bench.write_table(tmp_path)
@@ -49,7 +49,8 @@ def test_the_table_has_what_was_measured_and_is_written_as_text_and_json(tmp_pat
     assert "| whole job of 8 SAEs against saelens | ≥ 4 × | 4.10 × |" in text
     assert "| whole job of 8 SAEs against sparsify | ≥ 4 × | 4.10 ×; against its training alone 4.10 × |" in text
     assert "8 blocks a shard | < 100 % | 10% |" in text
-    assert "32 blocks a shard | ≥ 64 | 70 |" in text
+    assert "32 blocks a shard | – | 70 |" in text
+    assert "32 blocks a shard | ≥ 64 | 70; 70 at that rate |\n| of these a relay serves | ≥ 16 | 70 |" in text
     assert "make sweep" not in text  # not measured
     sweep = {"wall": 390, "waited_share": 0.004, "evaluation_share": 0.17, "start_up": 22.4, "ratio_least": 0.9, "ratio_most": 0.95} | point
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))

@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ COUNTERS = {
 GAUGES = {
     "bytes_in_flight": "Bytes of activations held or in production for consumers",
     "producers": "Language models running",
-    "consumers_waiting": "Consumers waiting for a block",
+    "consumers_waiting": "Consumers waiting for a block; of those of a relay, one for each shard",
 }
 
 
@@ -144,13 +144,16 @@ def start_stream(
 
 
 def patiently(call: Callable[[], Any], seconds: float, wanted: Callable[[], bool] = lambda: True) -> Any:
-    """The result of a call of the queue, asking again for `seconds` while its process is being restarted, and as long as it is `wanted`. The queue's
-    own errors come without Ray's stack traces."""
-    give_up = time.monotonic() + seconds
+    """The result of a call of the queue, or of a relay, asking again for `seconds` while its process is being restarted, and as long as it is
+    `wanted`. The queue's own errors come without Ray's stack traces."""
+    give_up = None
     while True:
+        began = time.monotonic()
         try:
             return call()
         except (NotJoinedError, RayActorError):
+            if give_up is None or time.monotonic() - began > seconds:  # before it failed, it may have waited for a shard for long
+                give_up = time.monotonic() + seconds
             time.sleep(RETRY_PAUSE)
             if time.monotonic() > give_up or not wanted() or not ray.is_initialized():  # where Ray is gone, a call would end the process
                 raise
@@ -291,6 +294,21 @@ class StreamQueue:
         self._check_finite(meta, EVALUATION, shard, hook_point)
         self._count("blocks_served", 1)
         return [refs[self._offsets[EVALUATION][hook_point] + block]]
+
+    async def exchange(self, news: Sequence[tuple], counts: Mapping[str, float]) -> tuple[dict[int, StreamError], dict[int, bytes]]:
+        """For a relay, which speaks for many consumers: their `news` since its last call, in order (`join`, `acknowledge` or `leave`, and arguments),
+        and what it has counted (see COUNTERS). Answers at once: the errors, by their place in `news`, and the shards held, each with the id of the
+        task that produced it. The relay lets go of references to any other."""
+        await self.start()
+        errors = {}
+        for i, (method, *arguments) in enumerate(news):
+            try:
+                await getattr(self, method)(*arguments)
+            except StreamError as error:
+                errors[i] = error
+        for name, value in counts.items():
+            self._count(name, value)
+        return errors, {shard: refs[0].task_id().binary() for shard, (_, refs) in self._shards.items()}
 
     async def leave_node(self, node: str) -> None:
         """The machine is being drained: its producers move."""

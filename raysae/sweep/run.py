@@ -26,6 +26,7 @@ from rich.console import Console
 from raysae.cli import command
 from raysae.config import SweepConfig, error_kind
 from raysae.stream.queue import patiently, start_stream
+from raysae.stream.relay import CONSUMERS, start_relays
 from raysae.stream.room import machine_of
 from raysae.stream.state import StreamError
 from raysae.sweep.cluster import connect
@@ -128,16 +129,19 @@ def _train_and_evaluate(
         held_out=settled.evaluation_shards, threads=config.stream.threads, name=name, faults=config.faults, skipped=place.skipped,
     )  # fmt: skip
     queue.expect.remote([bank.name for bank in banks])
+    by_hook_point = sorted(banks, key=lambda bank: error_kind(bank.hook_point)[1])
+    relays, speaks_to = start_relays(name, [bank.name for bank in by_hook_point], CONSUMERS)
     trainers = {
         bank.name: start_trainer(
-            queue=name, consumer=bank.name, folder=place.folder, hook_point=bank.hook_point, width=settled.widths[bank.hook_point], saes=bank.saes,
-            training=settled.training, evaluation=settled.evaluation, config=config, threads=config.train.threads, allow=allow,
+            queue=speaks_to[bank.name], consumer=bank.name, folder=place.folder, hook_point=bank.hook_point,
+            width=settled.widths[bank.hook_point], saes=bank.saes, training=settled.training,
+            evaluation=settled.evaluation, config=config, threads=config.train.threads, allow=allow,
         )
         for bank in banks
     }  # fmt: skip
     trainer_of = {sae.name: trainers[bank.name] for bank in banks for sae in bank.saes}
     try:
-        with Watch(settled, queue, trainers, study) as watch:
+        with Watch(settled, queue, trainers, study, relays) as watch:
             watch.await_training(START_SECONDS)
             tuner(settled, trainer_of, place, watch).fit()
             results = _results(settled, trainer_of, study, watch)
@@ -151,7 +155,7 @@ def _train_and_evaluate(
                 ray.get([trainer.stop.remote() for trainer in trainers.values() if machine_of(trainer)], timeout=config.faults.stop_seconds + 15)
         raise
     finally:
-        for actor in (*trainers.values(), queue):  # Ray Tune keeps handles of them: they would outlive the sweep where its process goes on
+        for actor in (*trainers.values(), *relays, queue):  # Ray Tune keeps handles of them: they would outlive the sweep where its process goes on
             ray.kill(actor)
 
 

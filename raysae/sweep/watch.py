@@ -1,5 +1,5 @@
 """What the driver does beside Ray Tune while trainers work, once a second, in a thread of its own: show the progress and track the reports; move
-what sits on a machine that is being drained (a spot notice), trainers after a checkpoint; restart a trainer that is alive and silent; show what
+what sits on a machine that is being drained (a spot notice), trainers after a checkpoint; restart an actor that is alive and silent; show what
 actors warn of; and say what is missing where a sweep cannot go on."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import ray
@@ -45,15 +45,28 @@ class _Trainer:
     status: list[dict] = field(default_factory=list)
 
 
-class Watch:
-    """Watches the `trainers` (by bank) and the queue while it is entered. `failure` says why the sweep cannot go on, None while it can."""
+@dataclass
+class _Relay:
+    """A relay as the watch sees it."""
 
-    def __init__(self, settled: Plan, queue: ActorHandle, trainers: Mapping[str, ActorHandle], study: Study) -> None:
+    actor: ActorHandle
+    asked: ray.ObjectRef | None = None  # warnings, not answered yet
+    since: float = 0.0  # when it was asked
+
+
+class Watch:
+    """Watches the `trainers` (by bank), the queue and its relays while it is entered. `failure` says why the sweep cannot go on, None while it
+    can."""
+
+    def __init__(
+        self, settled: Plan, queue: ActorHandle, trainers: Mapping[str, ActorHandle], study: Study, relays: Sequence[ActorHandle] = ()
+    ) -> None:
         self.faults: FaultsConfig = settled.config.faults
         self.needs = {"num_cpus": settled.config.resources.trainer_cpus, "num_gpus": settled.config.resources.trainer_gpus}
         self.rows = settled.config.train.steps * settled.config.train.batch
         self.queue, self.study = queue, study
         self.trainers = {bank: _Trainer(actor) for bank, actor in trainers.items()}
+        self.relays = [_Relay(actor) for actor in relays]
         self.tracked = dict.fromkeys((sae.name for sae in settled.saes), 0)
         self.failure: str | None = None
         self._ended_since: float | None = None
@@ -101,6 +114,7 @@ class Watch:
                     for bank, trainer in self.trainers.items():
                         self._look(bank, trainer, ANSWER_SECONDS if last else 0)
                     stream = self._stream_stats(ANSWER_SECONDS if last else 0) or stream
+                    self._look_at_relays()
                 except Exception:  # whatever it is (Ray's head restarts, say), the sweep must go on being watched
                     log.exception("the sweep could not be watched")
                 saes = [row for trainer in self.trainers.values() for row in trainer.status]
@@ -208,3 +222,21 @@ class Watch:
         for line in warnings:
             log.warning("stream: %s", line)
         return stream
+
+    def _look_at_relays(self) -> None:
+        """Behind one that is alive and silent, trainers would wait for ever."""
+        now = time.monotonic()
+        for number, relay in enumerate(self.relays):
+            if relay.asked is None:
+                relay.asked, relay.since = relay.actor.warnings.remote(), now
+            try:
+                for line in ray.get(relay.asked, timeout=0):
+                    log.warning("relay %d: %s", number, line)
+            except GetTimeoutError:
+                if now - relay.since <= self.faults.hang_seconds:
+                    continue
+                log.warning("relay %d has been silent for %.0f s: it is restarted", number, now - relay.since)
+                ray.kill(relay.actor, no_restart=False)
+            except RayError:  # its process is being restarted
+                pass
+            relay.asked = None

@@ -63,7 +63,7 @@ def start_trainer(
     """Start a trainer of `saes`; returns at once. What `folder` holds of them is gone on with: ended SAEs are shown, others continue.
 
     Args:
-        queue: the name given to `stream.queue.start_stream`.
+        queue: the name given to `stream.queue.start_stream`, or that of a relay of its.
         consumer: the trainer's name on the stream, its own among all trainers.
         folder: of the study, local (then reachable from every machine a trainer may be on) or any URL fsspec knows.
         hook_point, width: where the activations come from, and how many dimensions they have.

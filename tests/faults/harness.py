@@ -30,7 +30,10 @@ REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 CONTEXT, SKIPPED, BATCH = 64, 8, 64
 SHARD_ROWS = 256 * (CONTEXT - SKIPPED)
-ACTORS = {"producer": "Producer", "trainer": "Trainer", "queue": "StreamQueue", "trial": "ImplicitFunc"}  # kind of process → class of its Ray actor
+JOB = (str(REPOSITORY / "jobs" / "scaling_sweep.py"),)  # what a driver runs
+ACTORS = {  # kind of process → class of its Ray actor
+    "producer": "Producer", "trainer": "Trainer", "queue": "StreamQueue", "relay": "Relay", "trial": "ImplicitFunc",
+}  # fmt: skip
 MEASURED = ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")  # in seconds: no two runs agree
 WORK = (  # metrics of a study that count the work done, repeated work included
     "stream/contexts_forwarded", "stream/evaluation_contexts_forwarded", "stream/shards_from_cache", "stream/consumer_wait_seconds",
@@ -113,7 +116,7 @@ class Sweep:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.drivers += 1
         with (self.folder / f"driver-{self.study}-{self.drivers}.log").open("w") as log:
-            command = [sys.executable, str(REPOSITORY / "jobs" / "scaling_sweep.py"), *words]
+            command = [sys.executable, *JOB, *words]
             self.driver = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def log(self) -> str:

@@ -19,8 +19,8 @@ from raysae.config import FaultsConfig, ModelConfig, ResourcesConfig, StreamConf
 from raysae.storage import unsealed
 from raysae.stream.blocks import cut
 from raysae.stream.client import StreamClient
-from raysae.stream.queue import shards_in_flight, start_stream
-from raysae.stream.state import StreamError
+from raysae.stream.queue import patiently, shards_in_flight, start_stream
+from raysae.stream.state import NotJoinedError, StreamError
 from tests.stream.fake_producer import BLOCK_MIB, CONTEXTS, ROWS, SHARD_MIB, SPEC, WIDTHS, FakeProducer, rows_of
 
 TIMEOUT = 60
@@ -55,6 +55,7 @@ def stream():
             faults=faults,
             skipped=skipped,
             producer_class=FakeProducer,
+            name=f"queue-{time.time_ns()}",
         )
         queues.append(queue)
         return queue
@@ -307,6 +308,24 @@ def test_the_queue_itself_dies_and_consumers_go_on(stream):
         time.sleep(0.02)
     ray.kill(queue, no_restart=False)
     trainer.check()
+
+
+def test_patience_begins_when_a_call_fails_however_long_that_one_has_waited():
+    called = []
+
+    def call(failures: int) -> int:
+        called.append(time.monotonic())
+        if len(called) == 1:
+            time.sleep(1.5)
+        if len(called) <= failures:
+            raise NotJoinedError("restarted")
+        return len(called)
+
+    assert patiently(lambda: call(1), 0.7) == 2
+    called.clear()
+    with pytest.raises(NotJoinedError):
+        patiently(lambda: call(100), 0.7)
+    assert len(called) < 5
 
 
 def test_nobody_waits_for_a_consumer_that_has_closed_its_reader(stream):
