@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from raysae.stream.shard import ShardMaker
     from raysae.text.contexts import Contexts
 
-# OpenMP threads that spin at barriers slow every process of a shared machine down, 15-fold where there are more of them than cores.
-ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+# OpenMP threads that spin at barriers slow every process of a shared machine down, 15-fold where there are more of them than cores. glibc gives
+# threads arenas of their own, in which a large tensor leaves more unusable room than in one: 50 MiB in a trainer.
+ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1"}}
 NICENESS = 10  # on CPU, trainers come first: shards made ahead of need only wait in memory
 
 

@@ -142,7 +142,9 @@ def _train_and_evaluate(
             tuner(settled, trainer_of, place, watch).fit()
             results = _results(settled, trainer_of, study, watch)
             began = time.monotonic()
-            unmeasured = _evaluate(settled, queue, trainer_of, results, study, place, watch)
+            calls = [(question, [queue.evaluate.remote(*question)]) for question in _questions(settled, trainer_of, results, place, watch)]
+            watch.dismiss_trainers()
+            unmeasured = _evaluate(settled, queue, calls, results, study)
             took = time.monotonic() - began
         return results, unmeasured, patiently(lambda: ray.get(queue.stats.remote()), config.faults.queue_seconds) | {"evaluation_seconds": took}
     except (KeyboardInterrupt, StuckError):
@@ -226,24 +228,24 @@ def _answer(question: ray.ObjectRef, watch: Watch) -> Any:
             return ray.get(question, timeout=SECONDS)
 
 
-def _evaluate(
-    settled: Plan, queue: ActorHandle, trainer_of: Mapping[str, ActorHandle], results: pd.DataFrame, study: Study, place: Place,
-    watch: Watch,
-) -> list[str]:  # fmt: skip
-    """Adds cross-entropy and KL to `results`: one clean pass per hook point, then one partial pass per SAE, in the producers. Returns a sentence for
-    each hook point at which that failed."""
+def _questions(settled: Plan, trainer_of: Mapping[str, ActorHandle], results: pd.DataFrame, place: Place, watch: Watch) -> Iterator[tuple]:
+    """What `StreamQueue.evaluate` is to be asked, for each hook point that has SAEs to evaluate."""
     predicted = settled.config.evaluation.predicted_tokens
     if not predicted:
-        return []
-    calls, unmeasured = [], []
+        return
     for hook, group in results[results["status"].isin(("done", "stopped"))].groupby("hook_point"):
         if error_kind(hook)[0]:  # an error has no place in the model that something else could take
             continue
         longest = group.loc[group["tokens"].idxmax(), "name"]  # it has seen the rows of all the others
         mean = _answer(trainer_of[longest].mean.remote(longest), watch)
         largest = 8 * max(sae.width for sae in settled.saes) * settled.streamed_widths[hook]  # bytes of both weight matrices
-        question = (hook, {name: place.sae(name) for name in group["name"]}, mean, predicted, max(1, EVALUATED_BYTES // largest))
-        calls.append((question, [queue.evaluate.remote(*question)]))
+        yield hook, {name: place.sae(name) for name in group["name"]}, mean, predicted, max(1, EVALUATED_BYTES // largest)
+
+
+def _evaluate(settled: Plan, queue: ActorHandle, calls: list[tuple[tuple, list]], results: pd.DataFrame, study: Study) -> list[str]:
+    """Adds cross-entropy and KL to `results`: one clean pass per hook point, then one partial pass per SAE, in the producers. `calls` are the
+    questions with the answers that are on their way. Returns a sentence for each hook point at which that failed."""
+    unmeasured = []
     for question, begun in calls:
         try:
             answer = partial(_evaluated, queue, question, begun)
