@@ -56,8 +56,6 @@ class Producer:
         gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
         if gpu:
             be_deterministic()
-        else:
-            os.nice(NICENESS)
         if production.threads is not None:
             torch.set_num_threads(production.threads)
         self.production = production
@@ -70,6 +68,8 @@ class Producer:
                 )
         self.contexts: dict[str, Contexts] = {name: ray.get(ray.cloudpickle.loads(ref)) for name, ref in production.contexts.items()}
         self.makers = {name: self._maker(name) for name in production.specs}
+        if not gpu:
+            os.nice(NICENESS)  # not before: trainers that start wait for the first shard
 
     def _maker(self, stream: str) -> ShardMaker:
         from raysae.stream.cache import open_cache

@@ -40,7 +40,7 @@ def connect(address: str | None, store_bytes: int) -> None:
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error", "ignore_reinit_error": True}
     try:
         with _out_of_reach(), _bare():
-            ray.init("local", object_store_memory=store_bytes, **options)
+            ray.init("local", object_store_memory=store_bytes, _system_config={"num_workers_soft_limit": 0}, **options)
     except ValueError as error:
         raise UserError(
             f"the activations in flight (stream.mib_in_flight), the held-out ones (evaluation.rows × hook_points) and the tokens take "

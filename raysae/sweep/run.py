@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ from raysae.sweep.preflight import Bank, Plan, check_cluster, pack, plan
 from raysae.sweep.summary import summary_table, write_summary
 from raysae.sweep.table import ENDED
 from raysae.sweep.watch import StuckError, Watch
+from raysae.tracking.client import import_client
 from raysae.tracking.find import URL_TAG
 from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
@@ -46,7 +48,7 @@ START_SECONDS = 60.0  # at most, that Ray Tune waits for the training: its proce
 INTERRUPTED = 130
 EVALUATED_BYTES = 2 << 30  # of the largest SAEs that a producer evaluates together
 RUNGS = "rungs.jsonl"  # what ASHA has decided
-TRIALS, TRIAL_BYTES = 2, 128 * MIB  # trials at a time where no scheduler compares them, and the memory that the process of one reserves
+TRIALS, TRIAL_BYTES = 1, 128 * MIB  # trials at a time where no scheduler compares them, and the memory that the process of one takes
 
 
 def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[str] = frozenset(), made_for: str | None = None) -> int:
@@ -59,6 +61,7 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
     config = with_absolute_paths(config)
     check_writable(config)
     settled = plan(config)
+    threading.Thread(target=import_client, daemon=True).start()  # while Ray starts, which is mostly waiting
     connect(settled.config.resources.address, _store_bytes(settled))
     banks = pack(settled.saes, check_cluster(settled), settled.widths)
     settled = _fixed(settled, len(banks))
