@@ -49,4 +49,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	-$(BIN)/python scripts/compile_loops.py  # or the first sweep does it
 	touch $@

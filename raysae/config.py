@@ -246,7 +246,7 @@ class ResourcesConfig(Strict):
     trainer_gpus: float = Field(0, ge=0, description="GPUs a trainer reserves (fractions share one)")
     producer_cpus: float = Field(0.25, gt=0, description="CPUs a producer reserves")
     producer_gpus: float = Field(0, ge=0, description="GPUs a producer reserves")
-    trials: int | None = Field(None, gt=0, description="Ray Tune trials at a time, a process of 120 MiB each; unset: 2, or all with asha")
+    trials: int | None = Field(None, gt=0, description="Ray Tune trials at a time, a process of 120 MiB each; unset: 1, or all with asha")
     shared_storage: bool = Field(False, description="`output` is a folder that all machines of the cluster share (NFS and the like)")
 
 

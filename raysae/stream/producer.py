@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from raysae.stream.shard import ShardMaker
     from raysae.text.contexts import Contexts
 
-# OpenMP threads that spin at barriers slow every process of a shared machine down, 15-fold where there are more of them than cores.
-ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}
+# OpenMP threads that spin at barriers slow every process of a shared machine down, 15-fold where there are more of them than cores. glibc gives
+# threads arenas of their own, in which a large tensor leaves more unusable room than in one: 50 MiB in a trainer.
+ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1"}}
 NICENESS = 10  # on CPU, trainers come first: shards made ahead of need only wait in memory
 
 
@@ -55,8 +56,6 @@ class Producer:
         gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
         if gpu:
             be_deterministic()
-        else:
-            os.nice(NICENESS)
         if production.threads is not None:
             torch.set_num_threads(production.threads)
         self.production = production
@@ -69,6 +68,8 @@ class Producer:
                 )
         self.contexts: dict[str, Contexts] = {name: ray.get(ray.cloudpickle.loads(ref)) for name, ref in production.contexts.items()}
         self.makers = {name: self._maker(name) for name in production.specs}
+        if not gpu:
+            os.nice(NICENESS)  # not before: trainers that start wait for the first shard
 
     def _maker(self, stream: str) -> ShardMaker:
         from raysae.stream.cache import open_cache

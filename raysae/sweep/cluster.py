@@ -10,6 +10,7 @@ from functools import partial
 
 import ray
 from ray._private import ray_constants, services
+from ray._private.node import Node
 
 from raysae.config import UserError
 
@@ -38,8 +39,8 @@ def connect(address: str | None, store_bytes: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error", "ignore_reinit_error": True}
     try:
-        with _out_of_reach():
-            ray.init("local", object_store_memory=store_bytes, **options)
+        with _out_of_reach(), _bare():
+            ray.init("local", object_store_memory=store_bytes, _system_config={"num_workers_soft_limit": 0}, **options)
     except ValueError as error:
         raise UserError(
             f"the activations in flight (stream.mib_in_flight), the held-out ones (evaluation.rows × hook_points) and the tokens take "
@@ -68,6 +69,21 @@ def _out_of_reach() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = start
+
+
+@contextmanager
+def _bare() -> Iterator[None]:
+    """A Ray started meanwhile has no autoscaler, no forwarding of logs to this process and no server of a dashboard that nobody asked for: 170 MiB,
+    and a second of start-up. `ray.init` has no options for these."""
+    names = ("start_monitor", "start_log_monitor", "start_api_server")
+    before = {name: getattr(Node, name) for name in names}
+    for name in names:
+        setattr(Node, name, lambda self, **options: None)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
 
 
 def _stay_on_loopback() -> None:

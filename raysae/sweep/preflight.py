@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import ray
 
+from raysae.apart import apart
 from raysae.config import ActivationSpec, SAEConfig, SweepConfig, UserError, error_kind
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.lm.tokenizer import load_tokenizer, tokenizer_digest
@@ -87,7 +89,7 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
     model = config.model.model_copy(update={"revision": facts.commit or config.model.revision})  # whatever appears on the hub meanwhile
     config = config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream, "model": model})
     enough = _enough(config, held_out) if config.text.source.startswith("hf:") else None
-    contexts = build_contexts(config.text, lambda: load_tokenizer(config.model), tokenizer_digest(config.model), length, enough)
+    contexts = build_contexts(config.text, partial(load_tokenizer, config.model), tokenizer_digest(config.model), length, enough, run=apart)
 
     def spec(split: str, epochs: int) -> ActivationSpec:
         return ActivationSpec(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ from raysae.sweep.preflight import Bank, Plan, check_cluster, pack, plan
 from raysae.sweep.summary import summary_table, write_summary
 from raysae.sweep.table import ENDED
 from raysae.sweep.watch import StuckError, Watch
+from raysae.tracking.client import import_client
 from raysae.tracking.find import URL_TAG
 from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
@@ -47,7 +49,7 @@ START_SECONDS = 60.0  # at most, that Ray Tune waits for the training: its proce
 INTERRUPTED = 130
 EVALUATED_BYTES = 2 << 30  # of the largest SAEs that a producer evaluates together
 RUNGS = "rungs.jsonl"  # what ASHA has decided
-TRIALS, TRIAL_BYTES = 2, 128 * MIB  # trials at a time where no scheduler compares them, and the memory that the process of one reserves
+TRIALS, TRIAL_BYTES = 1, 128 * MIB  # trials at a time where no scheduler compares them, and the memory that the process of one takes
 
 
 def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[str] = frozenset(), made_for: str | None = None) -> int:
@@ -60,6 +62,7 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
     config = with_absolute_paths(config)
     check_writable(config)
     settled = plan(config)
+    threading.Thread(target=import_client, daemon=True).start()  # while Ray starts, which is mostly waiting
     connect(settled.config.resources.address, _store_bytes(settled))
     banks = pack(settled.saes, check_cluster(settled), settled.widths)
     settled = _fixed(settled, len(banks))
@@ -146,7 +149,9 @@ def _train_and_evaluate(
             tuner(settled, trainer_of, place, watch).fit()
             results = _results(settled, trainer_of, study, watch)
             began = time.monotonic()
-            unmeasured = _evaluate(settled, queue, trainer_of, results, study, place, watch)
+            calls = [(question, [queue.evaluate.remote(*question)]) for question in _questions(settled, trainer_of, results, place, watch)]
+            watch.dismiss_trainers()
+            unmeasured = _evaluate(settled, queue, calls, results, study)
             took = time.monotonic() - began
         return results, unmeasured, patiently(lambda: ray.get(queue.stats.remote()), config.faults.queue_seconds) | {"evaluation_seconds": took}
     except (KeyboardInterrupt, StuckError):
@@ -160,7 +165,7 @@ def _train_and_evaluate(
 
 
 def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], place: Place, watch: Watch) -> tune.Tuner:
-    """One trial per SAE, a few at a time: the trainers train all SAEs whether or not their trials run yet, and a trial that begins late replays what
+    """One trial per SAE, one after another: the trainers train all SAEs whether or not their trials run yet, and a trial that begins late replays what
     it missed. A scheduler that compares trials needs them all at once. They reserve memory alone: a share of a core, however small, could be the one
     that a producer lacks.
 
@@ -230,24 +235,24 @@ def _answer(question: ray.ObjectRef, watch: Watch) -> Any:
             return ray.get(question, timeout=SECONDS)
 
 
-def _evaluate(
-    settled: Plan, queue: ActorHandle, trainer_of: Mapping[str, ActorHandle], results: pd.DataFrame, study: Study, place: Place,
-    watch: Watch,
-) -> list[str]:  # fmt: skip
-    """Adds cross-entropy and KL to `results`: one clean pass per hook point, then one partial pass per SAE, in the producers. Returns a sentence for
-    each hook point at which that failed."""
+def _questions(settled: Plan, trainer_of: Mapping[str, ActorHandle], results: pd.DataFrame, place: Place, watch: Watch) -> Iterator[tuple]:
+    """What `StreamQueue.evaluate` is to be asked, for each hook point that has SAEs to evaluate."""
     predicted = settled.config.evaluation.predicted_tokens
     if not predicted:
-        return []
-    calls, unmeasured = [], []
+        return
     for hook, group in results[results["status"].isin(("done", "stopped"))].groupby("hook_point"):
         if error_kind(hook)[0]:  # an error has no place in the model that something else could take
             continue
         longest = group.loc[group["tokens"].idxmax(), "name"]  # it has seen the rows of all the others
         mean = _answer(trainer_of[longest].mean.remote(longest), watch)
         largest = 8 * max(sae.width for sae in settled.saes) * settled.streamed_widths[hook]  # bytes of both weight matrices
-        question = (hook, {name: place.sae(name) for name in group["name"]}, mean, predicted, max(1, EVALUATED_BYTES // largest))
-        calls.append((question, [queue.evaluate.remote(*question)]))
+        yield hook, {name: place.sae(name) for name in group["name"]}, mean, predicted, max(1, EVALUATED_BYTES // largest)
+
+
+def _evaluate(settled: Plan, queue: ActorHandle, calls: list[tuple[tuple, list]], results: pd.DataFrame, study: Study) -> list[str]:
+    """Adds cross-entropy and KL to `results`: one clean pass per hook point, then one partial pass per SAE, in the producers. `calls` are the
+    questions with the answers that are on their way. Returns a sentence for each hook point at which that failed."""
+    unmeasured = []
     for question, begun in calls:
         try:
             answer = partial(_evaluated, queue, question, begun)

@@ -70,6 +70,7 @@ class Watch:
         self.tracked = dict.fromkeys((sae.name for sae in settled.saes), 0)
         self.failure: str | None = None
         self._ended_since: float | None = None
+        self._dismissed = False
         self._draining: set[str] = set()
         self._stream: list[ray.ObjectRef] | None = None  # the queue's statistics and warnings, not answered yet
         self._stream_since = 0.0  # when it was asked for them
@@ -101,6 +102,16 @@ class Watch:
             if any(row["state"] != "waiting" or row["tokens"] for trainer in self.trainers.values() for row in trainer.status):
                 return
             time.sleep(SECONDS / 10)
+
+    def dismiss_trainers(self) -> None:
+        """End the trainers' processes, now that nobody will ask them anything: they take more memory than all others together. Waits until the watch
+        knows that their SAEs have ended."""
+        give_up = time.monotonic() + ANSWER_SECONDS
+        while self._ended_since is None and time.monotonic() < give_up:
+            time.sleep(SECONDS / 10)
+        self._dismissed = True
+        for trainer in self.trainers.values():
+            ray.kill(trainer.actor)
 
     # ---------------------------------------------------------------- the thread
 
@@ -138,6 +149,8 @@ class Watch:
             self._silent(bank, trainer, now)
             return
         except RayError as error:  # it died too often
+            if self._dismissed:
+                return
             trainer.status = [row if row["state"] in ENDED else row | {"state": "failed", "message": str(error)} for row in trainer.status]
             trainer.asked = None
             self.queue.leave.remote(bank)  # at every look, for the queue may restart: nobody else is to wait for it

@@ -63,9 +63,15 @@ class Contexts:
 
 
 def build_contexts(
-    text: TextConfig, load_tokenizer: Callable[[], Any], tokenizer_digest: str, context_length: int, enough: Mapping[Split, int] | None = None
+    text: TextConfig,
+    load_tokenizer: Callable[[], Any],
+    tokenizer_digest: str,
+    context_length: int,
+    enough: Mapping[Split, int] | None = None,
+    run: Callable[..., None] = lambda function, *arguments: function(*arguments),
 ) -> dict[Split, Contexts]:
     """The contexts of both splits, from the cache in `text.cache` or tokenised now, in one pass over the source. The tokenizer is loaded only then.
+    `run(function, *arguments)` does that: with `apart.apart`, and a `load_tokenizer` that pickles, in a process of its own.
 
     `enough` says how many contexts of each split will do: reading stops once both have that many, so that a sweep over a dataset of terabytes begins
     soon. It is part of what the contexts are; unset, the source is read to its end.
@@ -83,7 +89,7 @@ def build_contexts(
     folder = Path(text.cache).expanduser() / digest(key)
     contexts = {split: _open_split(folder, split) for split in SPLITS}
     if None in contexts.values():
-        _write_splits(folder, text, load_tokenizer(), context_length, enough)
+        run(_write_splits, folder, text, load_tokenizer, context_length, enough)
         contexts = {split: _open_split(folder, split) for split in SPLITS}
         if None in contexts.values():
             raise OSError(f"tokenised text written to {folder} could not be read back")
@@ -216,8 +222,9 @@ def _content_hash(context_length: int, dtype: str) -> Any:
     return hashlib.sha256(f"{context_length} {dtype}\n".encode())
 
 
-def _write_splits(folder: Path, text: TextConfig, tokenizer: Any, context_length: int, enough: Mapping[Split, int] | None) -> None:
+def _write_splits(folder: Path, text: TextConfig, load_tokenizer: Callable[[], Any], context_length: int, enough: Mapping[Split, int] | None) -> None:
     """Tokenise the source into a temporary folder and rename it to `folder`: whoever sees `folder` sees it whole."""
+    tokenizer = load_tokenizer()
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
     try:

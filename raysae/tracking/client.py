@@ -27,17 +27,23 @@ ENVIRONMENT = {
 }
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client for `uri`. Slow: MLflow's import takes seconds, and so does the first use of a new SQLite file, which is migrated table by table."""
+def import_client() -> type[MlflowClient]:
+    """MLflow's client. The import takes a second or two."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
 
+    return MlflowClient
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client for `uri`. Slow: see `import_client`, and the first use of a new SQLite file takes seconds, since it is migrated table by table."""
+    client = import_client()
     for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if uri.startswith(SQLITE) and "?" not in uri and not (path := Path(uri.removeprefix(SQLITE))).exists():
         _make(path)
-    return MlflowClient(uri)
+    return client(uri)
 
 
 def _make(path: Path) -> None:

@@ -13,7 +13,8 @@ import time
 import torch
 
 from raysae.config import SAEConfig, TrainConfig
-from raysae.sae.base import SAE, StepInfo, centre_of
+from raysae.sae.base import SAE, StepInfo, centre_of, share_buffers
+from raysae.train.adam import Adam
 from raysae.train.schedule import dead_after, learning_rate_factor, sparsity_factor
 
 State = tuple[dict[str, torch.Tensor], dict]  # tensors and JSON scalars
@@ -28,7 +29,7 @@ class Member:
         self.train = train
         self.sae = SAE.build(config, d, train).to(device)
         self.parameters = dict(self.sae.named_parameters())
-        self.adam = torch.optim.Adam(self.parameters.values(), lr=config.learning_rate, betas=(train.beta1, train.beta2), fused=True)
+        self.adam = Adam(self.parameters.values(), train.beta1, train.beta2)
         self.quiet = torch.zeros(config.width, dtype=torch.int64, device=device)  # (n,) tokens since each latent last fired
         self.dead_after = dead_after(train.tokens)
         self.row_sum = torch.zeros(d, dtype=torch.float64, device=device)  # (d,) of the raw rows trained on
@@ -84,8 +85,7 @@ class Member:
             self.fail(bad[0].replace("_", " "), values[bad[0]])
             return
         self._clip(values["gradient_norm"])
-        self.adam.param_groups[0]["lr"] = self.learning_rate
-        self.adam.step()
+        self.adam.step(self.learning_rate)
         self.sae.after_step()
         self.row_sum += row_sum
         self.quiet += len(x)
@@ -136,7 +136,6 @@ class Member:
         self.sae.load_state_dict({name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")})
         for name, parameter in self.parameters.items():
             kept = {key: tensors[f"adam.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors}
-            # Set as it is: Adam's own load_state_dict would cast. The step count lives on the parameter's device, as a fused Adam wants it.
             self.adam.state[parameter] = {key: value.to(parameter.device) for key, value in kept.items()}
         self.quiet.copy_(tensors["quiet"])
         self.scale = float(self.sae.scale)
@@ -161,6 +160,7 @@ class Bank:
         if state is not None:
             member.load(state)
         self.members[name] = member
+        share_buffers(member.sae for member in self.members.values())
         return member
 
     def initialise(self, members: list[Member], rows: torch.Tensor) -> None:

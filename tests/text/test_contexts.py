@@ -176,7 +176,7 @@ def test_failure_leaves_nothing_behind(text, tmp_path, monkeypatch):
 def test_a_writer_that_comes_second_takes_the_first_ones_files(text, tmp_path):
     first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     (folder,) = (tmp_path / "cache").iterdir()
-    module._write_splits(folder, text, BOS, 32, None)
+    module._write_splits(folder, text, lambda: BOS, 32, None)
     assert list((tmp_path / "cache").iterdir()) == [folder]
     assert build_contexts(text, lambda: BOS, "t", 32)["train"].digest == first.digest
 

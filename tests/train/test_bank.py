@@ -121,7 +121,7 @@ def test_gradients_are_clipped_to_the_global_norm_of_their_own_sae():
         bank.add(c.name, c).initialise(DATA[:512])
     for member in bank.members.values():
         step = member.adam.step
-        member.adam.step = lambda member=member, step=step: (seen.append(float(member._gradient_norm())), step())
+        member.adam.step = lambda rate, member=member, step=step: (seen.append(float(member._gradient_norm())), step(rate))
     train(bank, 0, 3)
     assert seen == pytest.approx([1e-3 * D**0.5] * 6, rel=1e-4)
     assert bank.members[a.name].sums["gradient_norm"] > 3e-3 * D**0.5  # as it was before clipping

@@ -1,0 +1,40 @@
+"""Compiles the loops of raysae/sae for this CPU and keeps them where the next process looks for them (see `raysae.sae.compiled`).
+
+    python scripts/compile_loops.py
+
+`make` runs it after an installation, so that the first sweep need not: it would compile them by itself, for some seconds before its first step. It
+takes a few training steps of every architecture on random rows, dead latents included, and evaluates.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from raysae.config import SAEConfig, TrainConfig
+from raysae.sae.architectures import ARCHITECTURES
+from raysae.train.bank import Bank
+from raysae.train.evaluation import reconstruction_metrics
+
+D, BATCH, WIDTHS = 256, 1024, (512, 4096)  # narrow and wide ones take other ways to their largest latents
+
+
+def main() -> None:
+    rows = torch.randn(BATCH, D, generator=torch.Generator().manual_seed(0))
+    train = TrainConfig(batch=BATCH, tokens=3 * BATCH)
+    for architecture in ARCHITECTURES:
+        bank = Bank(D, train)
+        for width in WIDTHS:
+            sparsity = {"k": 16} if architecture in ("topk", "batchtopk") else {"sparsity": 1e-3}
+            sae = SAEConfig(architecture=architecture, width=width, hook_point="resid_post.0", learning_rate=1e-3, **sparsity)
+            bank.add(sae.name, sae)
+        bank.initialise(list(bank.members.values()), rows)
+        for step in range(train.steps):
+            for member in bank.members.values():
+                member.quiet[::2] += train.tokens * step  # from the second step on these count as dead
+            bank.step(rows, step * BATCH)
+        for member in bank.members.values():
+            reconstruction_metrics(member.sae.folded(), [rows])
+
+
+if __name__ == "__main__":
+    main()
