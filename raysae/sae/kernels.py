@@ -24,6 +24,7 @@ CHUNK_BYTES = 24 << 20  # of pre-activations at a time …
 MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
 DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
 OUTER_BYTES = 8 << 20  # of rows of features that are summed, or gathered, at a time
+COMPILED = (torch.float32, torch.float64)  # dtypes, on a CPU
 PASS_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of a matrix at a time in several operations in turn, which on a CPU find it in its cache
 
 
@@ -140,7 +141,7 @@ def decode_rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
 
 def residuals(codes: Nonzeros, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """`target` (b, d) less the codes (b, n) times `weight` (n, d), and the products of its rows with the rows of weight, those at nonzeros, (N,)."""
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or target.dtype not in COMPILED:
         return plain_residuals(codes, target, weight)
     found, products = torch.empty_like(target), torch.empty_like(codes.values)  # row by row: its latents' weights are still in the cache for these
     operands = (tensor.numpy() for tensor in (*codes, target.contiguous(), weight.detach(), found, products))

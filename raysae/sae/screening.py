@@ -47,10 +47,12 @@ def top_pre_activations(x: Tensor, weight: Tensor, bias: Tensor, k: int, workspa
     ValueError: k is not in 1 … n."""
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     (b, d), n = x.shape, len(weight)
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}: from 1 to {n} is right for {n} latents")
     if not b:
         return x.new_empty(0, k), x.new_empty(0, k, dtype=torch.int64)
     sizes = 1 < d <= WIDEST and n * d <= INTEGERS and n <= PRODUCTS // STRIP  # _int_mm is wrong for d = 1
-    if sizes and b >= FEWEST_ROWS and n >= LATENTS_PER_K * k > 0 and x.device.type == "cpu" and x.dtype == torch.float32 and fast_integers():
+    if sizes and b >= FEWEST_ROWS and n >= LATENTS_PER_K * k and x.device.type == "cpu" and x.dtype == torch.float32 and fast_integers():
         found = _screened(x.contiguous(), weight.contiguous(), bias.contiguous(), k, workspace)
         if found is not None:
             return found
@@ -86,7 +88,7 @@ def _screened(x: Tensor, weight: Tensor, bias: Tensor, k: int, workspace: Worksp
         products = workspace.take("products", (n, end - start), P.new_empty(0, dtype=torch.int32))
         torch._int_mm(Q, P[start:end].T, out=products)
         part = slice(start, min(end, b))
-        operands = products.numpy(), latents, rows[:, part], weight.numpy(), bias.numpy(), x[part].numpy()
+        operands = products.numpy(), latents, np.ascontiguousarray(rows[:, part]), weight.numpy(), bias.numpy(), x[part].numpy()
         computed = in_parts(_select, len(x[part]), STRIP, *operands, members, values[part].numpy(), indices[part].numpy())
         if sum(computed) > TOO_MANY * n * len(x[part]):
             return None

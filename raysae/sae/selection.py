@@ -24,11 +24,10 @@ import torch
 from torch import Tensor
 
 from raysae.sae.compiled import compiled, in_parts
-from raysae.sae.kernels import Nonzeros, starts_of
+from raysae.sae.kernels import COMPILED, Nonzeros, starts_of
 
 STRIP, LANES = 64, 16  # rows that are handled together, and of these the ones that one comparison is for
 HALVINGS = 8
-DTYPES = (torch.float32, torch.float64)  # that are compiled for
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +38,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n, r = scores.shape
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}: from 1 to {n} is right for {n} latents")
-    if scores.device.type != "cpu" or scores.dtype not in DTYPES:
+    if scores.device.type != "cpu" or scores.dtype not in COMPILED:
         return torch.topk(scores.T.contiguous(), k, dim=1, sorted=False)
     values, indices = scores.new_empty(r, k), scores.new_empty(r, k, dtype=torch.int64)
     members = math.isqrt(n // k)  # of a group: there are then at least k groups, and step 3 has about as much to do as step 2

@@ -284,7 +284,7 @@ class StreamQueue:
         return blocks, meta["numerics"]
 
     async def evaluation_block(self, hook_point: str, shard: int, block: int) -> list[ray.ObjectRef | None]:
-        """A block of the held-out stream. Each shard is produced once, when it is first asked for, and kept. [None]: the shard is skipped."""
+        """A block of the held-out stream. Each shard is produced once, at the latest when it is first asked for, and kept. [None]: it is skipped."""
         await self.start()
         if shard in self.skipped.of(EVALUATION):
             return [None]
@@ -390,15 +390,18 @@ class StreamQueue:
     def _held_out_ahead(self) -> int | None:
         """A held-out shard to produce before it is asked for: the first, on which SAEs in training are evaluated, once training has begun; the others
         take memory, and come when no training shard is left to produce."""
-        missing = next((shard for shard in range(self.held_out) if shard not in self._evaluation), None)
-        begun = self._totals["shards_produced"] > 0
-        return missing if begun and (missing == 0 or self.state.all_there()) else None
+        wanted = [shard for shard in range(self.held_out) if shard not in self.skipped.of(EVALUATION)]
+        missing = next((shard for shard in wanted if shard not in self._evaluation), None)
+        if missing is None or not self._totals["shards_produced"]:
+            return None
+        return missing if missing == wanted[0] or self.state.all_there() else None
 
     def _held_out(self, shard: int) -> asyncio.Future:
         """Meta and blocks of the held-out shard, on their way at least from now on."""
         future = self._evaluation.get(shard)
         if future is None or (future.done() and future.exception()):
             future = self._evaluation[shard] = self._errand("produce", (EVALUATION, shard), self._returns[EVALUATION])
+            future.add_done_callback(asyncio.Future.exception)  # takes note of it: nobody may have asked yet; whoever does has it tried again
         return future
 
     def _produced(self, shard: int, meta: Mapping[str, object], refs: list[ray.ObjectRef]) -> None:

@@ -363,7 +363,9 @@ def test_held_out_shards_are_produced_when_there_is_nothing_else_to_do(stream):
     """The first once training has begun, where the window is full; the second when the training stream is there."""
     queue = stream(shards_of_room=2, held_out=2)
     trainer = StreamClient(queue, "a", "resid_post.0", SPEC, WIDTHS["resid_post.0"], BLOCK_MIB)
-    time.sleep(1)
+    while not stats(queue)["producers"]:
+        time.sleep(0.02)
+    time.sleep(0.5)
     assert stats(queue)["evaluation_contexts_forwarded"] == 0
     reader = trainer.open(0, ROWS)
 
@@ -382,6 +384,20 @@ def test_held_out_shards_are_produced_when_there_is_nothing_else_to_do(stream):
     assert stats(queue)["evaluation_contexts_forwarded"] == 2 * CONTEXTS
     assert stats(queue)["peak_bytes_in_flight"] <= 2 * SHARD_MIB * 2**20
     reader.close()
+
+
+def test_held_out_shards_that_are_skipped_are_not_produced_ahead(stream, tmp_path):
+    record = tmp_path / "skipped.json"
+    queue = stream(model="poison:1", bad_shards="skip", skipped=str(record))
+    assert StreamClient(queue, "a", "mlp_out.1", SPEC, WIDTHS["mlp_out.1"], BLOCK_MIB).evaluation_block(1, 0) is None
+    again = stream(model="poison:1", bad_shards="skip", skipped=str(record), held_out=3)
+    trainer = Passing(again, "b", end=ROWS)
+    trainer.join(TIMEOUT)
+    while stats(again)["evaluation_contexts_forwarded"] < 2 * CONTEXTS:
+        time.sleep(0.02)
+    time.sleep(0.5)
+    assert stats(again)["evaluation_contexts_forwarded"] == 2 * CONTEXTS
+    assert stats(again)["shards_failed"] == 0
 
 
 def test_evaluate_reaches_a_producer(stream):
