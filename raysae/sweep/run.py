@@ -165,7 +165,7 @@ def _train_and_evaluate(
 
 
 def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], place: Place, watch: Watch) -> tune.Tuner:
-    """One trial per SAE, one after another: the trainers train all SAEs whether or not their trials run yet, and a trial that begins late replays what
+    """One trial per SAE, one after another. The trainers train all SAEs whether or not their trials run yet; a trial that begins late replays what
     it missed. A scheduler that compares trials needs them all at once. They reserve memory alone: a share of a core, however small, could be the one
     that a producer lacks.
 
