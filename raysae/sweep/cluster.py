@@ -75,7 +75,7 @@ def _out_of_reach() -> Iterator[None]:
 def _bare() -> Iterator[None]:
     """A Ray started meanwhile has no autoscaler, no forwarding of logs to this process and no server of a dashboard that nobody asked for: 170 MiB,
     and a second of start-up. `ray.init` has no options for these."""
-    names = ("start_monitor", "start_log_monitor", "start_api_server")
+    names = [name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)]  # internals: others in other Rays
     before = {name: getattr(Node, name) for name in names}
     for name in names:
         setattr(Node, name, lambda self, **options: None)
