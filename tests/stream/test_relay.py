@@ -164,9 +164,9 @@ def test_an_error_reaches_the_consumer_that_it_concerns(stream, relays):
     (relay,) = relays(queue)
     ray.get([relay.join.remote("short", "mlp_out.1", 0, 1), relay.join.remote("gone", "mlp_out.1", 0), relay.join.remote("long", "mlp_out.1", 0)])
     fetches = {name: relay.fetch.remote(name, 1, 0, 0) for name in ("short", "gone", "long", "stranger")}
+    relay.leave.remote("gone")  # before there is a producer
     with pytest.raises(StreamError, match="consumer short asks for shard 1, outside its shards 0 to 1"):
         ray.get(fetches["short"])
-    relay.leave.remote("gone")
     for name in ("gone", "stranger"):
         with pytest.raises(NotJoinedError, match=name):
             ray.get(fetches[name], timeout=TIMEOUT)
