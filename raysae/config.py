@@ -256,7 +256,8 @@ class FaultsConfig(Strict):
     hang_seconds: float = Field(
         900,
         gt=0,
-        description="a producer, trainer or queue that is silent for longer is replaced; a producer sooner, once it is known how long a shard takes: "
+        description="a producer, trainer, queue or relay that is silent for longer is replaced; "
+        "a producer sooner, once it is known how long a shard takes: "
         "after ten times that, 30 s at least",
     )
     start_seconds: float = Field(
@@ -271,7 +272,9 @@ class FaultsConfig(Strict):
     )
     producer_deaths: int = Field(12, ge=0, description="deaths or hangs per producer within ten minutes that are borne; more end the sweep")
     trainer_restarts: int = Field(100, ge=0, description="times a trainer's process, or the handle of a trial, is restarted")
-    queue_seconds: float = Field(120, gt=0, description="for which a queue that does not answer (its process is being restarted) is asked again")
+    queue_seconds: float = Field(
+        120, gt=0, description="for which a queue or relay that does not answer (its process is being restarted) is asked again"
+    )
     block_seconds: float = Field(
         120,
         gt=0,

@@ -60,7 +60,7 @@ class StreamClient:
         self._done = row // self.training.rows_per_shard
         self._until = None if end is None else -(-end // self.training.rows_per_shard)
         self._joined = True
-        self._join()
+        self._patiently(self._join)
         return BatchReader(
             self.block, self.training, self.width, self.block_mib, batch, row,
             end=end, acknowledge=self._acknowledge, release=self.leave, device=device,
@@ -91,7 +91,7 @@ class StreamClient:
             except NotJoinedError:
                 if not open_still():
                     raise StreamError(f"consumer {self.consumer} has left the stream") from None
-                self._join()  # the queue was restarted
+                self._join()  # the queue was restarted; patience is with whoever fetches
                 if not self._joined:  # meanwhile; the queue must not wait for whom it has just been told of
                     self.queue.leave.remote(self.consumer)
                 raise
@@ -109,7 +109,7 @@ class StreamClient:
 
     def _join(self) -> None:
         row = self._done * self.training.rows_per_shard
-        self._patiently(lambda: ray.get(self.queue.join.remote(self.consumer, self.hook_point, row, self._until)))
+        ray.get(self.queue.join.remote(self.consumer, self.hook_point, row, self._until))
 
     def _acknowledge(self, done: int) -> None:
         self._done = done

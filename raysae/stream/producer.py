@@ -6,7 +6,9 @@ Importing this module imports neither torch nor transformers: the queue, which d
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,10 +46,24 @@ class Production:
     threads: int | None = None
 
 
+def threads() -> set[int]:
+    """The system's ids of this process's threads, where it tells them."""
+    return set(map(int, os.listdir("/proc/self/task"))) if os.path.isdir("/proc/self/task") else set()
+
+
+def be_nice(others: set[int]) -> None:
+    """This thread is, and all others of the process but the ones in `others`: those that PyTorch has started since are."""
+    for thread in threads() - others | {threading.get_native_id()}:
+        with suppress(ProcessLookupError):  # it has ended
+            os.setpriority(os.PRIO_PROCESS, thread, NICENESS)
+
+
 class Producer:
     """A language model on the device that Ray has assigned to this process."""
 
     def __init__(self, production: Production):
+        others = threads()  # Ray's
+
         import torch
 
         from raysae.lm.model import LanguageModel
@@ -69,7 +85,7 @@ class Producer:
         self.contexts: dict[str, Contexts] = {name: ray.get(ray.cloudpickle.loads(ref)) for name, ref in production.contexts.items()}
         self.makers = {name: self._maker(name) for name in production.specs}
         if not gpu:
-            os.nice(NICENESS)  # not before: trainers that start wait for the first shard
+            be_nice(others)  # not before the model is loaded: trainers that start wait for the first shard
 
     def _maker(self, stream: str) -> ShardMaker:
         from raysae.stream.cache import open_cache

@@ -5,13 +5,15 @@ have consumed a shard, leave) goes to the queue in one call, as soon as the call
 nothing waits behind a shard that is not there yet. A shard is asked for once for each hook point, in the name of whichever consumer comes first.
 
 The queue keeps the only truth. What a relay knows may be lost: restarted, it knows nobody, and consumers join again; when the queue's process has
-died, the relay says so to its consumers, and they join again too. It holds references only to what the queue holds: each answer to its news says what
-that is, and as long as it holds any it asks once a second at least. The process imports neither torch nor transformers.
+died, the relay says so to its consumers, and they join again too. It lets go of a shard before it tells the queue that the last of its consumers has
+consumed it. What the queue gives up or loses it lets go of too: each answer to its news says what the queue holds, and as long as it holds anything
+it asks once a second at least. The process imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +27,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from raysae.heard import Heard
 from raysae.stream.queue import TEND_SECONDS
 from raysae.stream.state import NotJoinedError, StreamError
+
+log = logging.getLogger(__name__)
 
 CONSUMERS = 16  # of a relay at most; so few in all talk to the queue itself
 
@@ -77,8 +81,9 @@ class Relay:
         reader = self._readers.get(consumer)
         if reader is None or done_shards > reader.done:
             self._tell("acknowledge", consumer, done_shards)
-        if reader:
-            reader.done = max(reader.done, done_shards)
+        if reader and done_shards > reader.done:
+            reader.done = done_shards
+            self._let_go(reader.hook_point)
 
     async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
         await self.acknowledge(consumer, done_shards)
@@ -155,8 +160,11 @@ class Relay:
                 async with asyncio.timeout(TEND_SECONDS):
                     await self._told.wait()
             self._told.clear()
-            if self._news or self._shards:
-                await self._exchange_once()
+            try:
+                if self._news or self._shards:
+                    await self._exchange_once()
+            except Exception:  # whatever it is, consumers must go on being heard
+                log.exception("the queue could not be told")
 
     async def _exchange_once(self) -> None:
         news, self._news = self._news, []
@@ -181,6 +189,13 @@ class Relay:
         for key, asked in before.items():
             refs, _ = asked.result()
             if self._shards.get(key) is asked and not (refs and refs[0].task_id().binary() == held.get(key[1])):
+                del self._shards[key]
+
+    def _let_go(self, hook_point: str) -> None:
+        """Of the shards that all consumers here have consumed: the queue may count their places as free once it is told so."""
+        done = min(reader.done for reader in self._readers.values() if reader.hook_point == hook_point)
+        for key in _answered(self._shards):
+            if key[0] == hook_point and key[1] < done:
                 del self._shards[key]
 
     def _place(self, consumer: str, reader: _Reader | None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,7 +36,7 @@ from raysae.sweep.preflight import Bank, Plan, check_cluster, pack, plan
 from raysae.sweep.summary import summary_table, write_summary
 from raysae.sweep.table import ENDED
 from raysae.sweep.watch import StuckError, Watch
-from raysae.tracking.client import import_client
+from raysae.tracking.client import import_ahead
 from raysae.tracking.find import URL_TAG
 from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
@@ -62,7 +61,7 @@ def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[s
     config = with_absolute_paths(config)
     check_writable(config)
     settled = plan(config)
-    threading.Thread(target=import_client, daemon=True).start()  # while Ray starts, which is mostly waiting
+    import_ahead()  # while Ray starts, which is mostly waiting
     connect(settled.config.resources.address, _store_bytes(settled))
     banks = pack(settled.saes, check_cluster(settled), settled.widths)
     settled = _fixed(settled, len(banks))

@@ -157,6 +157,8 @@ class Watch:
             return
         trainer.asked = trainer.starts_since = None
         trainer.status = status
+        if status and all(row["state"] in ENDED for row in status):
+            self.queue.leave.remote(bank)  # it has said so too, perhaps to a relay that died with it
         for line in warnings:
             log.warning("trainer %s: %s", bank, line)
         for name, reports in news.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -27,23 +29,27 @@ ENVIRONMENT = {
 }
 
 
-def import_client() -> type[MlflowClient]:
-    """MLflow's client. The import takes a second or two."""
+def import_ahead() -> None:
+    """Begin the import of MLflow, which takes seconds, in a thread."""
+    _set_environment()  # here: no other thread may read it meanwhile
+    threading.Thread(target=importlib.import_module, args=["mlflow"], daemon=True).start()
+
+
+def _set_environment() -> None:
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    from mlflow import MlflowClient
-
-    return MlflowClient
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client for `uri`. Slow: see `import_client`, and the first use of a new SQLite file takes seconds, since it is migrated table by table."""
-    client = import_client()
+    """A client for `uri`. Slow: MLflow's import takes seconds, and so does the first use of a new SQLite file, which is migrated table by table."""
+    _set_environment()
+    from mlflow import MlflowClient
+
     for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if uri.startswith(SQLITE) and "?" not in uri and not (path := Path(uri.removeprefix(SQLITE))).exists():
         _make(path)
-    return client(uri)
+    return MlflowClient(uri)
 
 
 def _make(path: Path) -> None:

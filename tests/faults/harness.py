@@ -145,7 +145,8 @@ class Sweep:
 
     def _actors(self, kind: str) -> list[dict]:
         jobs = {job["JobID"] for job in state.jobs() if job["DriverPid"] == self.driver.pid and not job["IsDead"]}
-        return [a for a in state.actors().values() if a["JobID"] in jobs and a["ActorClassName"] == ACTORS[kind] and a["State"] == "ALIVE"]
+        alive = (a for a in state.actors().values() if a["JobID"] in jobs and a["State"] == "ALIVE")
+        return [a for a in alive if a["ActorClassName"].rpartition(".")[2] == ACTORS[kind]]  # a trial's may be "wrap_function.<locals>.ImplicitFunc"
 
     def nodes(self, kind: str) -> set[str]:
         """Machines (hexadecimal ids) of the sweep's live processes of a kind."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import ray
@@ -70,3 +73,22 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
     for metric in ("kl", "ce_clean", "ce_sae", "ce_mean", "ce_zero"):  # of random tokens nothing is to be recovered
         assert found["a"][metric] == pytest.approx(expected["a"][metric], rel=1e-5)
     ray.kill(queue)
+
+
+def test_all_threads_of_a_model_are_nice():
+    program = """
+import os, threading, time
+from raysae.stream.producer import NICENESS, be_nice, threads
+threading.Thread(target=time.sleep, args=[30], daemon=True).start()
+others = threads()
+import torch
+torch.set_num_threads(3)
+torch.randn(1000, 1000) @ torch.randn(1000, 1000)
+own = threads() - others
+assert len(own) >= 2
+be_nice(others)
+nice = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads()}
+assert all(nice[thread] == NICENESS for thread in own | {threading.get_native_id()}), nice
+assert all(nice[thread] == 0 for thread in others - {threading.get_native_id()}), nice
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

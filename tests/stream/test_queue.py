@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -398,6 +399,25 @@ def test_held_out_shards_that_are_skipped_are_not_produced_ahead(stream, tmp_pat
     time.sleep(0.5)
     assert stats(again)["evaluation_contexts_forwarded"] == 2 * CONTEXTS
     assert stats(again)["shards_failed"] == 0
+
+
+def test_a_consumer_gives_up_on_a_queue_that_stays_unknown_to_it(monkeypatch):
+    """As behind a relay whose queue is dead for good: every call says that the consumer has not joined."""
+    calls = []
+
+    def unknown(*arguments):
+        calls.append(arguments)
+        raise NotJoinedError("the stream's queue is being restarted")
+
+    queue = SimpleNamespace(**{method: SimpleNamespace(remote=lambda *arguments: arguments) for method in ("fetch", "join", "leave")})
+    monkeypatch.setattr(ray, "get", unknown)
+    client = StreamClient(queue, "a", "mlp_out.1", SPEC, WIDTHS["mlp_out.1"], BLOCK_MIB, FaultsConfig(queue_seconds=1))
+    client._joined = True
+    began = time.monotonic()
+    with pytest.raises(NotJoinedError):
+        client.block(0, 0)
+    assert time.monotonic() - began < 30
+    assert len(calls) > 2
 
 
 def test_evaluate_reaches_a_producer(stream):

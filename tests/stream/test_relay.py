@@ -135,6 +135,25 @@ def held(relay) -> list[int]:
     return sorted(ray.get(relay.__ray_call__.remote(lambda self: [shard for _, shard in self._shards])))
 
 
+def test_a_shard_that_all_here_have_consumed_is_let_go_of_before_the_queue_is_told(stream, relays):
+    (relay,) = relays(stream())
+    clients = [StreamClient(relay, name, "resid_post.0", SPEC, WIDTHS["resid_post.0"], BLOCK_MIB) for name in "ab"]
+    readers = [client.open(0, ROWS // 2) for client in clients]
+    for reader in readers:
+        reader.next()
+    for client in clients:
+        client.block(1, 0)
+    ray.get(relay.__ray_call__.remote(lambda self: self._exchanging.cancel()))  # it tells the queue nothing any more
+    readers[0].next()
+    assert held(relay) == [0, 1]
+    readers[1].next()
+    while 0 in held(relay):  # acknowledgements are not waited for
+        time.sleep(0.02)
+    assert held(relay) == [1]
+    for reader in readers:
+        reader.close()
+
+
 def test_a_late_joiner_and_what_is_given_up_for_it(stream, relays):
     queue = stream(shards_of_room=2)
     first, second = relays(queue, 2)
@@ -160,11 +179,11 @@ def test_a_late_joiner_and_what_is_given_up_for_it(stream, relays):
 
 
 def test_an_error_reaches_the_consumer_that_it_concerns(stream, relays):
-    queue = stream()
+    queue = stream(shards_of_room=1)  # shard 1 is not produced before shard 0 is consumed
     (relay,) = relays(queue)
     ray.get([relay.join.remote("short", "mlp_out.1", 0, 1), relay.join.remote("gone", "mlp_out.1", 0), relay.join.remote("long", "mlp_out.1", 0)])
     fetches = {name: relay.fetch.remote(name, 1, 0, 0) for name in ("short", "gone", "long", "stranger")}
-    relay.leave.remote("gone")  # before there is a producer
+    relay.leave.remote("gone")
     with pytest.raises(StreamError, match="consumer short asks for shard 1, outside its shards 0 to 1"):
         ray.get(fetches["short"])
     for name in ("gone", "stranger"):
@@ -172,6 +191,7 @@ def test_an_error_reaches_the_consumer_that_it_concerns(stream, relays):
             ray.get(fetches[name], timeout=TIMEOUT)
     with pytest.raises(StreamError, match="hook point none is not streamed"):
         ray.get(relay.join.remote("lost", "none", 0))
+    ray.get([relay.acknowledge.remote(name, 1) for name in ("short", "long")])
     blocks, _ = ray.get(fetches["long"], timeout=TIMEOUT)
     assert np.array_equal(np.concatenate(ray.get(blocks)).ravel(), rows_of("train", "mlp_out.1", 1).ravel())
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from raysae.config import FaultsConfig
 from raysae.sweep.watch import Watch, _Trainer
 
 
@@ -25,6 +27,27 @@ def test_training_is_awaited(watch: Watch, row: dict) -> None:
     began = time.monotonic()
     watch.await_training(60)
     assert 0.4 < time.monotonic() - began < 30
+
+
+class Actor:
+    """Answers each of its methods by what it was made with; `asked` are the calls."""
+
+    def __init__(self, **answers: object) -> None:
+        self.answers, self.asked = answers, []
+
+    def __getattr__(self, method: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda *arguments: self.asked.append((method, *arguments)) or self.answers.get(method))
+
+
+@pytest.mark.parametrize("last", ["done", "working"])
+def test_a_bank_that_has_ended_has_left_the_stream(watch: Watch, last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own word may have been lost with a relay: everyone else would wait for it."""
+    monkeypatch.setattr("raysae.sweep.watch.ray.get", lambda answers, timeout: answers)
+    status = [{"name": "a", "state": "stopped"}, {"name": "b", "state": last}]
+    watch.queue, watch.tracked, watch.faults = Actor(), {}, FaultsConfig()
+    trainer = _Trainer(Actor(status=status, news={}, silent_seconds=0.0, warnings=[]))
+    watch._look("bank", trainer, 0)
+    assert watch.queue.asked == ([("leave", "bank")] if last == "done" else [])
 
 
 def test_training_is_not_awaited_for_ever(watch: Watch) -> None:
