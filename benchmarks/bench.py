@@ -69,7 +69,9 @@ def of_many(results: dict[str, dict]) -> Iterator[Row]:
 
 def of_whole_job(sides: dict[str, dict]) -> Iterator[Row]:
     ours = sides["raysae"]
-    for side, theirs in ((side, sides[side]) for side in ("saelens", "sparsify")):
+    for side, theirs in sides.items():
+        if side == "raysae":
+            continue
         own = f"; against its training alone {told(theirs['own_seconds_ratio'], unit=' ×')}" if side == "sparsify" else ""
         yield f"whole job of 8 SAEs against {side}", "≥ 4 ×", told(theirs["seconds_ratio"], unit=" ×") + own
         yield "its peak memory, GiB", "less", f"{told(ours['gib'], '.1f')} against {told(theirs['gib'], '.1f')}"

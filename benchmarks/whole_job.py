@@ -1,6 +1,6 @@
 """The whole job, from text to evaluated SAEs: eight SAEs of the embedded language model, ours against SAELens' multi-SAE runner and sparsify.
 
-    python benchmarks/whole_job.py [--peers .venv-peers/bin/python] [--tokens 524288] [--repeats 1] [--json FILE]
+    python benchmarks/whole_job.py [--peers .venv-peers/bin/python] [--tokens 524288] [--repeats 1] [--against sparsify] [--json FILE]
 
 Widths 512, 1,024, 2,048 and 4,096 with k = 16 and 32 at the middle layer, batch 4,096, contexts of 128 tokens. All train with Adam on the same
 contexts in float32 with two threads and without AuxK, which is idle in the peers for so few steps. Ours runs as users run it, start-up, tokenisation
@@ -44,6 +44,7 @@ ENVIRONMENT = {
     **NO_TRITON,
 }
 STEPS_ROW = "topk-d256-n4096"  # of steps.py
+PEER_SIDES = ("saelens", "sparsify")
 STEP_SIDES = {"raysae": "raysae", "saelens": "saelens_sparse", "sparsify": "sparsify"}  # what steps.py calls them
 SAVED = {"raysae": "runs/bench/saes/*/cfg.json", "saelens": "output/*/cfg.json", "sparsify": "sparsify/*/layers.*/cfg.json"}
 
@@ -188,13 +189,14 @@ def main() -> None:
     if len(sys.argv) > 2 and sys.argv[1] == "evaluate":
         print(evaluate("sparsify", Path(sys.argv[2]), int(sys.argv[3]), in_model=True))
         return
-    if len(sys.argv) > 2 and sys.argv[1] in ("saelens", "sparsify"):
+    if len(sys.argv) > 2 and sys.argv[1] in PEER_SIDES:
         {"saelens": saelens, "sparsify": sparsify}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), sys.argv[4])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default=str(PEERS))
     parser.add_argument("--tokens", type=int, default=524_288)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--against", nargs="+", choices=PEER_SIDES, default=list(PEER_SIDES), help="peers that take part")
     parser.add_argument("--steps", type=Path, default=REPOSITORY / "build" / "bench" / "steps.json", help="what steps.py has written")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -202,11 +204,11 @@ def main() -> None:
     allocators = best_allocators(options.steps)
     from raysae.lm.facts import EMBEDDED
 
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SAVED}
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in ("raysae", *options.against)}
     with tempfile.TemporaryDirectory() as scratch:
         contexts(Path(scratch) / "contexts.npy", options.tokens)
         for _ in range(options.repeats):
-            folders = {side: Path(tempfile.mkdtemp(prefix=side, dir=scratch)) for side in SAVED}
+            folders = {side: Path(tempfile.mkdtemp(prefix=side, dir=scratch)) for side in found}
             for side, folder in folders.items():
                 (folder / "contexts.npy").symlink_to(Path(scratch) / "contexts.npy")
                 command = ours(folder, options.tokens)
@@ -226,7 +228,7 @@ def main() -> None:
         side: {key: spread(result[key] for result in results) for key in keys} | {"fvu": fvu[side], "allocator": allocators[side]}
         for side, results in found.items()
     }
-    for side in ("saelens", "sparsify"):
+    for side in options.against:
         for key in keys:
             sides[side][f"{key}_ratio"] = spread(theirs[key] / our[key] for our, theirs in zip(found["raysae"], found[side], strict=True))
         told = "{median:.2f} × ({least:.2f} to {greatest:.2f})"
