@@ -71,6 +71,7 @@ class Watch:
         self.failure: str | None = None
         self._ended_since: float | None = None
         self._dismissed = False
+        self._left = False
         self._draining: set[str] = set()
         self._stream: list[ray.ObjectRef] | None = None  # the queue's statistics and warnings, not answered yet
         self._stream_since = 0.0  # when it was asked for them
@@ -83,7 +84,10 @@ class Watch:
 
     def __exit__(self, *_) -> None:
         self._over.set()
-        self._thread.join(30)
+        try:
+            self._thread.join(30)
+        finally:  # an impatient second Ctrl-C: who still waits for answers then writes nothing more, the study is about to be closed
+            self._left = True
 
     @property
     def ended(self) -> bool:
@@ -127,11 +131,12 @@ class Watch:
                     stream = self._stream_stats(ANSWER_SECONDS if last else 0) or stream
                     self._look_at_relays()
                 except Exception:  # whatever it is (Ray's head restarts, say), the sweep must go on being watched
-                    log.exception("the sweep could not be watched")
+                    if not self._left:
+                        log.exception("the sweep could not be watched")
                 saes = [row for trainer in self.trainers.values() for row in trainer.status]
                 if len(saes) == len(self.tracked) and all(row["state"] in ENDED for row in saes):
                     self._ended_since = self._ended_since or time.monotonic()
-                if saes and stream:
+                if saes and stream and not self._left:
                     table(saes, stream, last=last)
                 if last:
                     return
@@ -154,6 +159,8 @@ class Watch:
             trainer.status = [row if row["state"] in ENDED else row | {"state": "failed", "message": str(error)} for row in trainer.status]
             trainer.asked = None
             self.queue.leave.remote(bank)  # at every look, for the queue may restart: nobody else is to wait for it
+            return
+        if self._left:
             return
         trainer.asked = trainer.starts_since = None
         trainer.status = status

@@ -16,7 +16,7 @@ from raysae.sweep.watch import Watch, _Trainer
 def watch() -> Watch:
     """Of one trainer, without the thread that asks it."""
     watch = object.__new__(Watch)
-    watch.failure, watch.trainers = None, {"bank": _Trainer(actor=None)}
+    watch.failure, watch.trainers, watch._left = None, {"bank": _Trainer(actor=None)}, False
     return watch
 
 
@@ -48,6 +48,16 @@ def test_a_bank_that_has_ended_has_left_the_stream(watch: Watch, last: str, monk
     trainer = _Trainer(Actor(status=status, news={}, silent_seconds=0.0, warnings=[]))
     watch._look("bank", trainer, 0)
     assert watch.queue.asked == ([("leave", "bank")] if last == "done" else [])
+
+
+def test_what_comes_after_the_end_is_not_tracked(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C leaves the watch while it waits for a silent trainer; then the study is closed."""
+    monkeypatch.setattr("raysae.sweep.watch.ray.get", lambda answers, timeout: answers)
+    monkeypatch.setattr("raysae.sweep.watch.track", lambda *arguments: pytest.fail("tracked"))
+    watch.queue, watch.tracked, watch.faults, watch.study, watch._left = Actor(), {"a": 0}, FaultsConfig(), None, True
+    trainer = _Trainer(Actor(status=[{"name": "a", "state": "working"}], news={"a": [{}]}, silent_seconds=0.0, warnings=[]))
+    watch._look("bank", trainer, 0)
+    assert trainer.status == []
 
 
 def test_training_is_not_awaited_for_ever(watch: Watch) -> None:
