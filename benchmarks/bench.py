@@ -4,14 +4,18 @@
     python benchmarks/bench.py steps producer  some of them
 
 Every part is a script of its own in this folder and writes its numbers to build/bench/PART.json; the table, printed and written to table.md and
-table.json there, is made of what lies there, so parts may be measured on different days, though not on different machines. Medians are told with the
-least and the greatest where a part measures several times; `sweep`, `many` and `whole_job` do not. Run it on a quiet machine.
+table.json there, is made of what lies there, so parts may be measured on different days, though not on different machines. A part that fails leaves
+its earlier numbers as they are. Medians are told with the least and the greatest where a part measures several times; `sweep`, `many` and `whole_job`
+do not. Run it on a quiet machine.
+
+`steps` and `whole_job` need the peers' environment, which `make bench ARGS="steps"` has made before it measures the part.
 
 Not in it: what has no goal for speed (`pursuit.py`, `recovery.py`, `resume_saelens.py`, `plan.py`), and anything on a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -117,21 +121,28 @@ def write_table(folder: Path) -> str:
     return text
 
 
+def measure(part: str, folder: Path) -> bool:
+    """Whether the part ran to its end: only then its numbers take the place of earlier ones."""
+    _, script, *arguments = PARTS[part]
+    new = folder / f"{part}.json.new"
+    if subprocess.run([sys.executable, str(REPOSITORY / "benchmarks" / script), "--json", str(new), *arguments]).returncode:
+        return False
+    new.replace(folder / f"{part}.json")
+    return True
+
+
 def main() -> None:
-    wanted = sys.argv[1:] or list(PARTS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; none: all")
+    wanted = parser.parse_args().parts or list(PARTS)
     if unknown := [part for part in wanted if part not in PARTS]:
-        sys.exit(f"error: {unknown[0]!r} is none of {', '.join(PARTS)}")
+        parser.error(f"{unknown[0]!r} is none of {', '.join(PARTS)}")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    failed = []
-    for part in wanted:
-        _, script, *arguments = PARTS[part]
-        path = RESULTS / f"{part}.json"
-        path.unlink(missing_ok=True)  # numbers of another day are not this run's
-        if subprocess.run([sys.executable, str(REPOSITORY / "benchmarks" / script), "--json", str(path), *arguments]).returncode:
-            failed.append(part)
+    failed = [part for part in wanted if not measure(part, RESULTS)]
     print(f"\n{write_table(RESULTS)}")
     if failed:
-        sys.exit(f"error: {', '.join(failed)} failed: the table lacks them")
+        there = {part: "has its earlier numbers" if (RESULTS / f"{part}.json").exists() else "lacks it" for part in failed}
+        sys.exit("error: " + "; ".join(f"{part} failed, the table {what}" for part, what in there.items()))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/control_plane.py [--simulated 8,64,512] [--consumers 1,8,64,512] [--relayed 64] [--blocks 8] [--seconds 10] [--json FILE]
 
 Four measurements, without a language model and with next to no data; eight shards are in flight. All are taken with each of the `--blocks` a shard.
+An empty list of consumers leaves its measurements out.
 
 1. The state machine alone, with producers and `--simulated` consumers in this process: CPU time per block and consumer, and the share of a core that
    10,000 blocks a minute take, each read by all consumers.
@@ -33,6 +34,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 
 import numpy as np
 import ray
+from options import numbers, positive, writable
 
 from raysae.config import ActivationSpec, ModelConfig, ResourcesConfig, StreamConfig
 from raysae.stream.blocks import cut
@@ -250,17 +252,20 @@ def show(what: str, row: dict[str, float]) -> None:
     print(f"  {what:14}   {counts}   {times}   {row['limit_per_second']:19,.0f}   {row['limit_consumers']:9.1f}", flush=True)
 
 
+def numbers_or_none(words: str) -> list[int]:
+    return numbers(words) if words else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--simulated", default="8,64,512")
-    parser.add_argument("--consumers", default="1,8,64,512")
-    parser.add_argument("--relayed", default="64", help="consumers, through relays")
-    parser.add_argument("--blocks", default="8", help="of a shard")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--simulated", type=numbers_or_none, default="8,64,512")
+    parser.add_argument("--consumers", type=numbers_or_none, default="1,8,64,512")
+    parser.add_argument("--relayed", type=numbers_or_none, default="64", help="consumers, through relays")
+    parser.add_argument("--blocks", type=numbers, default="8", help="of a shard")
+    parser.add_argument("--seconds", type=positive, default=10)
+    parser.add_argument("--json", type=writable, metavar="FILE")
     options = parser.parse_args()
-    given = (options.simulated, options.consumers, options.relayed, options.blocks)
-    simulated, consumers, relayed, blocks = ([int(word) for word in words.split(",") if word] for words in given)
+    simulated, consumers, relayed, blocks = options.simulated, options.consumers, options.relayed, options.blocks
     found = {"state": [], "queue": [], "relayed": [], "relay": [], "crowd": []}
     print("the state machine alone\n  blocks a shard   consumers   µs per block and consumer   share of a core")
     for each, number in itertools.product(blocks, simulated):

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from options import writable
 from steps import spread
 
 JOB = Path(__file__).parents[1] / "jobs" / "scaling_sweep.py"
@@ -20,7 +21,7 @@ TIMES = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=writable, metavar="FILE")
     options = parser.parse_args()
     times = []
     for _ in range(1 + TIMES):

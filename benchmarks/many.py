@@ -5,7 +5,7 @@
 Each point is a run of `one_pass.py`, whose text says how the times are taken; the SAEs differ by their seeds. So that what happens at both ends
 weighs little, shards are small (256 contexts of 64 tokens, 14,336 rows) and many, at most three of them are in flight, and evaluations take few rows.
 AuxK is off: how much it does depends on how many latents have died, of which a few isolated steps know nothing. With one SAE there is one bank, which
-has all cores but for what the language model takes.
+has all cores but for what the language model takes. FILE is written anew after each number, so that a run that breaks off keeps what it has.
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ import tempfile
 from pathlib import Path
 
 import matplotlib
+from options import at_least, numbers, writable
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.backend_bases import FigureCanvasBase
+
+from raysae.cli import USAGE_ERROR
 
 CONTEXT, SKIPPED, SHARD_CONTEXTS = 64, 8, 256
+K = 16  # of every SAE
 ROWS = SHARD_CONTEXTS * (CONTEXT - SKIPPED)  # of a shard
 MIB = ROWS * 256 * 4 / 2**20  # of a shard: the embedded model has 256 dimensions
 
 
 def measure(number: int, options: argparse.Namespace) -> dict[str, float]:
     knobs = {
-        "widths": options.width, "k": 16, "seeds": ",".join(map(str, range(number))), "train.tokens": options.shards * ROWS,
+        "widths": options.width, "k": K, "seeds": ",".join(map(str, range(number))), "train.tokens": options.shards * ROWS,
         "train.aux_coefficient": 0, "train.reports": 2, "evaluation.rows": ROWS, "evaluation.predicted_tokens": 0,
         "stream.context_length": CONTEXT, "stream.skip_positions": SKIPPED, "stream.shard_contexts": SHARD_CONTEXTS, "stream.mib_in_flight": 3 * MIB,
     }  # fmt: skip
@@ -37,6 +42,8 @@ def measure(number: int, options: argparse.Namespace) -> dict[str, float]:
         words = [word for key, value in knobs.items() for word in (f"--{key}", str(value))]
         command = [sys.executable, str(Path(__file__).with_name("one_pass.py")), "--json", out.name, *words]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode == USAGE_ERROR:
+            sys.exit(done.stderr.strip().rpartition("\n")[2])  # one sentence
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
         return json.loads(Path(out.name).read_text())
@@ -56,16 +63,24 @@ def draw(results: dict[int, dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def figure_file(word: str) -> Path:
+    path = writable(word)
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise argparse.ArgumentTypeError(f"{word!r} is no figure that can be drawn: its name must end in one of {', '.join(sorted(kinds))}")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numbers", default="1,2,4,8,16")
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--shards", type=int, default=32)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--numbers", type=numbers, default="1,2,4,8,16")
+    parser.add_argument("--width", type=at_least(K), default=1024)
+    parser.add_argument("--shards", type=at_least(10), default=32, help="of these one_pass.py times 33 steps of 4,096 rows")
+    parser.add_argument("--json", type=writable, metavar="FILE")
+    parser.add_argument("--figure", type=figure_file, metavar="FILE")
     options = parser.parse_args()
     results = {}
-    for number in map(int, options.numbers.split(",")):
+    for number in options.numbers:
         result = results[number] = measure(number, options)
         print(
             "{:2} SAEs: steady state {steady_state:.1f} s; parts {ideal:.1f} s, ratio {ratio_least:.2f} to {ratio_most:.2f}; "
@@ -73,8 +88,8 @@ def main() -> None:
             "start-up {start_up:.1f} s, waiting {waited_share:.0%}".format(number, **result),
             flush=True,
         )
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1))
     if options.figure:
         draw(results, options.figure)
 

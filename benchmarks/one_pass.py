@@ -2,7 +2,7 @@
 
     python benchmarks/one_pass.py                     the default sweep of the embedded model
     python benchmarks/one_pass.py --widths 256,512    any other: the arguments are those of jobs/scaling_sweep.py
-    python benchmarks/one_pass.py --json FILE …       writes the numbers there too; this comes first
+    python benchmarks/one_pass.py --json FILE …       writes the numbers there too
 
 Run it on a quiet machine. The parts are measured in a process that has all cores to itself: the language model's pass over the shards after the first
 (median of a few, times their number: the clock below starts when the first is there), and every SAE's step, alone, with all cores (median, times the
@@ -23,6 +23,7 @@ shutdown); and the peak memory of all the sweep's processes (proportional set si
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -39,11 +40,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+from options import writable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the sweep's processes; read when torch is imported
 
-from raysae.cli import parse
-from raysae.config import SAEConfig, SweepConfig, TrainConfig
+from raysae.cli import main, parse
+from raysae.config import SAEConfig, SweepConfig, TrainConfig, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +69,8 @@ def measure_parts(argv: list[str]) -> dict[str, float]:
     torch.set_num_threads(cores)
     settled = plan(parse(SweepConfig, argv, "")[0])
     config = settled.config
+    if (rows_there := settled.training.rows_per_shard) <= config.train.batch:
+        raise UserError(f"a shard has {rows_there} rows: more than train.batch, {config.train.batch}, are measured; raise stream.shard_contexts")
     lm = LanguageModel.load(config.model)
     maker = ShardMaker(lm, settled.contexts["train"], settled.training, settled.hook_points, config.stream.block_mib)
     times, rows = [], {}
@@ -107,6 +111,14 @@ def step_seconds(sae: SAEConfig, x: torch.Tensor, train: TrainConfig, threads: i
     return statistics.median(took[WARM:])
 
 
+def answered(command: list[str], **arguments: object) -> str | None:
+    """What a command prints, where `stdout` is a pipe. One that fails has said why: this process ends with its exit code."""
+    done = subprocess.run(command, text=True, **arguments)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
+
+
 def run_sweep(argv: list[str]) -> dict[str, float]:
     """Seconds of the real sweep: start-up, steady state and the rest."""
     mark = f"RAYSAE_BENCHMARK={uuid.uuid4().hex}"  # in the environment of the driver and so of every process it starts
@@ -114,7 +126,7 @@ def run_sweep(argv: list[str]) -> dict[str, float]:
         began = time.time()
         own = ["--output", folder, "--study", "bench", "--tracking.uri", f"sqlite:///{folder}/mlflow.db", "--stream.cache", "off"]
         environment = os.environ | dict([mark.split("=")])
-        subprocess.run([sys.executable, str(REPOSITORY / "jobs" / "scaling_sweep.py"), *argv, *own], check=True, env=environment)
+        answered([sys.executable, str(REPOSITORY / "jobs" / "scaling_sweep.py"), *argv, *own], env=environment)
         wall = time.time() - began
         reports = [json.loads(path.read_text())["reports"] for path in Path(folder).glob("bench/saes/*/outcome.json")]
         banks = yaml.safe_load((Path(folder) / "bench" / "config.yaml").read_text())["resources"]["banks"]
@@ -164,18 +176,16 @@ def peak_memory(mark: bytes) -> Iterator[list[int]]:
         thread.join()
 
 
-def main() -> None:
-    argv = sys.argv[1:]
+def job(argv: list[str]) -> None:
     if argv[:1] == ["--parts"]:  # in a process of its own, whose memory and threads end with it
         print(json.dumps(measure_parts(argv[1:])))
         return
-    out = Path(argv[1]) if argv[:1] == ["--json"] else None
-    argv = argv[2:] if out else argv
+    own = argparse.ArgumentParser(usage="%(prog)s [--json FILE] [--KNOB VALUE ...]", add_help=False, allow_abbrev=False)
+    own.add_argument("--json", type=writable, metavar="FILE")
+    options, argv = own.parse_known_args(argv)
     if (steps := parse(SweepConfig, argv, __doc__)[0].train.steps) < STEPS:
-        sys.exit(f"error: the sweep has {steps} steps: {STEPS} are measured")
-    parts = json.loads(
-        subprocess.run([sys.executable, __file__, "--parts", *argv], check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-    )
+        raise UserError(f"the sweep has {steps} steps: {STEPS} are measured; raise train.tokens")
+    parts = json.loads(answered([sys.executable, __file__, "--parts", *argv], stdout=subprocess.PIPE).splitlines()[-1])
     sweep = run_sweep(argv)
     ideal, best = (parts["lm_pass"] + parts[steps] for steps in ("isolated_steps", "isolated_steps_best"))
     result = {**parts, "ideal": ideal, "ideal_best": best, **sweep}
@@ -183,9 +193,9 @@ def main() -> None:
         result |= {f"{name}_least": sweep["steady_state"] / of, f"{name}_most": sweep["steady_state"] / (of - parts["lm_ahead"])}
     for name, value in result.items():
         print(f"{name:19s} {value:10.3f}")
-    if out:
-        out.write_text(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    main(job)

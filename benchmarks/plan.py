@@ -1,6 +1,6 @@
 """What a sweep will cost, from a model of the cost per token that is fitted to measurements.
 
-    python benchmarks/plan.py --measure          measure this machine (eight minutes, quiet) into build/bench/cost.json
+    python benchmarks/plan.py --measure          measure this machine first (eight minutes, quiet) into build/bench/cost.json
     python benchmarks/plan.py                    Gemma 2 9B, 7 widths to 2^20 × 6 sparsities, 4 billion tokens, H100s, in a week
     python benchmarks/plan.py --device here --model embedded --layer 2 --widths 256,512 --k 8,16 --tokens 1e6 --hours 1
 
@@ -37,6 +37,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a job's processes; read when torch is imported
 
 import numpy as np
+from options import at_least, fraction, numbers, positive, writable
 from scipy.optimize import nnls
 
 REPOSITORY = Path(__file__).parents[1]
@@ -88,23 +89,25 @@ def language_model(name: str, layer: int | None, context: int) -> tuple[Lm, int]
     from raysae.lm.facts import ARCHITECTURES, EMBEDDED
 
     path = EMBEDDED if name == "embedded" else Path(name)
-    if path.is_file():
-        config = AutoConfig.for_model(**json.loads(path.read_text()))
-    else:
-        try:
-            config = AutoConfig.from_pretrained(path if path.exists() else name)
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise SystemExit(f"error: model is {name!r}: name a config.json, its folder or a model on the hub ({reason})") from None
-    layers = config.num_hidden_layers
+    try:
+        config = (
+            AutoConfig.for_model(**json.loads(path.read_text())) if path.is_file() else AutoConfig.from_pretrained(path if path.exists() else name)
+        )
+        if config.model_type not in ARCHITECTURES:
+            raise ValueError(f"its type is {config.model_type}, reckoned with are {', '.join(ARCHITECTURES)}")
+        with torch.device("meta"):
+            whole = AutoModelForCausalLM.from_config(config)
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+    except Exception as error:  # whatever transformers makes of a file that is something else
+        reason = " ".join(str(error).split())[:200]
+        raise SystemExit(f"error: model is {name!r}: name the config.json of a language model, its folder or a model on the hub ({reason})") from None
     layer = layers // 2 - 1 if layer is None else layer
     if not 0 <= layer < layers:
         raise SystemExit(f"error: layer is {layer}: {name} has the layers 0 to {layers - 1}")
-    with torch.device("meta"):
-        blocks = AutoModelForCausalLM.from_config(config).get_submodule(ARCHITECTURES[config.model_type].blocks)
+    blocks = whole.get_submodule(ARCHITECTURES[config.model_type].blocks)
     weights = sum(p.numel() for block in blocks[: layer + 1] for p in block.parameters())
-    heads = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return Lm(2 * weights + 2 * context * heads * (layer + 1), config.hidden_size), layer
+    of_heads = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return Lm(2 * weights + 2 * context * of_heads * (layer + 1), config.hidden_size), layer
 
 
 def of_lm(lm: Lm) -> list[float]:
@@ -183,8 +186,23 @@ def measure(path: Path) -> None:
         seconds = seconds_of(lambda step=step, x=x, numbers=numbers: step(next(numbers), x)) / batch
         found[kind].append({"sizes": sizes, "seconds": seconds})
         print(f"{kind.replace('_', ' ')} with d{{}} n{{}} k{{}} batch {{}}:".format(*sizes), f"{1 / seconds:,.0f} tokens/s", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1))
+
+
+def read(path: Path) -> dict:
+    """What `measure` has written."""
+    if not path.exists():
+        sys.exit(f"error: {path} is not there: begin with --measure")
+    try:
+        measured = json.loads(path.read_text())
+        rates = [measured[key] for key in ("threads", "matmul", "memory")]
+        for device in (None, *DEVICES.values()):
+            fitted(measured, device, 1.0)
+        if not min(rates) > 0:
+            raise ValueError("rates must be above 0")
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError):
+        sys.exit(f"error: {path} is not what --measure writes: name its file, or measure anew")
+    return measured
 
 
 @dataclass(frozen=True)
@@ -220,32 +238,44 @@ def fitted(measured: dict, device: Device | None, efficiency: float) -> tuple[Co
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="measure this machine first")
-    parser.add_argument("--measured", type=Path, default=MEASURED)
+    parser.add_argument("--measured", type=Path, default=MEASURED, metavar="FILE", help="what --measure writes and plans are made of")
     parser.add_argument("--model", default=str(REPOSITORY / "benchmarks" / "gemma-2-9b.json"))
     parser.add_argument("--layer", type=int, help="hook point resid_post.LAYER; unset: the middle")
-    parser.add_argument("--widths", default=",".join(str(2**i) for i in range(14, 21)))
-    parser.add_argument("--k", default="20,40,60,80,100,120")
-    parser.add_argument("--tokens", type=float, default=4e9, help="that each SAE is trained on")
-    parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--skip", type=int, default=200, help="positions at the beginning of a context that nothing is trained on")
-    parser.add_argument("--block-mib", type=float, default=32)
-    parser.add_argument("--shard-contexts", type=int, default=256)
+    parser.add_argument("--widths", type=numbers, default=",".join(str(2**i) for i in range(14, 21)))
+    parser.add_argument("--k", type=numbers, default="20,40,60,80,100,120")
+    parser.add_argument("--tokens", type=positive, default=4e9, help="that each SAE is trained on")
+    parser.add_argument("--batch", type=at_least(1), default=4096)
+    parser.add_argument("--context", type=at_least(1), default=1024)
+    parser.add_argument("--skip", type=at_least(0), help="positions at the beginning of a context that nothing is trained on; unset: as in a sweep")
+    parser.add_argument("--block-mib", type=positive, default=32)
+    parser.add_argument("--shard-contexts", type=at_least(1), default=256)
     parser.add_argument("--device", choices=["here", *DEVICES], default="h100")
-    parser.add_argument("--efficiency", type=float, default=0.4, help="share of a GPU's matrix product rate that is reached; an assumption")
-    parser.add_argument("--hours", type=float, default=168, help="in which the sweep is to be over")
+    parser.add_argument("--efficiency", type=fraction, default=0.4, help="share of a GPU's matrix product rate that is reached; an assumption")
+    parser.add_argument("--hours", type=positive, default=168, help="in which the sweep is to be over")
     options = parser.parse_args()
+    if max(options.k) > min(options.widths):
+        parser.error(f"argument --k: {max(options.k)} is more than the {min(options.widths)} latents of the smallest of --widths")
+    if options.skip is None:
+        from raysae.sweep.preflight import LONG_CONTEXT, SKIPPED, SKIPPED_LONG
+
+        options.skip = SKIPPED_LONG if options.context >= LONG_CONTEXT else SKIPPED
+    if options.skip > options.context - 2:
+        parser.error(f"argument --context: {options.context} is too short: of it {options.skip} positions are skipped (--skip), and two must be left")
+    lm, layer = language_model(options.model, options.layer, options.context)
     if options.measure:
+        MEASURED.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            writable(str(options.measured))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument --measured: {error}")
         measure(options.measured)
-    if not options.measured.exists():
-        sys.exit(f"error: {options.measured} is not there: begin with --measure")
-    measured = json.loads(options.measured.read_text())
+    measured = read(options.measured)
     here = Device(
         measured["matmul"], measured["matmul"], measured["memory"], math.inf, math.inf, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )
     device = DEVICES.get(options.device)
     cost, errors = fitted(measured, device, options.efficiency)
-    print(tell(options, cost, device or here, errors, measured))
+    print(tell(options, lm, layer, cost, device or here, errors, measured))
 
 
 def devices_for(loads: list[tuple[float, ...]]) -> list[np.ndarray]:
@@ -261,10 +291,13 @@ def devices_for(loads: list[tuple[float, ...]]) -> list[np.ndarray]:
     return devices
 
 
-def tell(options: argparse.Namespace, cost: Cost, device: Device, errors: list[tuple[float, float]], measured: dict) -> str:
-    lm, layer = language_model(options.model, options.layer, options.context)
+def counted(number: str, noun: str) -> str:
+    return f"{number} {noun}{'' if number == '1' else 's'}"
+
+
+def tell(options: argparse.Namespace, lm: Lm, layer: int, cost: Cost, device: Device, errors: list[tuple[float, float]], measured: dict) -> str:
     used = (options.context - options.skip) / options.context
-    widths, ks = ([int(word) for word in words.split(",")] for words in (options.widths, options.k))
+    widths, ks = options.widths, options.k
     steps = {(n, k): cost.of_step(lm.d, n, k, options.batch) for n in widths for k in ks}  # s per token
     state = {n: 2 * lm.d * n * (4 + 4 + 8) for n in widths}  # weights, gradients and Adam's moments in float32
     seconds = 3600 * options.hours
@@ -272,33 +305,34 @@ def tell(options: argparse.Namespace, cost: Cost, device: Device, errors: list[t
     producers = math.ceil(passes / seconds)
     room = USABLE * device.room
     full = devices_for([(options.tokens * step / seconds, state[n] / room) for (n, _), step in steps.items()])
-    trainers = f"the fullest of {len(full)} {'devices' if len(full) > 1 else 'device'}"
+    trainers = f"the fullest of {counted(str(len(full)), 'device')}"
+    hours = counted(f"{options.hours:g}", "hour")
     rate = options.tokens / seconds  # of the stream, tokens per second
     item = 4 if options.device == "here" else 2
     blocks = math.ceil(options.shard_contexts * (options.context - options.skip) * lm.d * item / (options.block_mib * 2**20))
     delivered = rate * lm.d * item / (options.block_mib * 2**20) * len(full)
     saturation = {
-        f"language model ({producers} {'devices' if producers > 1 else 'device'})": passes / seconds / producers,
-        f"training ({trainers})": max(hours for hours, _ in full),
+        f"language model ({counted(str(producers), 'device')})": passes / seconds / producers,
+        f"training ({trainers})": max(spent for spent, _ in full),
         f"trainers' usable memory ({trainers})": max(memory for _, memory in full),
         "bus from host to trainer": rate * lm.d * item / device.bus,
         "network into a trainer": rate * lm.d * item / device.network,
         "network out of a producer": rate * lm.d * item / producers * len(full) / device.network,
-        f"queue ({len(full)} consumers, {blocks} blocks a shard)": delivered * (QUEUE[0] + QUEUE[1] / blocks),
+        f"queue ({counted(str(len(full)), 'consumer')}, {counted(str(blocks), 'block')} a shard)": delivered * (QUEUE[0] + QUEUE[1] / blocks),
     }
     store = options.tokens * lm.d * item
     off = [f"{within:.0%} at most, {without:.0%} for what they were not fitted to" for within, without in errors]
     lines = [
-        f"Measured with {measured['threads']} threads, {measured['matmul'] / 1e9:,.0f} GFLOP/s, {measured['memory'] / 1e9:.1f} GB/s.",
+        f"Measured with {counted(str(measured['threads']), 'thread')}, {measured['matmul'] / 1e9:,.0f} GFLOP/s, {measured['memory'] / 1e9:.1f} GB/s.",
         f"The fits are off by {off[0]} (language model), and by {off[1]} (step).",
         f"{Path(options.model).stem} up to layer {layer}: d = {lm.d}, {lm.operations / 1e9:,.2f} GFLOP per token, "
         f"{used / cost.of_lm(lm):,.0f} activations/s per device",
-        f"{len(steps)} SAEs on {options.tokens:,.0f} tokens each, batch {options.batch:,}; a device trains one at",
+        f"{counted(str(len(steps)), 'SAE')} on {options.tokens:,.0f} tokens each, batch {options.batch:,}; a device trains one at",
         *(
             f"  n = {n:>9,}: {len(ks) / sum(steps[n, k] for k in ks):>10,.0f} tokens/s; weights, gradients and Adam take {state[n] / 1e9:,.1f} GB"
             for n in widths
         ),
-        f"In {options.hours:g} hours: {producers} {options.device} for the language model, {len(full)} for the SAEs "
+        f"In {hours}: {producers} {options.device} for the language model, {len(full)} for the SAEs "
         f"({passes / 3600:,.1f} and {training / 3600:,.1f} device hours), a stream of {rate:,.0f} tokens/s",
         f"All activations, if they are kept: {store / 1e12:,.2f} TB per hook point",
         "How full each part is, the fullest first:",
@@ -306,7 +340,7 @@ def tell(options: argparse.Namespace, cost: Cost, device: Device, errors: list[t
     ]
     for what, refused in {
         f"do not fit into a device's usable {room / 1e9:.0f} GB": {n for n in widths if state[n] > room},
-        f"take more than {options.hours:g} hours on a device": {n for (n, _), step in steps.items() if options.tokens * step > seconds},
+        f"take more than {hours} on a device": {n for (n, _), step in steps.items() if options.tokens * step > seconds},
     }.items():
         if refused:
             lines.append(f"SAEs of width {', '.join(f'{n:,}' for n in sorted(refused))} {what}: raysae does not split an SAE, this plan cannot be.")

@@ -13,33 +13,36 @@ import json
 import os
 import statistics
 import time
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a job's processes; read when torch is imported
 
 import torch
+from options import at_least, writable
 from steps import spread
 
-from raysae.config import SweepConfig
+from raysae.cli import main
+from raysae.config import SweepConfig, UserError
 from raysae.lm.model import LanguageModel
 from raysae.stream.shard import ShardMaker
 from raysae.sweep.preflight import plan
 
 
 @torch.inference_mode()
-def main() -> None:
+def job(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--hook-point", default="resid_post.2")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--threads", type=at_least(1), default=2)
+    parser.add_argument("--repeats", type=at_least(1), default=7)
+    parser.add_argument("--json", type=writable, metavar="FILE")
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     settled = plan(SweepConfig.model_validate({"model": {"name": options.model}, "hook_points": [options.hook_point]}))
     spec, contexts = settled.training, settled.contexts["train"]
     maker = ShardMaker(LanguageModel.load(settled.config.model), contexts, spec, [options.hook_point], settled.config.stream.block_mib)
     bare = LanguageModel.load(settled.config.model).model.base_model
+    if not hasattr(bare, "layers"):
+        raise UserError(f"--model is {options.model!r}, whose blocks are not in `layers`: only such models can be cut off for the bare pass")
     bare.layers = bare.layers[: int(options.hook_point.split(".")[1]) + 1]
     bare.norm = torch.nn.Identity()
     batches = torch.from_numpy(contexts[spec.contexts_of(0)]).split(spec.batch_contexts)
@@ -65,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(job)

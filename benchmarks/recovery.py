@@ -11,6 +11,7 @@ a second in it, and is shorter than the first where enough activations were in f
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import statistics
@@ -111,7 +112,12 @@ def of_machines(fault: str, made: Path, folder: Path) -> list[tuple[float, float
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or [*PROCESSES, *MACHINES]
+    faults = (*PROCESSES, *MACHINES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(faults)}; none: all")
+    wanted = parser.parse_args().faults or faults
+    if unknown := [fault for fault in wanted if fault not in faults]:
+        parser.error(f"{unknown[0]!r} is none of {', '.join(faults)} (write those of several words in quotes)")
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "materials"
         made.mkdir()

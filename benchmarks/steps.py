@@ -21,6 +21,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from options import at_least, writable
+
 REPOSITORY = Path(__file__).parents[1]
 PEERS = REPOSITORY / ".venv-peers" / "bin" / "python"
 WORKER = REPOSITORY / "benchmarks" / "step_worker.py"
@@ -73,9 +75,11 @@ def refuse_other_torch(peers: str) -> None:
         try:
             versions.append(subprocess.run([python, str(WORKER), "torch"], check=True, capture_output=True, text=True).stdout.strip())
         except (OSError, subprocess.CalledProcessError):
-            sys.exit(f"error: {python} has no torch: `make bench` makes the peers' environment")
+            sys.exit(f'error: {python} has no torch: `make bench ARGS="steps"` has the peers\' environment made')
     if len(set(versions)) > 1:
-        sys.exit(f"error: raysae has torch {versions[0]} and the peers have {versions[1]}: remove .venv-peers, `make bench` makes it anew")
+        sys.exit(
+            f'error: raysae has torch {versions[0]} and the peers have {versions[1]}: remove .venv-peers, `make bench ARGS="steps"` has it made anew'
+        )
 
 
 class Worker:
@@ -192,15 +196,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default=str(PEERS), help="Python of the peers' environment")
     for name, default in {"threads": 2, "batch": 4096, "k": 32, "repeats": 11}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=at_least(TURNS_OF_ALL if name == "repeats" else 1), default=default)
     parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help=f"may be given several times; rows: {', '.join(ROWS)}")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=writable, metavar="FILE")
     options = parser.parse_args()
-    if options.repeats < TURNS_OF_ALL:
-        parser.error(f"argument --repeats: {options.repeats} is too few, {TURNS_OF_ALL} are the least")
-    refuse_other_torch(options.peers)
+    rows = options.only or list(ROWS)
+    if options.k > (least := min(n for _, _, n in map(ROWS.get, rows))):
+        parser.error(f"argument --k: {options.k} is more than the {least} latents of the smallest SAE")
+    if any(HAVE[ROWS[row][0]] != ("raysae",) for row in rows):
+        refuse_other_torch(options.peers)
     results = []
-    for row in options.only or ROWS:
+    for row in rows:
         results.append(measure(row, options))
         show(results[-1])
     if options.json:

@@ -27,6 +27,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from options import at_least, writable
 from steps import ALLOCATORS, NO_TRITON, PEERS, refuse_other_torch, spread
 
 if TYPE_CHECKING:
@@ -164,10 +165,11 @@ def sparsify(folder: str, tokens: int, model: str) -> None:
 
 def best_allocators(path: Path) -> dict[str, str]:
     """Side → the allocator that suits its TopK step best."""
-    rows = {row["name"]: row for row in json.loads(path.read_text())} if path.exists() else {}
-    if STEPS_ROW not in rows:
+    try:
+        rows = {row["name"]: row for row in json.loads(path.read_text())}
+        return {side: rows[STEPS_ROW]["sides"][name]["allocator"] for side, name in STEP_SIDES.items()}
+    except (OSError, ValueError, LookupError, TypeError):
         sys.exit(f"error: {path} has no {STEPS_ROW}, which says each side's best allocator: run steps.py --only {STEPS_ROW} --json {path} first")
-    return {side: rows[STEPS_ROW]["sides"][name]["allocator"] for side, name in STEP_SIDES.items()}
 
 
 def run(command: list[str], allocator: str, log: Path) -> dict[str, float]:
@@ -185,21 +187,18 @@ def run(command: list[str], allocator: str, log: Path) -> dict[str, float]:
     return {"seconds": seconds, "gib": memory[0] / 2**30}
 
 
-def main() -> None:
-    if len(sys.argv) > 2 and sys.argv[1] == "evaluate":
-        print(evaluate("sparsify", Path(sys.argv[2]), int(sys.argv[3]), in_model=True))
-        return
-    if len(sys.argv) > 2 and sys.argv[1] in PEER_SIDES:
-        {"saelens": saelens, "sparsify": sparsify}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), sys.argv[4])
+def job(argv: list[str]) -> None:
+    if len(argv) > 2 and argv[0] == "evaluate":
+        print(evaluate("sparsify", Path(argv[1]), int(argv[2]), in_model=True))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", default=str(PEERS))
-    parser.add_argument("--tokens", type=int, default=524_288)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--tokens", type=at_least(BATCH), default=524_288)
+    parser.add_argument("--repeats", type=at_least(1), default=1)
     parser.add_argument("--against", nargs="+", choices=PEER_SIDES, default=list(PEER_SIDES), help="peers that take part")
     parser.add_argument("--steps", type=Path, default=REPOSITORY / "build" / "bench" / "steps.json", help="what steps.py has written")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--json", type=writable, metavar="FILE")
+    options = parser.parse_args(argv)
     refuse_other_torch(options.peers)
     allocators = best_allocators(options.steps)
     from raysae.lm.facts import EMBEDDED
@@ -239,4 +238,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 2 and sys.argv[1] in PEER_SIDES:  # where there is no raysae
+        {"saelens": saelens, "sparsify": sparsify}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    else:
+        from raysae.cli import main
+
+        main(job)

@@ -117,5 +117,91 @@ def test_a_whole_job_wants_to_know_the_allocators(tmp_path: Path):
 def test_a_sweep_of_few_steps_is_refused():
     command = [sys.executable, str(BENCHMARKS / "one_pass.py"), "--train.tokens", "2000"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 1
-    assert "the sweep has 2 steps: 33 are measured" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr == "error: the sweep has 2 steps: 33 are measured; raise train.tokens\n"
+
+
+def test_a_part_that_fails_leaves_its_earlier_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import bench
+
+    script = tmp_path / "part.py"
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "PARTS", {part: (bench.of_help, str(script)) for part in ("help", "steps")})
+    monkeypatch.setattr(sys, "argv", ["bench.py", "help"])
+    script.write_text(f"import sys\nopen(sys.argv[2], 'w').write({json.dumps(SPREAD)!r})")
+    bench.main()
+    script.write_text("import sys\nopen(sys.argv[2], 'w').write('half of it')\nsys.exit(1)")
+    monkeypatch.setattr(sys, "argv", ["bench.py", "help", "steps"])
+    with pytest.raises(SystemExit, match="help failed, the table has its earlier numbers; steps failed, the table lacks it"):
+        bench.main()
+    assert json.loads((tmp_path / "help.json").read_text()) == SPREAD
+    assert "3.20 s (3.00 to 3.50)" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "sentence"),
+    [
+        ("bench", "stepz", "'stepz' is none of help, steps, producer"),
+        ("help", "--json absent/x.json", "'absent/x.json' cannot be written, there is no folder 'absent'"),
+        ("help", "--json .", "'.' is a folder: name a file"),
+        ("steps", "--batch 0", "--batch: '0' is not a whole number of at least 1"),
+        ("steps", "--repeats 2", "--repeats: '2' is not a whole number of at least 3"),
+        ("steps", "--k 5000", "--k: 5000 is more than the 4096 latents"),
+        ("steps", "--only topk-d256-n4096 --peers absent", 'absent has no torch: `make bench ARGS="steps"` has the peers\' environment made'),
+        ("many", "--numbers 1,two", "--numbers: in '1,two', 'two' is not a whole number of at least 1"),
+        ("many", "--numbers 1,1", "--numbers: '1,1' has a number twice"),
+        ("many", "--width 8", "--width: '8' is not a whole number of at least 16"),
+        ("many", "--shards 9", "--shards: '9' is not a whole number of at least 10"),
+        ("many", "--figure x.doc", "--figure: 'x.doc' is no figure that can be drawn"),
+        ("whole_job", "--tokens 1e3", "--tokens: '1e3' is not a whole number of at least 4096"),
+        ("whole_job", "--tokens 1e5 --json absent/x.json", "there is no folder 'absent'"),
+        ("one_pass", "--widths 256 --json", "--json: expected one argument"),
+        ("one_pass", "--widths 256 --json absent/x.json", "there is no folder 'absent'"),
+        ("one_pass", "--wdths 256", "error: unknown option --wdths: did you mean --widths?"),
+        ("one_pass", "--parts --model.name /absent", "error: model.name is '/absent': neither a model's folder nor"),
+        ("producer", "--model /absent", "error: model.name is '/absent': neither a model's folder nor"),
+        ("producer", "--threads 0", "--threads: '0' is not a whole number of at least 1"),
+        ("control_plane", "--blocks 8,0", "--blocks: in '8,0', '0' is not a whole number of at least 1"),
+        ("control_plane", "--seconds nan", "--seconds: 'nan' is not a number above 0"),
+        ("recovery", "hung", "'hung' is none of producer, hung producer"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_sentence(script: str, arguments: str, sentence: str):
+    done = subprocess.run([sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments.split()], capture_output=True, text=True)
+    assert done.returncode in (1, 2)
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("script", ["bench", "recovery"])
+def test_help_is_the_docstring(script: str):
+    done = subprocess.run([sys.executable, str(BENCHMARKS / f"{script}.py"), "--help"], capture_output=True, text=True, check=True)
+    assert f"python benchmarks/{script}.py" in done.stdout
+
+
+def test_only_rows_that_peers_have_need_their_environment(monkeypatch: pytest.MonkeyPatch):
+    import steps
+
+    measured = []
+    monkeypatch.setattr(steps, "measure", lambda row, options: measured.append(row))
+    monkeypatch.setattr(steps, "show", lambda result: None)
+    monkeypatch.setattr(sys, "argv", ["steps.py", "--only", "tied-d256-n4096", "--peers", "absent"])
+    steps.main()
+    assert measured == ["tied-d256-n4096"]
+
+
+def test_a_run_that_breaks_off_keeps_the_numbers_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import many
+
+    def measure(number: int, options: object) -> dict[str, float]:
+        if number == 4:
+            raise SystemExit("broken")
+        names = ("steady_state", "ideal", "ideal_best", "start_up", "waited_share")
+        return dict.fromkeys((*names, "ratio_least", "ratio_most", "ratio_best_least", "ratio_best_most"), 1.0)
+
+    monkeypatch.setattr(many, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["many.py", "--numbers", "1,2,4", "--json", str(tmp_path / "many.json")])
+    with pytest.raises(SystemExit, match="broken"):
+        many.main()
+    assert json.loads((tmp_path / "many.json").read_text()).keys() == {"1", "2"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -19,10 +19,9 @@ from raysae.lm.model import LanguageModel
 
 @pytest.fixture(scope="module")
 def plan() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan", Path(__file__).parents[1] / "benchmarks" / "plan.py")
-    module = sys.modules["plan"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        return importlib.import_module("plan")
 
 
 def test_operations_of_a_language_model_are_those_that_torch_counts(plan: ModuleType):
@@ -121,3 +120,42 @@ def test_an_sae_too_large_or_too_slow_for_a_device_is_named(planned):
     assert "SAEs of width 16,777,216 do not fit into a device's usable 72 GB: raysae does not split an SAE" in told
     told = planned(widths="1024,65536", k=32, tokens=1e9, hours=0.05)
     assert "SAEs of width 65,536 take more than 0.05 hours on a device: raysae does not split an SAE" in told
+
+
+def test_one_of_a_thing_is_told_as_one(planned):
+    told = planned(widths=64, k=4, tokens=1e6, hours=1)
+    assert "1 SAE on 1,000,000 tokens" in told
+    assert "In 1 hour: 1 h100" in told
+    assert "(1 consumer, 4 blocks a shard)" in told
+
+
+@pytest.mark.parametrize(
+    ("knobs", "sentence"),
+    [
+        ({"hours": 0}, "--hours: '0' is not a number above 0"),
+        ({"hours": "inf"}, "--hours: 'inf' is not a number above 0"),
+        ({"tokens": -1}, "--tokens: '-1' is not a number above 0"),
+        ({"widths": "256,a"}, "--widths: in '256,a', 'a' is not a whole number of at least 1"),
+        ({"widths": "256,-2"}, "--widths: in '256,-2', '-2' is not a whole number of at least 1"),
+        ({"k": "8,,16"}, "--k: in '8,,16', '' is not a whole number of at least 1"),
+        ({"k": "8,8"}, "--k: '8,8' has a number twice"),
+        ({"k": 65, "widths": "64,128"}, "--k: 65 is more than the 64 latents of the smallest of --widths"),
+        ({"batch": 0}, "--batch: '0' is not a whole number of at least 1"),
+        ({"block-mib": 0}, "--block-mib: '0' is not a number above 0"),
+        ({"efficiency": 1.5}, "--efficiency: '1.5' is not a number above 0 and at most 1"),
+        ({"context": 128, "skip": 200}, "--context: 128 is too short: of it 200 positions are skipped"),
+        ({"context": 9}, "--context: 9 is too short: of it 8 positions are skipped"),
+        ({"layer": 9}, "layer is 9: embedded has the layers 0 to"),
+        ({"model": "/absent"}, "model is '/absent': name the config.json of a language model"),
+        ({"model": "FOLDER/cost.json"}, "cost.json': name the config.json of a language model"),
+        ({"model": "FOLDER"}, "name the config.json of a language model"),
+        ({"measured": "FOLDER"}, "is not what --measure writes"),
+        ({"measured": "FOLDER/other.json"}, "other.json is not what --measure writes"),
+        ({"measured": "FOLDER/absent.json"}, "absent.json is not there: begin with --measure"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_sentence(planned, tmp_path: Path, capsys: pytest.CaptureFixture[str], knobs: dict, sentence: str):
+    (tmp_path / "other.json").write_text('{"threads": 2, "lm": []}')
+    with pytest.raises(SystemExit) as refused:
+        planned(**{name: str(value).replace("FOLDER", str(tmp_path)) for name, value in knobs.items()})
+    assert sentence in (refused.value.code if isinstance(refused.value.code, str) else capsys.readouterr().err)
