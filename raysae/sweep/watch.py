@@ -100,7 +100,8 @@ class Watch:
             raise StuckError(self.failure)
 
     def await_training(self, seconds: float) -> None:
-        """Return when an SAE is in training, or was before its study was resumed, or has ended, when the sweep cannot go on, or in the end."""
+        """Return when an SAE is in training, or was before its study was resumed, or has ended; when the sweep cannot go on; and after so many
+        seconds at the latest."""
         give_up = time.monotonic() + seconds
         while not self.failure and time.monotonic() < give_up:
             if any(row["state"] != "waiting" or row["tokens"] for trainer in self.trainers.values() for row in trainer.status):
