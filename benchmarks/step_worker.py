@@ -1,11 +1,11 @@
 """One side of `steps.py`: a training step of raysae or of a peer, taken as often as a line on standard input says.
 
-    python benchmarks/step_worker.py SIDE ARCHITECTURE D N K BATCH
+    python benchmarks/step_worker.py SIDE ARCHITECTURE D N K BATCH [DEVICE]
     python benchmarks/step_worker.py torch                           which torch this environment has
 
-Prints a line of JSON per line read: {"seconds": …} for a number of steps; for `memory` {"bytes": …}, the peak of resident memory in the steps so far
-beyond what was resident before the first one, less gradients and Adam's moments. It runs in the peers' environment too and so imports nothing but
-torch and what SIDE needs.
+Prints a line of JSON per line read: {"seconds": …} for a number of steps; for `memory` {"bytes": …}, the peak of memory (on a CPU resident, on a GPU
+allocated) in the steps so far beyond what there was before the first one, less gradients and Adam's moments. It runs in the peers' environment too
+and so imports nothing but torch and what SIDE needs.
 
 Every side does what its own trainer does in a step: forward, backward, gradient clipping, removal of the parallel gradient and unit decoder rows
 where it has them, Adam, learning-rate schedule, count of latents that fired. No latent is dead here, so AuxK is idle on all sides; logging, where a
@@ -35,16 +35,19 @@ def level(pre_activations: torch.Tensor, k: int) -> float:
     return pre_activations.flatten().kthvalue(pre_activations.numel() - len(pre_activations) * k).values.item()
 
 
-def raysae(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step, list[torch.nn.Parameter]]:
+def raysae(architecture: str, d: int, n: int, k: int, batch: int, device: str) -> tuple[Step, list[torch.nn.Parameter]]:
     from raysae.config import SAEConfig, TrainConfig
+    from raysae.numerics import be_deterministic
     from raysae.train.bank import Bank
 
     sparsity = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity": 0.01}
     config = SAEConfig(architecture=architecture, width=n, hook_point="resid_post.0", learning_rate=2e-4, seed=0, **sparsity)
     train = TrainConfig(batch=batch, tokens=STEPS * batch, warmup=WARMUP / STEPS, sparsity_warmup=0, aux_coefficient=0)
-    bank = Bank(d, train)
+    if device == "cuda":
+        be_deterministic()
+    bank = Bank(d, train, device)
     member = bank.add(config.name, config)
-    rows = torch.randn(batch, d)
+    rows = torch.randn(batch, d, device=device)
     member.initialise(rows)
     with torch.no_grad():
         if architecture == "jumprelu":
@@ -60,15 +63,15 @@ def raysae(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step,
     return step, list(member.parameters.values())
 
 
-def sparsify(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step, list[torch.nn.Parameter]]:
+def sparsify(architecture: str, d: int, n: int, k: int, batch: int, device: str) -> tuple[Step, list[torch.nn.Parameter]]:
     from sparsify import SparseCoder, SparseCoderConfig
     from transformers import get_linear_schedule_with_warmup
 
     assert architecture == "topk"
-    sae = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k), "cpu", dtype=torch.float32)
+    sae = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k), device, dtype=torch.float32)
     optimizer = torch.optim.Adam([{"params": sae.parameters(), "lr": 2e-4}])
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
-    quiet, fired = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.bool)
+    quiet, fired = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.bool, device=device)
 
     def step(number: int, x: torch.Tensor) -> None:  # as sparsify's Trainer.fit with loss_fn="fvu", AuxK and logging off
         if number == 0:
@@ -88,13 +91,13 @@ def sparsify(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Ste
     return step, list(sae.parameters())
 
 
-def saelens(architecture: str, d: int, n: int, k: int, batch: int, sparse: bool = False) -> tuple[Step, list[torch.nn.Parameter]]:
+def saelens(architecture: str, d: int, n: int, k: int, batch: int, device: str, sparse: bool = False) -> tuple[Step, list[torch.nn.Parameter]]:
     from sae_lens import BatchTopKTrainingSAEConfig, JumpReLUTrainingSAEConfig, LoggingConfig, StandardTrainingSAEConfig, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.sae import TrainingSAE
     from sae_lens.training.sae_trainer import SAETrainer
 
-    common = {"d_in": d, "d_sae": n, "dtype": "float32", "device": "cpu"}
+    common = {"d_in": d, "d_sae": n, "dtype": "float32", "device": device}
     config = {
         "topk": lambda: TopKTrainingSAEConfig(k=k, use_sparse_activations=sparse, rescale_acts_by_decoder_norm=not sparse, **common),
         "batchtopk": lambda: BatchTopKTrainingSAEConfig(k=k, **common),
@@ -103,11 +106,12 @@ def saelens(architecture: str, d: int, n: int, k: int, batch: int, sparse: bool 
     }[architecture]()
     sae = TrainingSAE.from_dict(config.to_dict())
     if architecture == "jumprelu":
-        sae.threshold.data.fill_(level(torch.randn(256, d) @ sae.W_enc.data, k))
+        sae.threshold.data.fill_(level(torch.randn(256, d, device=device) @ sae.W_enc.data, k))
     elif architecture == "relu":
-        sae.b_enc.data.fill_(-level(torch.randn(256, d) @ sae.W_enc.data, k))
+        sae.b_enc.data.fill_(-level(torch.randn(256, d, device=device) @ sae.W_enc.data, k))
     trainer_config = SAETrainerConfig(
-        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=STEPS * batch, device="cpu", autocast=False,
+        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=STEPS * batch, device=device,
+        autocast=device == "cuda",
         lr=2e-4, lr_end=2e-5, lr_scheduler_name="constant", lr_warm_up_steps=WARMUP, adam_beta1=0.9, adam_beta2=0.999,
         lr_decay_steps=STEPS // 5, n_restart_cycles=1, train_batch_size_samples=batch, dead_feature_window=10**9, feature_sampling_window=10**9,
         logger=LoggingConfig(log_to_wandb=False),
@@ -125,7 +129,7 @@ def saelens_sparse(*sizes: int | str) -> tuple[Step, list[torch.nn.Parameter]]:
     return saelens(*sizes, sparse=True)
 
 
-def dictionary_learning(architecture: str, d: int, n: int, k: int, batch: int) -> tuple[Step, list[torch.nn.Parameter]]:
+def dictionary_learning(architecture: str, d: int, n: int, k: int, batch: int, device: str) -> tuple[Step, list[torch.nn.Parameter]]:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.standard import StandardTrainer
@@ -135,12 +139,12 @@ def dictionary_learning(architecture: str, d: int, n: int, k: int, batch: int) -
     sparse = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity_warmup_steps": None}
     own = {"resample_steps": None} if architecture == "relu" else {}
     trainer = kind(
-        steps=STEPS, activation_dim=d, dict_size=n, layer=0, lm_name="none", lr=2e-4, warmup_steps=WARMUP, device="cpu", seed=0, **sparse, **own
+        steps=STEPS, activation_dim=d, dict_size=n, layer=0, lm_name="none", lr=2e-4, warmup_steps=WARMUP, device=device, seed=0, **sparse, **own
     )
     if architecture == "jumprelu":
-        trainer.ae.threshold.data.fill_(level(torch.randn(256, d) @ trainer.ae.W_enc.data, k))
+        trainer.ae.threshold.data.fill_(level(torch.randn(256, d, device=device) @ trainer.ae.W_enc.data, k))
     elif architecture == "relu":
-        trainer.ae.encoder.bias.data.fill_(-level(torch.randn(256, d) @ trainer.ae.encoder.weight.data.T, k))
+        trainer.ae.encoder.bias.data.fill_(-level(torch.randn(256, d, device=device) @ trainer.ae.encoder.weight.data.T, k))
     return trainer.update, list(trainer.ae.parameters())
 
 
@@ -157,25 +161,32 @@ def main() -> None:
     if sys.argv[1:] == ["torch"]:
         print(torch.__version__)
         return
-    side, architecture, *sizes = sys.argv[1:]
+    side, architecture, *sizes = sys.argv[1:7]
     d, n, k, batch = map(int, sizes)
+    device = (*sys.argv[7:], "cpu")[0]
     answers, sys.stdout = sys.stdout, sys.stderr  # what a peer prints must not come between the answers
     torch.manual_seed(0)
-    batches = [torch.randn(batch, d) for _ in range(BATCHES)]
-    step, parameters = SIDES[side](architecture, d, n, k, batch)
-    before = resident("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # reset the peak
+    batches = [torch.randn(batch, d, device=device) for _ in range(BATCHES)]
+    step, parameters = SIDES[side](architecture, d, n, k, batch, device)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        before = resident("VmRSS")
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # reset the peak
     done = 0
     for line in sys.stdin:
         if line.strip() == "memory":
             kept = 3 * sum(p.numel() * p.element_size() for p in parameters)  # gradients and Adam's two moments
-            answer = {"bytes": resident("VmHWM") - before - kept}
+            answer = {"bytes": (torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")) - before - kept}
         else:
             began = time.perf_counter()
             for _ in range(int(line)):
                 step(done, batches[done % BATCHES])
                 done += 1
+            if device == "cuda":
+                torch.cuda.synchronize()
             answer = {"seconds": time.perf_counter() - began}
         print(json.dumps(answer), file=answers, flush=True)
 

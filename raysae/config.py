@@ -218,6 +218,9 @@ class TrainConfig(Strict):
     )
     aux_coefficient: float = Field(1 / 32, ge=0, description="weight of the AuxK loss (topk, batchtopk)")
     decoder_bias: Literal["mean", "median"] = Field("median", description="b_dec starts at the mean or the geometric median of the first rows")
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        None, description="number format of operands of a step's products; weights, sums and Adam are float32. Unset: bfloat16 on a GPU, else float32"
+    )
     bandwidth: float = Field(0.03, gt=0, description="width of jumprelu's straight-through window, in units of the normalised activation")
     threads: int | None = Field(
         None, gt=0, description="CPU threads of a trainer; unset: the cores of its machine shared out evenly. The bits of an SAE depend on it"

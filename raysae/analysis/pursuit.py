@@ -176,7 +176,7 @@ class _DenseProducts:
     def best(self, codes: Codes) -> Tensor:
         """argmax of D·r of the first tokens (c,), whose weights are `codes` (c, s)."""
         residual = self._x[: len(codes.values)] - _sum_of_rows(self._features, codes.indices, codes.values)
-        parts = residual.split(kernels.chunk_rows(len(self._features), residual.element_size()))
+        parts = residual.split(kernels.chunk_rows(len(self._features), residual.element_size(), residual.device.type))
         return torch.cat([top_k(self._features @ part.T, 1)[1].squeeze(1) for part in parts])
 
     def gradient(self, support: Codes) -> Tensor:

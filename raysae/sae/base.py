@@ -52,7 +52,12 @@ class SAE(nn.Module):
     Weights are latent-major, W_enc and W_dec are (n, d). Every architecture but the tied one keeps decoder rows at norm 1 and starts with
     W_enc = W_dec, rows of random directions. A subclass gives the activation (`encode`) and the loss with its gradients.
     One instance may encode and decode in several threads at once, each with buffers of its own, and train in one.
+
+    On a GPU `precision`, bfloat16, may be set: what operands of training's products are rounded to (see `kernels.product`). Parameters, sums, losses
+    and gradients are float32 all the same, and so is everything where None stands, and `encode`.
     """
+
+    precision: torch.dtype | None = None
 
     def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
         super().__init__()
@@ -112,7 +117,7 @@ class SAE(nn.Module):
 
     def rows_at_once(self) -> int:
         """Rows whose codes fit into bounded memory."""
-        return kernels.chunk_rows(max(self.code_width, self.d), self.W_enc.element_size())
+        return kernels.chunk_rows(max(self.code_width, self.d), self.W_enc.element_size(), self.W_enc.device.type)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """W_enc (x − b_dec) + b_enc, latent-major (n, b) as in `kernels.pre_activation_chunks`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from raysae.config import SAEConfig, TrainConfig
 from raysae.sae import kernels
 from raysae.sae.kernels import Nonzeros
-from raysae.sae.selection import BatchTop
+from raysae.sae.selection import BatchTop, top_k
 from raysae.sae.topk import DeadCodes, TopK
 
 AVERAGED_STEPS = 100  # the running mean is plain over the first so many steps, then exponential with this time constant
@@ -36,14 +36,18 @@ class BatchTopK(TopK):
         return (pre * (pre > self.threshold)).T
 
     def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
-        top, dead_tops = BatchTop(len(centred) * self.config.k, self.n, centred), []
-        for rows, scores in kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace):
+        top, dead_tops = BatchTop(len(centred) * self.config.k, self.n, self.b_enc), []
+        for rows, scores in kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace, precision=self.precision):
             top.add(rows.start, scores)
             if dead is not None:
                 of_dead = torch.index_select(scores, 0, dead, out=self._workspace.take("dead", (len(dead), scores.shape[1]), scores))
-                dead_tops.append(self._dead_top(of_dead))
+                dead_tops.append(top_k(of_dead, min(self.k_aux, len(dead))))
         self._smallest = top.values.min() if len(top.values) else None
-        return top.nonzeros(len(centred)), self._dead_codes(dead, dead_tops)
+        codes = top.nonzeros(len(centred))
+        if dead is None:
+            return codes, None
+        values, places = (torch.cat(parts) for parts in zip(*dead_tops, strict=True))
+        return codes, DeadCodes(dead, places, values.relu_())
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -41,12 +41,12 @@ class DenseSAE(SAE):
         for parameter in self.parameters():
             parameter.grad.zero_()
         b, coefficient = len(x), self.config.sparsity * step.sparsity_factor / len(x)
-        encoder, decoder = self.encoder(), self.decoder()
+        encoder, decoder = (matrix if self.precision is None else matrix.to(self.precision) for matrix in (self.encoder(), self.decoder()))
         centred = torch.sub(x, self.b_dec, out=self._workspace.take("centred", x.shape, x))
         squared_error, penalty, active, grad_x_hat_sum = (torch.zeros((), dtype=x.dtype, device=x.device) for _ in range(4))
         fired = self._fired.zero_()
-        for part, chunk in kernels.pre_activation_chunks(centred, encoder, self.b_enc, self._workspace):
-            elements = elements_of(self._matter(chunk), self._workspace)
+        for part, chunk in kernels.pre_activation_chunks(centred, encoder, self.b_enc, self._workspace, precision=self.precision):
+            elements = elements_of(self._matter(chunk), self._workspace, self.precision)
             pre = elements.of(chunk)
             codes = self._activate(pre, elements)
             error = centred[part] - elements.decode(codes, decoder)

@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from raysae.sae.kernels import Workspace, order_of, outer_blocks
+from raysae.sae.kernels import Workspace, order_of, outer_blocks, product
 
 LISTED = 1 / 7  # the share of a chunk's elements from which on a list costs more than all of them
 LONGEST = 1 << 18  # elements of a list, some 200 bytes each
 
 
-def elements_of(where: Tensor, workspace: Workspace) -> All | Few:
+def elements_of(where: Tensor, workspace: Workspace, precision: torch.dtype | None = None) -> All | Few:
     """Where `where` (n, r) is true; a list if that is faster: by their number alone, so that the same chunk takes the same way every time. On a GPU,
     where dense products are cheap and a list would have the host wait for its length, all."""
     few = not where.is_cuda and int(where.sum()) <= min(LONGEST, LISTED * where.numel())
-    return Few(where) if few else All(workspace)
+    return Few(where) if few else All(workspace, precision)
 
 
 class All:
     """Every element of an (n, r) chunk."""
 
-    def __init__(self, workspace: Workspace):
-        self._workspace = workspace
+    def __init__(self, workspace: Workspace, precision: torch.dtype | None = None):
+        self._workspace, self._precision = workspace, precision
 
     def of(self, matrix: Tensor) -> Tensor:
         """The quantity with the values of `matrix` (n, r)."""
@@ -47,16 +47,19 @@ class All:
 
     def decode(self, codes: Tensor, weight: Tensor) -> Tensor:
         """Codes, a quantity, times the latents' rows of `weight` (n, d): (r, d)."""
-        return codes.T @ weight
+        return product(codes.T, weight, self._precision)
 
     def gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         """The gradient for the codes last given to `decode`, a quantity, from that for its result, `grad` (r, d)."""
         shape = len(weight), len(grad)
-        return torch.mm(weight, grad.T, out=self._workspace.take("grad_codes", shape, grad))
+        return product(weight, grad.T, self._precision, out=self._workspace.take("grad_codes", shape, grad))
 
     def add_outer_(self, out: Tensor, quantity: Tensor, source: Tensor) -> None:
         """Adds Σ over a latent's elements of quantity · source[row], with `source` (r, d), to the latent's row of `out` (n, d)."""
-        out.addmm_(quantity, source)
+        if self._precision is None:
+            out.addmm_(quantity, source)
+        else:
+            out.add_(product(quantity, source, self._precision))
 
 
 class Few:

@@ -1,4 +1,4 @@
-"""Products with sparse codes in bounded memory, in plain torch, the same bits every time.
+"""Products with sparse codes in bounded memory, the same bits every time; what a GPU does otherwise is in `cuda.py`.
 
 Nonzeros of a code matrix (b, n) are three parallel lists, grouped by row: `features` (N,) int64, `values` (N,) and `starts` (b,), the place
 where each row begins. Every product with them is an embedding bag (a sum of rows of a dense matrix, weighted), so neither a dense code
@@ -11,6 +11,9 @@ import itertools
 import math
 import threading
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -19,10 +22,11 @@ from torch.nn.functional import embedding_bag
 
 from raysae.sae.compiled import SUMS, compiled, in_parts
 
-VERSION = 8  # raised with what gives SAEs other bits, here, in compiled, selection, screening or elements: checkpoints of before are then refused
-CHUNK_BYTES = 24 << 20  # of pre-activations at a time …
-MINIMUM_ROWS, MAXIMUM_BYTES = 64, 64 << 20  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
-DENSE_PER_NONZERO = 4  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
+VERSION = 9  # raised with what gives SAEs other bits, here, in compiled, selection, screening or elements: checkpoints of before are then refused
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}  # of pre-activations at a time …
+MINIMUM_ROWS = 64  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
+MAXIMUM_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+DENSE_PER_NONZERO = {"cpu": 4, "cuda": 64}  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
 OUTER_BYTES = 8 << 20  # of rows of features that are summed, or gathered, at a time
 COMPILED = (torch.float32, torch.float64)  # dtypes, on a CPU
 PASS_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}  # of a matrix at a time in several operations in turn, which on a CPU find it in its cache
@@ -46,10 +50,10 @@ class Workspace(threading.local):
         return Workspace, ()
 
 
-def chunk_rows(n: int, element_size: int) -> int:
+def chunk_rows(n: int, element_size: int, device: str = "cpu") -> int:
     """Rows whose `n` pre-activations are handled at a time: a power of two, which the dense product is up to a third faster with."""
     row = n * element_size
-    return power_of_two(max(1, CHUNK_BYTES // row, min(MINIMUM_ROWS, MAXIMUM_BYTES // row)))
+    return power_of_two(max(1, CHUNK_BYTES[device] // row, min(MINIMUM_ROWS, MAXIMUM_BYTES[device] // row)))
 
 
 def rows_of(size: int, like: Tensor) -> int:
@@ -62,26 +66,42 @@ def power_of_two(number: int) -> int:
     return 1 << number.bit_length() - 1
 
 
+def product(a: Tensor, b: Tensor, precision: torch.dtype | None, out: Tensor | None = None) -> Tensor:
+    """a · b, of operands rounded to `precision` on a GPU and added up in float32; None: as they are."""
+    if precision is None:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a.to(precision), b.to(precision), out_dtype=torch.float32, out=out)
+
+
 def pre_activation_chunks(
-    x: Tensor, weight: Tensor, bias: Tensor, workspace: Workspace, latents: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, workspace: Workspace, latents: Tensor | None = None, precision: torch.dtype | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """weight·xᵀ + bias (n, b) in chunks of rows of x: (rows, chunk (n, r)), each valid until the next is taken. With `latents` only these n of them.
 
     Latent-major, as BLAS then has the long side first: x·weightᵀ takes 15 to 50 % longer on a CPU."""
     n = len(weight) if latents is None else len(latents)
-    if latents is not None and (x.is_cuda or n * x.shape[1] * x.element_size() <= MAXIMUM_BYTES):
+    if latents is not None and n * x.shape[1] * x.element_size() <= MAXIMUM_BYTES[x.device.type]:
         weight, bias, latents = weight[latents], bias[latents], None
-    rows = min(chunk_rows(n, x.element_size()), len(x))
+    rows = min(chunk_rows(n, bias.element_size(), x.device.type), len(x))
+    if precision is not None:
+        weight, x = weight.to(precision), x.to(precision)
     for start in range(0, len(x), rows):
         part = slice(start, min(start + rows, len(x)))
-        chunk = workspace.take("pre_activations", (n, part.stop - part.start), x)
+        chunk = workspace.take("pre_activations", (n, part.stop - part.start), bias)
         if latents is None:
-            torch.addmm(bias.unsqueeze(1), weight, x[part].T, out=chunk)
+            _pre_activations(x[part], weight, bias, precision, chunk)
         else:
             block = rows_of(OUTER_BYTES, x)
             for some, out in zip(latents.split(block), chunk.split(block), strict=True):
-                torch.addmm(bias[some].unsqueeze(1), weight[some], x[part].T, out=out)
+                _pre_activations(x[part], weight[some], bias[some], precision, out)
         yield part, chunk
+
+
+def _pre_activations(x: Tensor, weight: Tensor, bias: Tensor, precision: torch.dtype | None, out: Tensor) -> None:
+    if precision is None:
+        torch.addmm(bias.unsqueeze(1), weight, x.T, out=out)
+    else:
+        product(weight, x.T, precision, out=out).add_(bias.unsqueeze(1))
 
 
 # ---------------------------------------------------------------- products with sparse codes
@@ -106,14 +126,13 @@ class Nonzeros(NamedTuple):
 
 def starts_of(ascending: Tensor, bins: int) -> Tensor:
     """Where each of the numbers 0 … bins − 1 starts in the list `ascending`, (bins,)."""
-    counts = torch.bincount(ascending, minlength=bins)
-    return counts.cumsum(0) - counts
+    return torch.searchsorted(ascending, torch.arange(bins, dtype=ascending.dtype, device=ascending.device))
 
 
 def order_of(keys: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """What sorts `keys` (N,) int64, stably: (N,), and where each of the numbers 0 … bins − 1 then starts: (bins,). Keys are not checked."""
     if keys.device.type != "cpu":
-        ordered, order = keys.sort(stable=True)
+        ordered, order = keys.to(torch.int32).sort(stable=True)  # in half the time of 64 bits
         return order, starts_of(ordered, bins)
     order, starts = torch.empty_like(keys), keys.new_empty(bins)
     _order_of(keys.numpy(), order.numpy(), starts.numpy())
@@ -243,43 +262,68 @@ class SparseCodes:
         grad_codes = self._products.mul_(scale).mul_(self.codes.values > 0)
         by_feature = ByFeature(self.codes, self.n)
         by_feature.outer_(W_dec, self.codes.values * scale, residual, self.latents)
-        by_feature.outer_(W_enc, grad_codes, x, self.latents)
+        by_feature.outer_(W_enc, grad_codes, x.to(residual), self.latents)
         by_feature.sum_(b_enc, grad_codes, self.latents)
 
 
 class DenseCodes:
     """The same with a dense matrix, which is faster where there are few latents: a dense product does its operations so much faster."""
 
-    def __init__(self, codes: Nonzeros, n: int, latents: Tensor | None, workspace: Workspace):
+    def __init__(self, codes: Nonzeros, n: int, latents: Tensor | None, workspace: Workspace, precision: torch.dtype | None):
         shape = (len(codes.starts), n)
         self.matrix = workspace.take("codes", shape, codes.values).zero_()
-        self.matrix.view(-1)[torch.add(codes.features, codes.rows, alpha=n)] = codes.values
-        self.latents, self.workspace = latents, workspace
+        put_(self.matrix.view(-1), torch.add(codes.features, codes.rows, alpha=n), codes.values)
+        self.latents, self.workspace, self.precision = latents, workspace, precision
 
     def residual(self, target: Tensor, weight: Tensor) -> Tensor:
         self._weight = weight if self.latents is None else weight[self.latents]
-        return torch.addmm(target, self.matrix, self._weight, alpha=-1)
+        if self.precision is None:
+            return torch.addmm(target, self.matrix, self._weight, alpha=-1)
+        return target - product(self.matrix, self._weight, self.precision)
 
     def backward(self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
-        grad_codes = torch.mm(residual, self._weight.T, out=self.workspace.take("grad_codes", self.matrix.shape, residual))
+        grad_codes = product(residual, self._weight.T, self.precision, out=self.workspace.take("grad_codes", self.matrix.shape, residual))
         grad_codes.mul_(scale).mul_(self.matrix > 0)
         codes = self.matrix.mul_(scale)
         if self.latents is None:
-            torch.mm(codes.T, residual, out=W_dec)
-            torch.mm(grad_codes.T, x, out=W_enc)
+            product(codes.T, residual, self.precision, out=W_dec)
+            product(grad_codes.T, x, self.precision, out=W_enc)
             torch.sum(grad_codes, 0, out=b_enc)
         else:
-            W_dec.index_add_(0, self.latents, codes.T @ residual)
-            W_enc.index_add_(0, self.latents, grad_codes.T @ x)
-            b_enc.index_add_(0, self.latents, grad_codes.sum(0))
+            add_rows_(W_dec, self.latents, product(codes.T, residual, self.precision))
+            add_rows_(W_enc, self.latents, product(grad_codes.T, x, self.precision))
+            add_rows_(b_enc.unsqueeze(1), self.latents, grad_codes.sum(0).unsqueeze(1))
 
 
-def code_matrix(codes: Nonzeros, n: int, workspace: Workspace, latents: Tensor | None = None) -> SparseCodes | DenseCodes:
+def code_matrix(
+    codes: Nonzeros, n: int, workspace: Workspace, latents: Tensor | None = None, precision: torch.dtype | None = None
+) -> SparseCodes | DenseCodes:
     """`codes` as a (b, n) matrix, of the `latents` (n,) of a larger dictionary or of a whole one, in the form that is faster: by their number alone,
-    so that the same codes take the same way every time."""
-    elements = len(codes.starts) * n
-    dense = elements <= DENSE_PER_NONZERO * len(codes.values) and elements * codes.values.element_size() <= MAXIMUM_BYTES
-    return DenseCodes(codes, n, latents, workspace) if dense else SparseCodes(codes, n, latents)
+    so that the same codes take the same way every time. `precision` is that of `product`."""
+    elements, device = len(codes.starts) * n, codes.values.device.type
+    if elements <= DENSE_PER_NONZERO[device] * len(codes.values) and elements * codes.values.element_size() <= MAXIMUM_BYTES[device]:
+        return DenseCodes(codes, n, latents, workspace, precision)
+    if cuda := for_triton(codes.values):
+        return cuda.FusedCodes(codes, n, latents, precision)
+    return SparseCodes(codes, n, latents)
+
+
+def for_triton(like: Tensor) -> ModuleType | None:
+    """`cuda.py`, whose kernels are for tensors like this one: float32 on a GPU. None: they are not."""
+    if not like.is_cuda or like.dtype != torch.float32 or triton_version() is None:
+        return None
+    from raysae.sae import cuda
+
+    return cuda
+
+
+@cache
+def triton_version() -> str | None:
+    """None where there is none: PyTorch for CUDA brings it along on Linux. All is done in plain PyTorch then."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
 
 
 # ---------------------------------------------------------------- small parts
@@ -288,6 +332,27 @@ def code_matrix(codes: Nonzeros, n: int, workspace: Workspace, latents: Tensor |
 def sum_of_squares(matrix: Tensor) -> Tensor:
     flat = matrix.flatten()
     return flat.dot(flat)
+
+
+def sum_of_rows(matrix: Tensor) -> Tensor:
+    """(d,) float64 for `matrix` (b, d); a GPU, which would write all of it in float64 first, adds up to 64 rows in its own format."""
+    if matrix.is_cuda:
+        matrix = matrix.unflatten(0, (-1, math.gcd(len(matrix), 64))).sum(1)
+    return matrix.sum(0, dtype=torch.float64)
+
+
+def put_(numbers: Tensor, places: Tensor, values: Tensor) -> None:
+    """Writes `values` (m,) to the `places` (m,), all different, of `numbers` (n,)."""
+    if cuda := for_triton(numbers):
+        return cuda.put_(numbers, places, values)
+    numbers[places] = values
+
+
+def add_rows_(matrix: Tensor, places: Tensor, rows: Tensor) -> None:
+    """Adds `rows` (m, d) to the rows `places` (m,), all different, of `matrix` (n, d)."""
+    if cuda := for_triton(matrix):
+        return cuda.add_rows_(matrix, places, rows)
+    matrix.index_add_(0, places, rows)
 
 
 def unit_rows(matrix: Tensor) -> Tensor:
@@ -307,12 +372,16 @@ def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def normalise_rows_(matrix: Tensor) -> None:
+    if cuda := for_triton(matrix):
+        return cuda.normalise_rows_(matrix)
     for (rows,) in row_blocks(matrix):
         rows.div_(row_norms(rows))
 
 
 def remove_parallel_(gradient: Tensor, unit: Tensor) -> None:
     """Subtracts from each row of `gradient` its part along the same row of `unit`, (n, d) both."""
+    if cuda := for_triton(gradient):
+        return cuda.remove_parallel_(gradient, unit)
     for gradients, units in row_blocks(gradient, unit):
         gradients.addcmul_(units, torch.linalg.vecdot(gradients, units).unsqueeze(1), value=-1)
 

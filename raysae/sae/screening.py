@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from raysae.sae.compiled import SUMS, compiled, in_parts
-from raysae.sae.kernels import Workspace, pre_activation_chunks, products_of
+from raysae.sae.kernels import Workspace, for_triton, pre_activation_chunks, products_of
 from raysae.sae.selection import STRIP, bounds_of_largest, keep_largest, top_of_chunks
 
 LEVELS = 127  # integers go from −LEVELS to LEVELS
@@ -40,17 +40,32 @@ UNDERFLOW = np.float32(2e-38)  # more than a square is too small by in float32
 ROUNDING = 2.0**-20  # relatively, more than some operations in float32 take or add
 
 
-def top_pre_activations(x: Tensor, weight: Tensor, bias: Tensor, k: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
+def top_pre_activations(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    k: int,
+    workspace: Workspace,
+    precision: torch.dtype | None = None,
+    latents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The k largest of x·weightᵀ + bias in each row, for x (b, d), weight (n, d) and bias (n,), all of one dtype: values and indices, (b, k) each, in
     any order. NaN counts as +∞. Whichever way they are found, they are the largest but for what that way rounds, and of equal ones some.
+    `precision` is that of `kernels.product`. With `latents` only these n rows of a larger weight and bias count; indices are places in it.
 
     ValueError: k is not in 1 … n."""
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
-    (b, d), n = x.shape, len(weight)
+    (b, d), n = x.shape, len(weight if latents is None else latents)
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}: from 1 to {n} is right for {n} latents")
     if not b:
         return x.new_empty(0, k), x.new_empty(0, k, dtype=torch.int64)
+    if cuda := for_triton(bias):
+        if latents is not None:
+            weight, bias = weight[latents], bias[latents]
+        return cuda.top_pre_activations(x, weight, bias, k, workspace, precision)
+    if latents is not None:
+        return top_of_chunks(pre_activation_chunks(x, weight, bias, workspace, latents), k)
     sizes = 1 < d <= WIDEST and n * d <= INTEGERS and n <= PRODUCTS // STRIP  # _int_mm is wrong for d = 1
     if sizes and b >= FEWEST_ROWS and n >= LATENTS_PER_K * k and x.device.type == "cpu" and x.dtype == torch.float32 and fast_integers():
         found = _screened(x.contiguous(), weight.contiguous(), bias.contiguous(), k, workspace)

@@ -21,9 +21,8 @@ from raysae.sae import kernels
 from raysae.sae.base import SAE, Codes, StepInfo
 from raysae.sae.kernels import Nonzeros
 from raysae.sae.screening import top_pre_activations
-from raysae.sae.selection import top_k
 
-AUX_NONZEROS = 1 << 19  # of AuxK handled at a time
+AUX_NONZEROS = {"cpu": 1 << 19, "cuda": 1 << 21}  # of AuxK handled at a time
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,13 @@ class TopK(SAE):
         self._take_grads()
         centred = torch.sub(x, self.b_dec, out=self._workspace.take("centred", x.shape, x))
         dead = torch.nonzero(step.dead).squeeze(1) if step.dead is not None and self.train_config.aux_coefficient else None
-        codes, dead_codes = self._select(centred, dead if dead is not None and len(dead) else None)
+        low = centred if self.precision is None else centred.to(self.precision)
+        codes, dead_codes = self._select(low, dead if dead is not None and len(dead) else None)
         active = codes.values > 0
 
-        matrix = kernels.code_matrix(codes, self.n, self._workspace)
+        matrix = kernels.code_matrix(codes, self.n, self._workspace, precision=self.precision)
         error = matrix.residual(centred, self.W_dec)
-        matrix.backward(-2 / len(x), error, centred, self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)
+        matrix.backward(-2 / len(x), error, low, self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)
 
         squared_error = kernels.sum_of_squares(error) / len(x)
         terms = {"loss": squared_error, "squared_error": squared_error, "l0": active.sum() / len(x)}
@@ -67,28 +67,20 @@ class TopK(SAE):
 
         # x − b_dec enters both the encoder and the error: b_dec's gradient needs no dense gradient of the input
         torch.sub(error.sum(0).mul_(-2 / len(x)), self.b_enc.grad @ self.W_enc, out=self.b_dec.grad)
-        self._fired.zero_()[codes.features[active]] = True
+        # a place behind the last latent's for what is not active: to leave it out, a GPU would wait for how much that is
+        fired = torch.zeros(self.n + 1, dtype=torch.bool, device=x.device).index_fill_(0, codes.features.where(active, self.n), True)
+        self._fired.copy_(fired[:-1])
         return terms
 
     def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
-        """The batch's codes, and AuxK's where there are dead latents, from x − b_dec (b, d)."""
-        values, indices = top_pre_activations(centred, self.W_enc, self.b_enc, self.config.k, self._workspace)
-        dead_tops = []
-        if dead is not None:
-            chunks = kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace, dead)
-            dead_tops = [self._dead_top(scores) for _, scores in chunks]
-        return Nonzeros.of_rows(indices, values.relu_()), self._dead_codes(dead, dead_tops)
-
-    def _dead_top(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """AuxK's selection from some rows' pre-activations of the dead latents (m, r): values and places among these, (r, k_aux) each."""
-        return top_k(scores, min(self.k_aux, len(scores)))
-
-    @staticmethod
-    def _dead_codes(dead: Tensor | None, tops: list[tuple[Tensor, Tensor]]) -> DeadCodes | None:
+        """The batch's codes, and AuxK's where there are dead latents, from x − b_dec (b, d), rounded to `precision` already."""
+        values, indices = top_pre_activations(centred, self.W_enc, self.b_enc, self.config.k, self._workspace, self.precision)
+        codes = Nonzeros.of_rows(indices, values.relu_())
         if dead is None:
-            return None
-        values, places = (torch.cat(parts) for parts in zip(*tops, strict=True))
-        return DeadCodes(dead, places, values.relu_())
+            return codes, None
+        k_aux = min(self.k_aux, len(dead))
+        values, places = top_pre_activations(centred, self.W_enc, self.b_enc, k_aux, self._workspace, self.precision, dead)
+        return codes, DeadCodes(dead, places, values.relu_())
 
     @property
     def k_aux(self) -> int:
@@ -103,10 +95,11 @@ class TopK(SAE):
         share = torch.where(enough, 1 / variance, 0)
         weight = 2 * self.train_config.aux_coefficient * self.d * share
         missed = torch.zeros_like(variance)
-        rows = max(1, AUX_NONZEROS // codes.places.shape[1])
+        rows = max(1, AUX_NONZEROS[error.device.type] // codes.places.shape[1])
         for start in range(0, len(error), rows):
             part = slice(start, start + rows)
-            matrix = kernels.code_matrix(Nonzeros.of_rows(codes.places[part], codes.values[part]), len(codes.dead), self._workspace, codes.dead)
+            nonzeros = Nonzeros.of_rows(codes.places[part], codes.values[part])
+            matrix = kernels.code_matrix(nonzeros, len(codes.dead), self._workspace, codes.dead, self.precision)
             left = matrix.residual(error[part], self.W_dec)
             missed += kernels.sum_of_squares(left)
             matrix.backward(-weight, left, centred[part], self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)

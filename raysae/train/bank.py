@@ -14,6 +14,7 @@ import torch
 
 from raysae.config import SAEConfig, TrainConfig
 from raysae.sae.base import SAE, StepInfo, centre_of, share_buffers
+from raysae.sae.kernels import sum_of_rows
 from raysae.train.adam import Adam
 from raysae.train.schedule import dead_after, learning_rate_factor, sparsity_factor
 
@@ -28,6 +29,8 @@ class Member:
         self.config = config
         self.train = train
         self.sae = SAE.build(config, d, train).to(device)
+        if torch.device(device).type == "cuda" and train.precision != "float32":
+            self.sae.precision = torch.bfloat16
         self.parameters = dict(self.sae.named_parameters())
         self.adam = Adam(self.parameters.values(), train.beta1, train.beta2)
         self.quiet = torch.zeros(config.width, dtype=torch.int64, device=device)  # (n,) tokens since each latent last fired
@@ -178,18 +181,18 @@ class Bank:
         """One step of every member that stands at `row`, on raw rows `(b, d)`; returns these members, each trained or failed."""
         members = self.at(row)
         x = x.to(self.device, non_blocking=True)
-        row_sum = x.sum(0, dtype=torch.float64)  # finite where all of x is: sums of numbers in float32 are far from what float64 can hold
-        if not bool(torch.isfinite(row_sum).all()):
-            finite = torch.isfinite(x)
-            bad = int((~finite).nonzero()[0, 0])
-            value = x[bad][~finite[bad]][0].item()
-            for member in members:
-                member.fail("activation", value, row + bad)
-            return members
+        row_sum = sum_of_rows(x)
         scales = {member.name: member.scale for member in members}
         shared = {scale: self._divided(x, scale) for scale in scales.values()}
         for member in members:
             member.step(shared[scales[member.name]], row_sum)
+        if any(member.failed for member in members):
+            finite = torch.isfinite(x)  # if one is not, no loss is: looked for only now, as on a GPU that would wait for the device in every step
+            if not bool(finite.all()):
+                bad = int((~finite).nonzero()[0, 0])
+                value = x[bad][~finite[bad]][0].item()
+                for member in members:
+                    member.fail("activation", value, row + bad)
         return members
 
     def skip(self, row: int) -> None:

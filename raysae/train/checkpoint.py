@@ -52,6 +52,8 @@ def fingerprint(spec: ActivationSpec, sae: SAEConfig, train: TrainConfig, device
     if torch.device(device).type == "cpu":
         # numba compiles sums, in an order of its own, and does so where products of integers are fast
         facts |= {"numba": numba.__version__, "fast_integers": fast_integers()}
+    else:
+        facts["triton"] = kernels.triton_version()
     facts |= {f"sae.{key}": value for key, value in sae.model_dump().items()}
     return facts | {f"train.{key}": value for key, value in train.model_dump().items() if key not in WITHOUT_EFFECT}
 

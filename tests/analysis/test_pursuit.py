@@ -64,7 +64,7 @@ def way(request, monkeypatch) -> str:
     monkeypatch.setattr(module, "GRAM_BYTES", 0 if request.param == "dense" else 1 << 30)
     monkeypatch.setattr(module, "GRAM_COLUMNS", 8)
     monkeypatch.setattr(module, "SCORE_BYTES", {"gram": 24**2, "both": 30, "dense": 30}[request.param] * 8 * 25)
-    monkeypatch.setattr(kernels, "CHUNK_BYTES", 30 * 8 * 10)
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", {"cpu": 30 * 8 * 10})
     monkeypatch.setattr(kernels, "MINIMUM_ROWS", 1)
     return request.param
 

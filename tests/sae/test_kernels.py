@@ -36,7 +36,7 @@ def test_products_with_nonzeros(block_bytes, monkeypatch):
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 def test_code_matrices(form, monkeypatch):
     """Forward and backward against autograd through a dense matrix; a place without an active latent gets no gradient."""
-    monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", {"sparse": 0, "dense": 1000}[form])
+    monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", {"cpu": {"sparse": 0, "dense": 1000}[form]})
     b, n, d, k = 30, 50, 7, 4
     indices = torch.stack([torch.randperm(n)[:k] for _ in range(b)])
     x, weight, target = torch.randn(b, d).double(), torch.randn(n, d).double(), torch.randn(b, d).double()
@@ -119,7 +119,7 @@ def test_workspace_reuses_memory_and_is_left_out_of_copies():
 @pytest.mark.parametrize(("n", "bytes_each"), [(1, 4), (8192, 4), (1 << 20, 4), (1 << 26, 4)])
 def test_chunks_are_bounded(n, bytes_each):
     rows = kernels.chunk_rows(n, bytes_each)
-    assert rows == 1 or rows * n * bytes_each <= kernels.MAXIMUM_BYTES
+    assert rows == 1 or rows * n * bytes_each <= kernels.MAXIMUM_BYTES["cpu"]
 
 
 @pytest.mark.parametrize(("n", "rows"), [(4096, 1024), (5000, 1024), (16_384, 256), (24_576, 256), (65_536, 64), (262_144, 64), (1 << 20, 16)])
@@ -139,9 +139,9 @@ def test_order_is_that_of_a_stable_sort(length):
 
 @pytest.mark.parametrize("at_once", [0, 1 << 20])  # bytes of weights that may be gathered at once
 def test_pre_activations_of_some_latents(at_once, monkeypatch):
-    monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size: 8)
+    monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size, device="cpu": 8)
     monkeypatch.setattr(kernels, "OUTER_BYTES", 5 * 7 * 8)
-    monkeypatch.setattr(kernels, "MAXIMUM_BYTES", at_once)
+    monkeypatch.setattr(kernels, "MAXIMUM_BYTES", {"cpu": at_once})
     x, weight, bias, latents = torch.randn(30, 7).double(), torch.randn(50, 7).double(), torch.randn(50).double(), torch.randperm(50)[:23]
     chunks = kernels.pre_activation_chunks(x, weight, bias, kernels.Workspace(), latents)
     found = torch.cat([chunk.clone() for _, chunk in chunks], dim=1)
