@@ -1,6 +1,6 @@
 """What a sweep will cost, from a model of the cost per token that is fitted to measurements.
 
-    python benchmarks/plan.py --measure          measure this machine first (eight minutes, quiet) into build/bench/cost.json
+    python benchmarks/plan.py --measure          measure this machine first (four minutes, quiet) into build/bench/cost.json
     python benchmarks/plan.py                    Gemma 2 9B, 7 widths to 2^20 × 6 sparsities, 4 billion tokens, H100s, in a week
     python benchmarks/plan.py --device here --model embedded --layer 2 --widths 256,512 --k 8,16 --tokens 1e6 --hours 1
 
@@ -11,10 +11,9 @@
     the queue, s per block and consumer  c₁ + c₂ / blocks per shard        (docs/cost.md)
 
 b₁ is the dense encoder product, b₂ the selection of the k largest, b₃ the sparse products, b₄ Adam and the decoder's norms, b₅ what a step costs
-however small. The b are fitted twice: to steps as they are on this CPU, which computes few pre-activations, for `--device here`; and to steps that
-compute all, for GPUs. There a₁ and b₁ scale with the rate of matrix products, of which `--efficiency` is reached, in bfloat16 for the language model
-and in float32, as they are trained, for the SAEs; b₅ stays as it is, the rest scales with the memory's bandwidth. **That is an extrapolation:
-nothing here has been measured on a GPU.**
+however small. `--device here` is this machine. For GPUs the b are those read off profiles of TopK steps on an H200 (docs/cost.md); on others b₁
+scales with the data sheet's rate of matrix products, b₂ to b₄ with the memory's bandwidth. The language model has not been measured on one: a₁ is by
+that rate, of which `--efficiency` is reached, a₂ by the bandwidth.
 
 All SAEs train in one pass, so a device holds its SAEs (weights, gradients, Adam's moments) all the time and takes a step of each per batch. They are
 put on devices largest first, each on the first with hours and memory left for it; that number of devices is the plan's. An SAE is never split.
@@ -23,7 +22,6 @@ put on devices largest first, each on the first with hours and memory left for i
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -46,6 +44,7 @@ STEPS = [  # d, n, k, batch
     (256, 1024, 16, 1024), (256, 1024, 64, 4096), (256, 4096, 32, 512), (256, 4096, 32, 4096), (256, 4096, 128, 4096), (256, 16384, 32, 4096),
     (512, 8192, 32, 2048), (768, 4096, 32, 4096), (768, 16384, 64, 2048),
 ]  # fmt: skip
+ON_H200 = 1 / 790e12, 1.1e-12, 0.95e-12, 2.9e-11, 7e-4  # b₁ … b₅ there, with AuxK idle
 QUEUE = 41e-6, 1137e-6  # s per block and consumer, and over the blocks of a shard; fitted to docs/cost.md
 USABLE = 0.9  # of a device's memory, for its SAEs: the rest is for batches and what a step allocates
 TAKEN = 5  # of so many attempts, the median
@@ -55,18 +54,17 @@ TAKEN = 5  # of so many attempts, the median
 class Device:
     """Rates at their best: operations per second of matrix products, bytes per second of memory, of the bus from the host, of the network."""
 
-    matmul: float  # in bfloat16, the language model's
-    matmul32: float  # in float32, the SAEs'
+    matmul: float  # in bfloat16
     memory: float
     bus: float
     network: float
     room: float  # bytes of memory
 
 
-DEVICES = {  # vendors' data sheets: dense bfloat16; float32 without TF32; PCIe 4 or 5; a 200 or 400 Gbit/s port per GPU
-    "a100": Device(312e12, 19.5e12, 2.0e12, 32e9, 25e9, 80e9),
-    "h100": Device(989e12, 67e12, 3.35e12, 64e9, 50e9, 80e9),
-    "h200": Device(989e12, 67e12, 4.8e12, 64e9, 50e9, 141e9),
+DEVICES = {  # vendors' data sheets: dense bfloat16; PCIe 4 or 5; a 200 or 400 Gbit/s port per GPU
+    "a100": Device(312e12, 2.0e12, 32e9, 25e9, 80e9),
+    "h100": Device(989e12, 3.35e12, 64e9, 50e9, 80e9),
+    "h200": Device(989e12, 4.8e12, 64e9, 50e9, 141e9),
 }
 
 
@@ -144,7 +142,6 @@ def measure(path: Path) -> None:
 
     from raysae.config import SweepConfig
     from raysae.lm.model import LanguageModel
-    from raysae.sae import screening
     from raysae.stream.shard import ShardMaker
     from raysae.sweep.preflight import plan
 
@@ -163,7 +160,7 @@ def measure(path: Path) -> None:
         "threads": threads,
         "matmul": 2 * 4096 * 2048 * 4096 / seconds_of(lambda: torch.mm(a, b, out=out)),
         "memory": 2 * 4 * 2**26 / seconds_of(lambda: target.copy_(source)),
-        "lm": [], "steps": [], "dense_steps": [],
+        "lm": [], "steps": [],
     }  # fmt: skip
     for layer in range(4):
         hook_point = f"resid_post.{layer}"
@@ -176,16 +173,14 @@ def measure(path: Path) -> None:
         with torch.inference_mode():
             found["lm"].append({"features": of_lm(lm), "seconds": seconds_of(lambda maker=maker: maker.make(0)) / tokens})
         print(f"language model to layer {layer}: {1 / found['lm'][-1]['seconds']:,.0f} tokens/s", flush=True)
-    as_here = screening.LATENTS_PER_K
-    for kind, sizes in itertools.product(("steps", "dense_steps"), STEPS):
-        screening.LATENTS_PER_K = as_here if kind == "steps" else 1 << 40  # all pre-activations are computed, as they are on a GPU
+    for sizes in STEPS:
         *_, batch = sizes
-        step, _ = raysae("topk", *sizes)
+        step, _ = raysae("topk", *sizes, "cpu")
         x = torch.randn(batch, sizes[0])
         numbers = iter(range(100))
         seconds = seconds_of(lambda step=step, x=x, numbers=numbers: step(next(numbers), x)) / batch
-        found[kind].append({"sizes": sizes, "seconds": seconds})
-        print(f"{kind.replace('_', ' ')} with d{{}} n{{}} k{{}} batch {{}}:".format(*sizes), f"{1 / seconds:,.0f} tokens/s", flush=True)
+        found["steps"].append({"sizes": sizes, "seconds": seconds})
+        print("steps with d{} n{} k{} batch {}:".format(*sizes), f"{1 / seconds:,.0f} tokens/s", flush=True)
     path.write_text(json.dumps(found, indent=1))
 
 
@@ -222,13 +217,13 @@ class Cost:
 def fitted(measured: dict, device: Device | None, efficiency: float) -> tuple[Cost, list[tuple[float, float]]]:
     """The cost on `device` (None: the one that was measured), and the errors of the fits of language model and step."""
     lm = [row["features"] for row in measured["lm"]], [row["seconds"] for row in measured["lm"]]
-    steps = measured["dense_steps" if device else "steps"]
-    step = [of_step(*row["sizes"]) for row in steps], [row["seconds"] for row in steps]
+    step = [of_step(*row["sizes"]) for row in measured["steps"]], [row["seconds"] for row in measured["steps"]]
     cost = Cost(fit(*lm), fit(*step))
     if device:
-        other = measured["memory"] / device.memory
-        cost.lm[:] = 1 / (efficiency * device.matmul), other * cost.lm[1]
-        cost.step[:] = 1 / (efficiency * device.matmul32), *(other * cost.step[1:-1]), cost.step[-1]
+        cost.lm[:] = 1 / (efficiency * device.matmul), measured["memory"] / device.memory * cost.lm[1]
+        known = DEVICES["h200"]
+        product, *others, least = ON_H200
+        cost.step[:] = known.matmul / device.matmul * product, *(known.memory / device.memory * np.array(others)), least
     return cost, [errors_of(*lm), errors_of(*step)]
 
 
@@ -250,7 +245,9 @@ def main() -> None:
     parser.add_argument("--block-mib", type=positive, default=32)
     parser.add_argument("--shard-contexts", type=at_least(1), default=256)
     parser.add_argument("--device", choices=["here", *DEVICES], default="h100")
-    parser.add_argument("--efficiency", type=fraction, default=0.4, help="share of a GPU's matrix product rate that is reached; an assumption")
+    parser.add_argument(
+        "--efficiency", type=fraction, default=0.4, help="share of a GPU's matrix product rate that the language model reaches; an assumption"
+    )
     parser.add_argument("--hours", type=positive, default=168, help="in which the sweep is to be over")
     options = parser.parse_args()
     if max(options.k) > min(options.widths):
@@ -270,9 +267,7 @@ def main() -> None:
             parser.error(f"argument --measured: {error}")
         measure(options.measured)
     measured = read(options.measured)
-    here = Device(
-        measured["matmul"], measured["matmul"], measured["memory"], math.inf, math.inf, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    )
+    here = Device(measured["matmul"], measured["memory"], math.inf, math.inf, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     device = DEVICES.get(options.device)
     cost, errors = fitted(measured, device, options.efficiency)
     print(tell(options, lm, layer, cost, device or here, errors, measured))
