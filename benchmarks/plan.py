@@ -1,6 +1,6 @@
 """What a sweep will cost, from a model of the cost per token that is fitted to measurements.
 
-    python benchmarks/plan.py --measure          measure this machine first (four minutes, quiet) into build/bench/cost.json
+    python benchmarks/plan.py --measure          measure this machine first (some minutes, quiet) into build/bench/cost.json
     python benchmarks/plan.py                    Gemma 2 9B, 7 widths to 2^20 × 6 sparsities, 4 billion tokens, H100s, in a week
     python benchmarks/plan.py --device here --model embedded --layer 2 --widths 256,512 --k 8,16 --tokens 1e6 --hours 1
 
@@ -319,7 +319,9 @@ def tell(options: argparse.Namespace, lm: Lm, layer: int, cost: Cost, device: De
     off = [f"{within:.0%} at most, {without:.0%} for what they were not fitted to" for within, without in errors]
     lines = [
         f"Measured with {counted(str(measured['threads']), 'thread')}, {measured['matmul'] / 1e9:,.0f} GFLOP/s, {measured['memory'] / 1e9:.1f} GB/s.",
-        f"The fits are off by {off[0]} (language model), and by {off[1]} (step).",
+        f"The fits are off by {off[0]} (language model), and by {off[1]} (step)."
+        if options.device == "here"
+        else "An SAE's step is reckoned by profiles on an H200 with AuxK idle: with an eighth of the latents dead one took 1.6 times as long.",
         f"{Path(options.model).stem} up to layer {layer}: d = {lm.d}, {lm.operations / 1e9:,.2f} GFLOP per token, "
         f"{used / cost.of_lm(lm):,.0f} activations/s per device",
         f"{counted(str(len(steps)), 'SAE')} on {options.tokens:,.0f} tokens each, batch {options.batch:,}; a device trains one at",

@@ -219,7 +219,8 @@ class TrainConfig(Strict):
     aux_coefficient: float = Field(1 / 32, ge=0, description="weight of the AuxK loss (topk, batchtopk)")
     decoder_bias: Literal["mean", "median"] = Field("median", description="b_dec starts at the mean or the geometric median of the first rows")
     precision: Literal["float32", "bfloat16"] | None = Field(
-        None, description="number format of operands of a step's products; weights, sums and Adam are float32. Unset: bfloat16 on a GPU, else float32"
+        None,
+        description="number format of operands of a step's products, and of TopK's pre-activations; unset: bfloat16 on GPUs that have it",
     )
     bandwidth: float = Field(0.03, gt=0, description="width of jumprelu's straight-through window, in units of the normalised activation")
     threads: int | None = Field(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from raysae.config import TrainConfig, UserError
+
 Scalar = int | float | str | bool | None
 Seen = Mapping[str, list[Scalar]]  # fact → its values so far, in the order of their coming: more than one where producers differ
 
@@ -23,9 +25,20 @@ def device_facts(device: torch.device | str) -> dict[str, Scalar]:
     device = torch.device(device)
     facts: dict[str, Scalar] = {"torch": str(torch.__version__)}
     if device.type == "cuda":
-        return facts | {"device": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
+        matmul = torch.backends.cuda.matmul
+        arithmetic = {"tf32": matmul.allow_tf32, "bf16_reduction": matmul.allow_bf16_reduced_precision_reduction}
+        return facts | {"device": torch.cuda.get_device_name(device), **arithmetic}
     kind = f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type
     return facts | {"device": kind, "threads": torch.get_num_threads()}
+
+
+def precision_of_training(train: TrainConfig, device: torch.device | str) -> torch.dtype | None:
+    """`SAE.precision` of training on this device. UserError: bfloat16 was asked for and is for GPUs."""
+    on_gpu = torch.device(device).type == "cuda"
+    if train.precision == "bfloat16" and not on_gpu:
+        raise UserError("train.precision is bfloat16, which is for GPUs, and this trainer has none: leave it unset, or set float32")
+    wanted = train.precision or ("bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
+    return torch.bfloat16 if wanted == "bfloat16" else None
 
 
 @cache

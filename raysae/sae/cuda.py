@@ -17,22 +17,23 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from raysae.sae.kernels import Nonzeros, Workspace, chunk_rows, order_of
+from raysae.sae.kernels import Nonzeros, Workspace, order_of, power_of_two
 
+SCORES = 1 << 30  # bytes of pre-activations at a time
 STRIP = 256  # columns that a program handles, one warp: its sums over nonzeros are within a thread, and those over columns need no barrier
 PER_ROW, PER_FEATURE = 8, 4  # nonzeros whose weights, or rows, it has on their way
 TILE = 8192  # pre-activations of a row that a program finds maxima of, for ROWS rows
-ROWS = 8
+ROWS, MOST_ROWS = 8, 1 << 18  # the latter at a time: a grid has at most 65,535 programs beside the first dimension's
 LEAST = tl.constexpr(-(2**31))  # below the key of every number
 
 
 def top_pre_activations(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, workspace: Workspace, precision: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """As `screening.top_pre_activations`; with `precision`, products are rounded to it before the bias is added."""
+    """As `screening.top_pre_activations`."""
     x, weight = (matrix if precision is None else matrix.to(precision) for matrix in (x, weight))
     found = []
-    for part in x.split(chunk_rows(len(weight), x.element_size(), "cuda")):
+    for part in x.split(min(MOST_ROWS, power_of_two(max(1, SCORES // (len(weight) * x.element_size()))))):
         scores = torch.mm(part, weight.T, out=workspace.take("pre_activations", (len(part), len(weight)), part))
         found.append(top_k(scores, bias, k))
     values, indices = zip(*found, strict=True)
@@ -49,12 +50,13 @@ def top_k(scores: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     maxima = torch.empty(r, groups, dtype=torch.float32, device=scores.device)
     chosen = torch.empty(r, k, dtype=torch.int32, device=scores.device)
     values, indices = torch.empty_like(chosen, dtype=torch.float32), torch.empty_like(chosen, dtype=torch.int64)
-    per_program = max(1, TILE // members)
-    _group_maxima[triton.cdiv(groups, per_program), triton.cdiv(r, ROWS)](scores, bias, maxima, r, n, groups, members, per_program, ROWS)
-    size, sets = triton.next_power_of_2(groups), triton.next_power_of_2(k)
-    _top_groups[r,](maxima, chosen, groups, k, size, sets, num_warps=warps(size))
-    size = triton.next_power_of_2(k * members)
-    _top_members[r,](scores, bias, chosen, values, indices, n, k, members, size, sets, num_warps=warps(size))
+    per_program, sets = max(1, TILE // members), triton.next_power_of_2(k)
+    with torch.cuda.device_of(scores):
+        _group_maxima[triton.cdiv(groups, per_program), triton.cdiv(r, ROWS)](scores, bias, maxima, r, n, groups, members, per_program, ROWS)
+        size = triton.next_power_of_2(groups)
+        _top_groups[r,](maxima, chosen, groups, k, size, sets, num_warps=warps(size))
+        size = triton.next_power_of_2(k * members)
+        _top_members[r,](scores, bias, chosen, values, indices, n, k, members, size, sets, num_warps=warps(size))
     return values, indices
 
 
@@ -150,7 +152,8 @@ def residual(codes: Nonzeros, target: Tensor, weight: Tensor) -> tuple[Tensor, T
     b, d = target.shape
     found, rounded = torch.empty_like(target), torch.empty_like(target, dtype=weight.dtype)
     operands = codes.features, codes.values, codes.starts, target, weight, found, rounded
-    _residual[b, triton.cdiv(d, STRIP)](*operands, b, len(codes.values), d, PER_ROW, STRIP, num_warps=1)
+    with torch.cuda.device_of(target):
+        _residual[b, triton.cdiv(d, STRIP)](*operands, b, len(codes.values), d, PER_ROW, STRIP, num_warps=1)
     return found, rounded
 
 
@@ -189,10 +192,11 @@ class Sorted:
         strip = min(STRIP, triton.next_power_of_2(d))
         strips = triton.cdiv(d, strip)
         products = torch.empty(strips if weight is not None else 0, len(values), dtype=torch.float32, device=out.device)
-        _outer[n, strips](
-            out, self.order, self.rows, values[self.order], self.starts, source, weight, products, add_to,
-            n, len(values), d, weight is not None, add_to is not None, PER_FEATURE, strip, num_warps=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(out):
+            _outer[n, strips](
+                out, self.order, self.rows, values[self.order], self.starts, source, weight, products, add_to,
+                n, len(values), d, weight is not None, add_to is not None, PER_FEATURE, strip, num_warps=1,
+            )  # fmt: skip
         return products.sum(0) if weight is not None else None
 
 
@@ -226,7 +230,8 @@ def _outer(
 
 def put_(numbers: Tensor, places: Tensor, values: Tensor) -> None:
     """As `kernels.put_`; the same bits every time without sorting the places, which PyTorch does for that."""
-    _put[triton.cdiv(len(places), TILE),](numbers, places, values, len(places), TILE)
+    with torch.cuda.device_of(numbers):
+        _put[triton.cdiv(len(places), TILE),](numbers, places, values, len(places), TILE)
 
 
 @triton.jit
@@ -238,7 +243,8 @@ def _put(numbers, places, values, m, TILE: tl.constexpr):
 def add_rows_(matrix: Tensor, places: Tensor, rows: Tensor) -> None:
     """As `kernels.add_rows_`, likewise."""
     m, d = rows.shape
-    _add_rows[m,](matrix, places, rows, d, triton.next_power_of_2(d), num_warps=warps(d))
+    with torch.cuda.device_of(matrix):
+        _add_rows[m,](matrix, places, rows, d, triton.next_power_of_2(d), num_warps=warps(d))
 
 
 @triton.jit
@@ -253,7 +259,8 @@ def _add_rows(matrix, places, rows, d, SIZE: tl.constexpr):
 def remove_parallel_(gradient: Tensor, unit: Tensor) -> None:
     """As `kernels.remove_parallel_`, in one pass."""
     n, d = gradient.shape
-    _remove_parallel[n,](gradient, unit, d, triton.next_power_of_2(d), num_warps=warps(d))
+    with torch.cuda.device_of(gradient):
+        _remove_parallel[n,](gradient, unit, d, triton.next_power_of_2(d), num_warps=warps(d))
 
 
 @triton.jit
@@ -268,7 +275,8 @@ def _remove_parallel(gradient, unit, d, SIZE: tl.constexpr):
 def normalise_rows_(matrix: Tensor) -> None:
     """As `kernels.normalise_rows_`, in one pass."""
     n, d = matrix.shape
-    _normalise_rows[n,](matrix, torch.finfo(matrix.dtype).tiny, d, triton.next_power_of_2(d), num_warps=warps(d))
+    with torch.cuda.device_of(matrix):
+        _normalise_rows[n,](matrix, torch.finfo(matrix.dtype).tiny, d, triton.next_power_of_2(d), num_warps=warps(d))
 
 
 @triton.jit

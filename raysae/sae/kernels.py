@@ -12,7 +12,6 @@ import math
 import threading
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import NamedTuple
 
@@ -22,8 +21,8 @@ from torch.nn.functional import embedding_bag
 
 from raysae.sae.compiled import SUMS, compiled, in_parts
 
-VERSION = 9  # raised with what gives SAEs other bits, here, in compiled, selection, screening or elements: checkpoints of before are then refused
-CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}  # of pre-activations at a time …
+VERSION = 8  # raised with what gives SAEs other bits, here, in compiled, cuda, selection, screening, elements: earlier checkpoints are then refused
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}  # of pre-activations at a time …
 MINIMUM_ROWS = 64  # … or more at great widths: with few rows the dense product waits for W_enc to come from memory
 MAXIMUM_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 DENSE_PER_NONZERO = {"cpu": 4, "cuda": 64}  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
@@ -67,7 +66,7 @@ def power_of_two(number: int) -> int:
 
 
 def product(a: Tensor, b: Tensor, precision: torch.dtype | None, out: Tensor | None = None) -> Tensor:
-    """a · b, of operands rounded to `precision` on a GPU and added up in float32; None: as they are."""
+    """a · b. On a GPU operands may be rounded to `precision`; the products are then added up, and given, in float32."""
     if precision is None:
         return torch.mm(a, b, out=out)
     return torch.mm(a.to(precision), b.to(precision), out_dtype=torch.float32, out=out)
@@ -319,11 +318,12 @@ def for_triton(like: Tensor) -> ModuleType | None:
 
 @cache
 def triton_version() -> str | None:
-    """None where there is none: PyTorch for CUDA brings it along on Linux. All is done in plain PyTorch then."""
+    """None where there is none: PyTorch for GPUs brings it along on Linux. All is done in plain PyTorch then."""
     try:
-        return version("triton")
-    except PackageNotFoundError:
+        import triton
+    except ImportError:
         return None
+    return triton.__version__
 
 
 # ---------------------------------------------------------------- small parts

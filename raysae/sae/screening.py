@@ -51,7 +51,8 @@ def top_pre_activations(
 ) -> tuple[Tensor, Tensor]:
     """The k largest of x·weightᵀ + bias in each row, for x (b, d), weight (n, d) and bias (n,), all of one dtype: values and indices, (b, k) each, in
     any order. NaN counts as +∞. Whichever way they are found, they are the largest but for what that way rounds, and of equal ones some.
-    `precision` is that of `kernels.product`. With `latents` only these n rows of a larger weight and bias count; indices are places in it.
+    x and weight may be rounded to `precision` already; with it the products x·weightᵀ are too. With `latents` (n,) only these rows of a larger weight
+    and bias count; indices are places among them.
 
     ValueError: k is not in 1 … n."""
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
@@ -65,13 +66,13 @@ def top_pre_activations(
             weight, bias = weight[latents], bias[latents]
         return cuda.top_pre_activations(x, weight, bias, k, workspace, precision)
     if latents is not None:
-        return top_of_chunks(pre_activation_chunks(x, weight, bias, workspace, latents), k)
+        return top_of_chunks(pre_activation_chunks(x, weight, bias, workspace, latents, precision), k)
     sizes = 1 < d <= WIDEST and n * d <= INTEGERS and n <= PRODUCTS // STRIP  # _int_mm is wrong for d = 1
     if sizes and b >= FEWEST_ROWS and n >= LATENTS_PER_K * k and x.device.type == "cpu" and x.dtype == torch.float32 and fast_integers():
         found = _screened(x.contiguous(), weight.contiguous(), bias.contiguous(), k, workspace)
         if found is not None:
             return found
-    return top_of_chunks(pre_activation_chunks(x, weight, bias, workspace), k)
+    return top_of_chunks(pre_activation_chunks(x, weight, bias, workspace, precision=precision), k)
 
 
 @cache

@@ -74,12 +74,13 @@ class TopK(SAE):
 
     def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
         """The batch's codes, and AuxK's where there are dead latents, from x − b_dec (b, d), rounded to `precision` already."""
-        values, indices = top_pre_activations(centred, self.W_enc, self.b_enc, self.config.k, self._workspace, self.precision)
+        weight = self.W_enc.to(centred.dtype)
+        values, indices = top_pre_activations(centred, weight, self.b_enc, self.config.k, self._workspace, self.precision)
         codes = Nonzeros.of_rows(indices, values.relu_())
         if dead is None:
             return codes, None
         k_aux = min(self.k_aux, len(dead))
-        values, places = top_pre_activations(centred, self.W_enc, self.b_enc, k_aux, self._workspace, self.precision, dead)
+        values, places = top_pre_activations(centred, weight, self.b_enc, k_aux, self._workspace, self.precision, dead)
         return codes, DeadCodes(dead, places, values.relu_())
 
     @property

@@ -71,6 +71,8 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
     """
     if config.model.device_map and find_spec("accelerate") is None:
         raise UserError(f"model.device_map is {config.model.device_map}, which needs the package accelerate: pip install 'raysae[multi-gpu]'")
+    if config.train.precision == "bfloat16" and not config.resources.trainer_gpus:
+        raise UserError("train.precision is bfloat16 but trainers run on CPUs (resources.trainer_gpus is 0): leave it unset, or set float32")
     open_location("stream.cache_dir", config.stream.cache_dir)
     facts = model_facts(config.model)
     hooks = config.hook_points or [f"resid_post.{facts.layers // 2 - 1 if facts.layers > 1 else 0}"]
@@ -195,8 +197,6 @@ def check_cluster(plan: Plan) -> int:
         most = int((have["GPU"] - producers * ask.producer_gpus) / ask.trainer_gpus)
     else:  # a thread each rather than all threads together: small products gain nothing from a second core
         most = sum(min(int(node["Resources"].get("CPU", 0)), BANKS_PER_MACHINE) for node in nodes)
-    if plan.config.train.precision == "bfloat16" and not ask.trainer_gpus:
-        raise UserError("train.precision is bfloat16 but trainers run on CPUs (resources.trainer_gpus is 0): leave it unset, or set float32")
     banks = max(min(ask.banks or most, len(plan.saes)), len(plan.hook_points))
     for kind, trainer, producer in (("CPU", ask.trainer_cpus, ask.producer_cpus), ("GPU", ask.trainer_gpus, ask.producer_gpus)):
         need = banks * trainer + producers * producer

@@ -13,6 +13,7 @@ import time
 import torch
 
 from raysae.config import SAEConfig, TrainConfig
+from raysae.numerics import precision_of_training
 from raysae.sae.base import SAE, StepInfo, centre_of, share_buffers
 from raysae.sae.kernels import sum_of_rows
 from raysae.train.adam import Adam
@@ -29,8 +30,7 @@ class Member:
         self.config = config
         self.train = train
         self.sae = SAE.build(config, d, train).to(device)
-        if torch.device(device).type == "cuda" and train.precision != "float32":
-            self.sae.precision = torch.bfloat16
+        self.sae.precision = precision_of_training(train, device)
         self.parameters = dict(self.sae.named_parameters())
         self.adam = Adam(self.parameters.values(), train.beta1, train.beta2)
         self.quiet = torch.zeros(config.width, dtype=torch.int64, device=device)  # (n,) tokens since each latent last fired

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from raysae.config import ActivationSpec, SAEConfig, TrainConfig, UserError
-from raysae.numerics import Scalar, device_facts
+from raysae.numerics import Scalar, device_facts, precision_of_training
 from raysae.sae import kernels
 from raysae.sae.screening import fast_integers
 from raysae.storage import PARTIAL, sealed, unsealed, write_atomically
@@ -53,7 +53,7 @@ def fingerprint(spec: ActivationSpec, sae: SAEConfig, train: TrainConfig, device
         # numba compiles sums, in an order of its own, and does so where products of integers are fast
         facts |= {"numba": numba.__version__, "fast_integers": fast_integers()}
     else:
-        facts["triton"] = kernels.triton_version()
+        facts |= {"triton": kernels.triton_version(), "precision": str(precision_of_training(train, device) or torch.float32).removeprefix("torch.")}
     facts |= {f"sae.{key}": value for key, value in sae.model_dump().items()}
     return facts | {f"train.{key}": value for key, value in train.model_dump().items() if key not in WITHOUT_EFFECT}
 

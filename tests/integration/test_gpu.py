@@ -51,7 +51,7 @@ def test_from_a_shard_to_an_evaluated_sae(models, contexts):
         bank = Bank(256, TrainConfig(batch=batch, tokens=150 * batch), device)
         members = []
         for architecture, level in (("topk", {"k": 32}), ("batchtopk", {"k": 32}), ("jumprelu", {"sparsity": 0.3}), ("relu", {"sparsity": 0.3})):
-            config = SAEConfig(architecture=architecture, hook_point=HOOK, width=2048, learning_rate=1e-3, **level)
+            config = SAEConfig(architecture=architecture, hook_point=HOOK, width=4096, learning_rate=1e-3, **level)
             members.append(bank.add(config.name, config))
         bank.initialise(members, rows["cpu"][:4096])
         for number in range(150):

@@ -102,6 +102,7 @@ def test_a_shared_folder_is_storage_for_several_machines(monkeypatch: pytest.Mon
     ("settings", "sentence"),
     [
         ({"stream": {"cache_dir": "nosuch://x"}}, "stream.cache_dir is 'nosuch://x', which cannot be opened"),
+        ({"train": {"precision": "bfloat16"}}, r"train.precision is bfloat16 but trainers run on CPUs \(resources.trainer_gpus is 0\)"),
         ({"model": {"device_map": "auto"}}, r"model.device_map is auto, which needs the package accelerate: pip install 'raysae\[multi-gpu\]'"),
     ],
 )

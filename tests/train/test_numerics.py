@@ -6,8 +6,8 @@ import logging
 import pytest
 import torch
 
-from raysae.config import UserError
-from raysae.numerics import cpu_model, device_facts, together, told
+from raysae.config import TrainConfig, UserError
+from raysae.numerics import cpu_model, device_facts, precision_of_training, together, told
 from tests.train.synthetic import TRAIN, ArraySource, config
 from tests.train.test_loop import KilledError, assert_same_sae, killed_at, loop_on, trained
 
@@ -103,6 +103,21 @@ def test_the_device_is_the_model_of_the_cpu_with_its_instructions(tmp_path):
     arm = tmp_path / "arm"
     arm.write_text("processor\t: 0\nCPU part\t: 0xd0c\n")
     assert cpu_model(arm) == cpu_model(tmp_path / "no such file") != ""
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "has_it", "right"),
+    [("cpu", None, True, None), ("cpu", "float32", True, None), ("cuda", None, True, torch.bfloat16), ("cuda", None, False, None),
+     ("cuda", "float32", True, None), ("cuda", "bfloat16", False, torch.bfloat16)],
+)  # fmt: skip
+def test_precision_of_training(device, asked, has_it, right, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it and not including_emulation)
+    assert precision_of_training(TrainConfig(precision=asked), device) == right
+
+
+def test_bfloat16_is_refused_on_a_cpu():
+    with pytest.raises(UserError, match=r"train.precision is bfloat16, which is for GPUs, and this trainer has none"):
+        precision_of_training(TrainConfig(precision="bfloat16"), "cpu")
 
 
 def test_another_cpu_is_refused_on_resume_unless_allowed_by_name(tmp_path, monkeypatch):
