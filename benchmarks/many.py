@@ -56,10 +56,9 @@ def draw(results: dict[int, dict[str, float]], path: Path) -> None:
     axes.plot(numbers, [results[n]["ideal"] for n in numbers], "s--", color="#D55E00", label="one LM pass + isolated steps")
     axes.plot(numbers, [results[n]["ideal_best"] for n in numbers], ":", color="#D55E00", label="… each step on the better number of cores")
     axes.plot(numbers, [results[n]["start_up"] for n in numbers], "^:", color="#999999", label="start-up")
-    axes.set(xscale="log", yscale="log", xlabel="SAEs in the sweep", ylabel="seconds")
-    axes.set_xticks(numbers, [str(n) for n in numbers])
-    axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.set(xlabel="SAEs in the sweep", ylabel="seconds", ylim=(0, None))
+    axes.set_xticks(numbers)
+    figure.legend(loc="outside upper left", frameon=False, fontsize="small", ncols=2)
     figure.savefig(path, dpi=150)
 
 

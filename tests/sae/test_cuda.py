@@ -140,7 +140,7 @@ def test_gradients_for_the_latents_chosen(architecture, precision, tolerance, fo
     monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", {DEVICE: 1000 * (form == "dense")})
     if not GPU:
         monkeypatch.setattr(kernels, "product", product)
-    d, n, b = 48, 150, 40
+    d, n, b = 48, 100, 20
     sae = moved(make(architecture, d, n, k=8)).to(DEVICE)
     sae.precision = precision
     x = torch.randn(b, d, device=DEVICE)
