@@ -8,7 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # for tests/sae/test_cuda.py; read when Triton is first imported, by whatever test
 os.environ.update(
     RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_AUTO_CONNECT="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
 )

@@ -91,7 +91,7 @@ def test_a_sweep_needs_devices_for_all_its_states_at_once(planned):
     assert "20 SAEs" in told
     assert "take 8.6 GB" in told
     assert "1 h100 for the language model, 3 for the SAEs" in told
-    assert "the fits are off by 0% at most" in told.lower()
+    assert "An SAE's step is reckoned by profiles on an H200 with AuxK idle" in told
     assert "does not split" not in told
 
 
@@ -123,6 +123,10 @@ def test_an_sae_too_large_or_too_slow_for_a_device_is_named(planned):
     assert "SAEs of width 16,777,216 do not fit into a device's usable 72 GB: raysae does not split an SAE" in told
     told = planned(widths="1024,65536", k=32, tokens=1e9, hours=0.1)
     assert "SAEs of width 65,536 take more than 0.1 hours on a device: raysae does not split an SAE" in told
+
+
+def test_the_errors_of_fits_are_told_of_this_machine(planned):
+    assert "The fits are off by 0% at most" in planned(widths=64, k=4, tokens=1e6, hours=1, device="here")
 
 
 def test_one_of_a_thing_is_told_as_one(planned):

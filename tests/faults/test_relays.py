@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
 
 
 def test_relays_killed_and_hung(sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the two dies, then the queue, then the other one is stopped, so that it is alive and silent. At the end nothing is left of them."""
+    """One of the two dies and the other is stopped, so that it is alive and silent, then the queue dies. At the end nothing is left of them."""
     theirs = undisturbed()
     job = f"import runpy, raysae.sweep.run as run; run.CONSUMERS = 1; runpy.run_path({harness.JOB[0]!r}, run_name='__main__')"
     monkeypatch.setattr(harness, "JOB", ("-c", job))
@@ -24,10 +24,10 @@ def test_relays_killed_and_hung(sweep: Callable[..., Sweep], undisturbed: Callab
     before = set(ours.pids("relay"))
     ours.until_share(0.1)
     killed = ours.kill("relay")
+    (other,) = before - {killed}
+    os.kill(other, signal.SIGSTOP)  # at once: its trainer must not have read all there is
     ours.wait_for("relay", before)
     ours.kill("queue")
-    (other,) = before - {killed}
-    os.kill(other, signal.SIGSTOP)
     ours.until(lambda: not set(ours.pids("relay")) & before and len(ours.pids("relay")) == 2, 60)
     ours.finish()
     assert_same(ours, theirs)

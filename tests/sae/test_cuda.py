@@ -1,14 +1,10 @@
 """What a GPU does: Triton's kernels against float64 (where there is no GPU, in Triton's interpreter), and whole training steps where there is one."""
 
-import os
-
 import pytest
 import torch
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton")
 
 from raysae.config import SAEConfig, TrainConfig  # noqa: E402
