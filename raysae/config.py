@@ -18,9 +18,10 @@ Architecture = Literal["topk", "batchtopk", "relu", "tied", "jumprelu"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-_ARITHMETIC = ("torch", "device", "threads", "tf32")
+_ARITHMETIC = ("torch", "device", "threads", "tf32", "bf16_reduction")
+_TRAINERS = (*_ARITHMETIC, "kernels", "numba", "fast_integers", "triton", "precision", "spec")
 _PRODUCERS = (*_ARITHMETIC, "numpy", "transformers", "attention", "dtype", "transform")
-FACTS = (*_ARITHMETIC, "kernels", "spec", *(f"producer.{fact}" for fact in _PRODUCERS))  # that bits depend on beside the knobs: docs/determinism.md
+FACTS = (*_TRAINERS, *(f"producer.{fact}" for fact in _PRODUCERS))  # that bits depend on beside the knobs: docs/determinism.md
 
 
 class UserError(ValueError):

@@ -2,13 +2,16 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from raysae.config import TrainConfig, UserError
+from raysae.config import FACTS, TrainConfig, UserError
 from raysae.numerics import cpu_model, device_facts, precision_of_training, together, told
-from tests.train.synthetic import TRAIN, ArraySource, config
+from raysae.stream import shard
+from raysae.train.checkpoint import fingerprint
+from tests.train.synthetic import SPEC, TRAIN, ArraySource, config
 from tests.train.test_loop import KilledError, assert_same_sae, killed_at, loop_on, trained
 
 A, B = config(seed=0), config("relu", width=40, seed=1)
@@ -118,6 +121,16 @@ def test_precision_of_training(device, asked, has_it, right, monkeypatch):
 def test_bfloat16_is_refused_on_a_cpu():
     with pytest.raises(UserError, match=r"train.precision is bfloat16, which is for GPUs, and this trainer has none"):
         precision_of_training(TrainConfig(precision="bfloat16"), "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_fact_may_be_allowed_by_name(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    lm = SimpleNamespace(device=torch.device(device), attention="sdpa", dtype=torch.float32)
+    facts = {*fingerprint(SPEC, A, TRAIN, device), *(f"producer.{fact}" for fact in shard.numerics(lm))}
+    assert {fact for fact in facts if not fact.startswith(("sae.", "train."))} <= {*FACTS}
+    assert {"cpu": {"numba", "fast_integers"}, "cuda": {"triton", "precision", "producer.tf32", "bf16_reduction"}}[device] <= facts
 
 
 def test_another_cpu_is_refused_on_resume_unless_allowed_by_name(tmp_path, monkeypatch):
