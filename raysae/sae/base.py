@@ -53,9 +53,9 @@ class SAE(nn.Module):
     W_enc = W_dec, rows of random directions. A subclass gives the activation (`encode`) and the loss with its gradients.
     One instance may encode and decode in several threads at once, each with buffers of its own, and train in one.
 
-    On a GPU `precision`, bfloat16, may be set: what operands of training's products are rounded to (see `kernels.product`), and TopK's pre-
-    activations before their bias is added. Parameters, other sums, losses and gradients are float32 all the same; everything is where None stands,
-    and in `encode`.
+    On a GPU `precision`, bfloat16, may be set: what operands of training's products are rounded to (see `kernels.product`), and
+    TopK's pre-activations before their bias is added. Parameters, other sums, losses and gradients are float32 all the same;
+    everything is where None stands, and in `encode`.
     """
 
     precision: torch.dtype | None = None

@@ -17,7 +17,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from raysae.sae.kernels import Nonzeros, Workspace, order_of, power_of_two
+from raysae.sae import kernels
+from raysae.sae.kernels import Nonzeros, Workspace, power_of_two
 
 SCORES = 1 << 30  # bytes of pre-activations at a time
 STRIP = 256  # columns that a program handles, one warp: its sums over nonzeros are within a thread, and those over columns need no barrier
@@ -140,11 +141,11 @@ class FusedCodes:
         return found
 
     def backward(self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
-        by_feature = Sorted(self.codes, self.n)
+        by_feature = ByFeature(self.codes, self.n)
         products = by_feature.outer_(W_dec, self.codes.values * scale, self._rounded, self.latents, self._weight)
         grad_codes = products.mul_(scale).mul_(self.codes.values > 0)
         by_feature.outer_(W_enc, grad_codes, x.to(self.precision), self.latents)
-        by_feature.outer_(b_enc.unsqueeze(1), grad_codes, x.new_ones(len(x), 1), self.latents)
+        by_feature.sum_(b_enc, grad_codes, self.latents)
 
 
 def residual(codes: Nonzeros, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,18 +177,12 @@ def _residual(features, values, starts, target, weight, found, rounded, b, nonze
     tl.store(rounded + place, left.to(rounded.dtype.element_ty), mask=inside)
 
 
-class Sorted:
-    """Nonzeros of a (b, n) code matrix sorted by feature, for products that end in one row per feature."""
-
-    def __init__(self, codes: Nonzeros, n: int):
-        self.order, self.starts = order_of(codes.features, n)
-        self.rows = codes.rows[self.order]
+class ByFeature(kernels.ByFeature):
+    """The nonzeros sorted by feature, with a kernel for their outer products."""
 
     def outer_(self, out: Tensor, values: Tensor, source: Tensor, add_to: Tensor | None = None, weight: Tensor | None = None) -> Tensor | None:
-        """Σ over a feature's nonzeros of values · source[row], with `source` (b, d), written to the feature's row of `out` (n, d) float32; with
-        `add_to` (n,) added to row add_to[feature] of a larger one.
-
-        With a `weight` of the shape of `out`, the products of source[row] with the feature's row of it are returned for all nonzeros, (N,)."""
+        """As there, in float32. With a `weight` of the shape of `out`, the products of source[row] with the feature's row of it are returned for all
+        nonzeros, (N,)."""
         n, d = len(self.starts), source.shape[1]
         strip = min(STRIP, triton.next_power_of_2(d))
         strips = triton.cdiv(d, strip)
