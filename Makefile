@@ -19,7 +19,7 @@ faults: $(VENV)/.installed  ## kill everything: all of tests/faults, with the fu
 	RAY_AUTH_MODE=disabled SOAK_SECONDS=$(SOAK_SECONDS) SOAK_SEEDS=$(SOAK_SEEDS) $(BIN)/python -m pytest tests/faults -s $(ARGS)
 
 ui: $(VENV)/.installed  ## open the MLflow UI on the local results
-	$(BIN)/python -m raysae.tracking.ui $(if $(PORT),--port $(PORT)) $(ARGS)
+	$(BIN)/python -m raysae.commands.ui $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test-saelens: $(VENV)/.installed  ## check in an environment of its own that SAELens reads every architecture with equal reconstructions
 	@if ! $(MAKE) --no-print-directory $(VENV)-peers/.installed; then \
@@ -32,8 +32,8 @@ test-saelens: $(VENV)/.installed  ## check in an environment of its own that SAE
 bench: $(VENV)/.installed $(VENV)-peers/.installed  ## measure ours against the peers, in an environment of their own; for a quiet machine
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
-lint: $(VENV)/.installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(VENV)/.installed  ## style, and which room may import which (the contracts in pyproject.toml)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-timer
 
 clean:  ## remove the environments and build products; results (runs/, mlflow.db) stay
 	rm -rf $(VENV) $(VENV)-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -36,12 +36,13 @@ import numpy as np
 import ray
 from options import numbers, positive, writable
 
-from raysae.config import ActivationSpec, ModelConfig, ResourcesConfig, StreamConfig
+from raysae.config import ModelConfig, ResourcesConfig, StreamConfig
 from raysae.stream.blocks import cut
 from raysae.stream.client import StreamClient
 from raysae.stream.producer import Production
 from raysae.stream.queue import patiently, start_stream
 from raysae.stream.relay import CONSUMERS, Relay, start_relays
+from raysae.stream.spec import ActivationSpec
 from raysae.stream.state import StreamState
 
 GOAL = 10_000 / 60  # blocks per second

@@ -24,7 +24,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.backend_bases import FigureCanvasBase
 
-from raysae.cli import USAGE_ERROR
+from raysae.commands.parse import USAGE_ERROR
 
 CONTEXT, SKIPPED, SHARD_CONTEXTS = 64, 8, 256
 K = 16  # of every SAE

@@ -44,7 +44,7 @@ from options import writable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the sweep's processes; read when torch is imported
 
-from raysae.cli import main, parse
+from raysae.commands.parse import main, parse
 from raysae.config import SAEConfig, SweepConfig, TrainConfig, UserError
 
 if TYPE_CHECKING:
@@ -60,10 +60,9 @@ def measure_parts(argv: list[str]) -> dict[str, float]:
     import torch
 
     from raysae.lm.model import LanguageModel
-    from raysae.stream.blocks import as_tensor
-    from raysae.stream.queue import shards_in_flight
+    from raysae.stream.blocks import as_tensor, shards_in_flight
     from raysae.stream.shard import ShardMaker
-    from raysae.sweep.preflight import plan
+    from raysae.study.plan import plan
 
     cores = os.cpu_count()
     torch.set_num_threads(cores)

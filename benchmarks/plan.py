@@ -143,7 +143,7 @@ def measure(path: Path) -> None:
     from raysae.config import SweepConfig
     from raysae.lm.model import LanguageModel
     from raysae.stream.shard import ShardMaker
-    from raysae.sweep.preflight import plan
+    from raysae.study.plan import plan
 
     def seconds_of(call: Callable[[], object]) -> float:
         times = []
@@ -253,7 +253,7 @@ def main() -> None:
     if max(options.k) > min(options.widths):
         parser.error(f"argument --k: {max(options.k)} is more than the {min(options.widths)} latents of the smallest of --widths")
     if options.skip is None:
-        from raysae.sweep.preflight import LONG_CONTEXT, SKIPPED, SKIPPED_LONG
+        from raysae.study.plan import LONG_CONTEXT, SKIPPED, SKIPPED_LONG
 
         options.skip = SKIPPED_LONG if options.context >= LONG_CONTEXT else SKIPPED
     if options.skip > options.context - 2:

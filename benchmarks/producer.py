@@ -20,11 +20,11 @@ import torch
 from options import at_least, writable
 from steps import spread
 
-from raysae.cli import main
+from raysae.commands.parse import main
 from raysae.config import SweepConfig, UserError
 from raysae.lm.model import LanguageModel
 from raysae.stream.shard import ShardMaker
-from raysae.sweep.preflight import plan
+from raysae.study.plan import plan
 
 
 @torch.inference_mode()

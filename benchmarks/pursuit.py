@@ -20,8 +20,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a job's processes; 
 import torch
 from torch import Tensor
 
-from raysae.analysis.pursuit import Pursuit
-from raysae.sae import kernels
+from raysae.analysis.dark_matter.measures.pursuit import Pursuit
+from raysae.kernels.rows import unit_rows
 
 BATCHES = (32, 64, 128, 256, 512, 1024)
 
@@ -57,7 +57,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
-    features = kernels.unit_rows(torch.randn(options.n, options.d))
+    features = unit_rows(torch.randn(options.n, options.d))
     active = torch.rand(options.tokens, options.n) * (torch.rand(options.tokens, options.n) < 1.5 * options.l0 / options.n)
     x = active @ features + 0.02 * torch.randn(options.tokens, options.d)
     pursue, steps = Pursuit(features), torch.full((options.tokens,), options.l0)

@@ -177,7 +177,7 @@ def plan_for_saelens(folder: Path) -> dict:
     import numpy as np
 
     from raysae.config import SweepConfig
-    from raysae.sweep.preflight import plan
+    from raysae.study.plan import plan
 
     config = SweepConfig.model_validate({"stream": {"context_length": CONTEXT}, "hook_points": [f"resid_post.{LAYER}"]})
     settled = plan(config)

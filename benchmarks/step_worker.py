@@ -37,7 +37,7 @@ def level(pre_activations: torch.Tensor, k: int) -> float:
 
 def raysae(architecture: str, d: int, n: int, k: int, batch: int, device: str) -> tuple[Step, list[torch.nn.Parameter]]:
     from raysae.config import SAEConfig, TrainConfig
-    from raysae.numerics import be_deterministic
+    from raysae.determinism import be_deterministic
     from raysae.train.bank import Bank
 
     sparsity = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity": 0.01}

@@ -6,7 +6,7 @@ The sides of a row are processes of their own that hold the same batches and tak
 a second, so that a disturbance of the machine meets all. Before, each side tries the allocator settings below, alone and one after another, for about
 a second of steps, and keeps its best. After three turns of all, the peer of the least median goes on alone against ours: the ratio to it is taken in
 every alternation; told are its median, least and greatest. The bound is the time of one dense product in float32, 2·b·d·n operations, at the rate
-of the best matrix product measured between the turns. TopK can be above it: it computes few of that product's elements (`raysae/sae/screening.py`).
+of the best matrix product measured between the turns. TopK can be above it: it computes few of that product's elements (`raysae/kernels/screening.py`).
 """
 
 from __future__ import annotations

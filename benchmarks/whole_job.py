@@ -72,7 +72,7 @@ def contexts(path: Path, tokens: int) -> None:
     """The contexts of our sweep, (contexts, CONTEXT) int32, in `path`; as many as a peer needs that skips no positions."""
     import numpy as np
 
-    from raysae.sweep.preflight import plan
+    from raysae.study.plan import plan
 
     made = plan(stream(tokens)).contexts["train"]
     np.save(path, made[np.arange(min(len(made.tokens), -(-(tokens + EVALUATED) // CONTEXT) + 64))])
@@ -84,11 +84,11 @@ def evaluate(side: str, folder: Path, tokens: int, in_model: bool = False) -> fl
     import torch
 
     from raysae.lm.model import LanguageModel
+    from raysae.lm.patched_loss import downstream_metrics
     from raysae.sae.importers import load_any
     from raysae.stream.blocks import as_tensor
-    from raysae.stream.downstream import downstream_metrics
     from raysae.stream.shard import ShardMaker
-    from raysae.sweep.preflight import plan
+    from raysae.study.plan import plan
     from raysae.train.evaluation import Variance, reconstruction_metrics
 
     settled = plan(stream(tokens))
@@ -241,6 +241,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 2 and sys.argv[1] in PEER_SIDES:  # where there is no raysae
         {"saelens": saelens, "sparsify": sparsify}[sys.argv[1]](sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:
-        from raysae.cli import main
+        from raysae.commands.parse import main
 
         main(job)

@@ -6,16 +6,8 @@ python jobs/dark_matter.py --sae FOLDER --sae RUN_ID     single SAEs: of MLflow,
 ray job submit --working-dir . -- python jobs/dark_matter.py
 """
 
-from raysae.cli import main, parse
-from raysae.config import AnalysisConfig
-
-
-def job(argv: list[str]) -> int:
-    config, flags = parse(AnalysisConfig, argv, __doc__)
-    from raysae.analysis.experiments import run_all  # imports torch and Ray: only after --help and mistakes in the arguments
-
-    return run_all(config, flags.given)
-
+from raysae.commands.analyse import dark_matter
+from raysae.commands.parse import main
 
 if __name__ == "__main__":
-    main(job)
+    main(dark_matter(__doc__))

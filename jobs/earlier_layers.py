@@ -6,16 +6,8 @@ python jobs/earlier_layers.py --sae FOLDER --sae RUN_ID     single SAEs: of MLfl
 ray job submit --working-dir . -- python jobs/earlier_layers.py
 """
 
-from raysae.cli import main, parse
-from raysae.config import AnalysisConfig
-
-
-def job(argv: list[str]) -> int:
-    config, flags = parse(AnalysisConfig, argv, __doc__)
-    from raysae.analysis.experiments import run  # imports torch and Ray: only after --help and mistakes in the arguments
-
-    return run(config, flags.given, "earlier_layers")
-
+from raysae.commands.analyse import analyse
+from raysae.commands.parse import main
 
 if __name__ == "__main__":
-    main(job)
+    main(analyse("earlier_layers", __doc__))

@@ -6,16 +6,8 @@ python jobs/per_token_scaling.py --sae FOLDER --sae RUN_ID     single SAEs: of M
 ray job submit --working-dir . -- python jobs/per_token_scaling.py
 """
 
-from raysae.cli import main, parse
-from raysae.config import AnalysisConfig
-
-
-def job(argv: list[str]) -> int:
-    config, flags = parse(AnalysisConfig, argv, __doc__)
-    from raysae.analysis.experiments import run  # imports torch and Ray: only after --help and mistakes in the arguments
-
-    return run(config, flags.given, "per_token_scaling")
-
+from raysae.commands.analyse import analyse
+from raysae.commands.parse import main
 
 if __name__ == "__main__":
-    main(job)
+    main(analyse("per_token_scaling", __doc__))

@@ -16,8 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Architecture = Literal["topk", "batchtopk", "relu", "tied", "jumprelu"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
 _ARITHMETIC = ("torch", "device", "threads", "tf32", "bf16_reduction")
 _TRAINERS = (*_ARITHMETIC, "kernels", "numba", "fast_integers", "triton", "precision", "spec")
 _PRODUCERS = (*_ARITHMETIC, "numpy", "transformers", "attention", "dtype", "transform")
@@ -108,51 +106,6 @@ class StreamConfig(Strict):
         return self
 
 
-class ActivationSpec(Strict):
-    """What fixes the activations of a pass, and with them its content hash. Shard i at a hook point is a function of (spec, hook point, i)."""
-
-    model: str  # digest of the model's weights and configuration
-    text: str  # digest of the tokenised contexts
-    contexts: int = Field(gt=0)  # contexts in the text, one epoch
-    context_length: int = Field(ge=4)
-    skip_positions: int = Field(ge=0)
-    dtype: Literal["float32", "bfloat16"]
-    seed: int
-    epochs: int = Field(gt=0)
-    shard_contexts: int = Field(gt=0)
-    batch_contexts: int = Field(gt=0)  # contexts per forward pass: part of what the bits depend on
-
-    @property
-    def hash(self) -> str:
-        return digest(self.model_dump())
-
-    @property
-    def rows_per_shard(self) -> int:
-        return self.shard_contexts * (self.context_length - self.skip_positions)
-
-    @property
-    def shards_per_epoch(self) -> int:
-        return self.contexts // self.shard_contexts
-
-    @property
-    def shards(self) -> int:
-        return self.shards_per_epoch * self.epochs
-
-    @property
-    def rows(self) -> int:
-        return self.shards * self.rows_per_shard
-
-    def contexts_of(self, shard: int) -> np.ndarray:
-        """Indices of shard's contexts, `(shard_contexts,)`; the order of contexts is a permutation seeded with (seed, epoch)."""
-        epoch, within = divmod(shard, self.shards_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.contexts)
-        return order[within * self.shard_contexts : (within + 1) * self.shard_contexts]
-
-    def permutation_of(self, shard: int) -> np.ndarray:
-        """Order of the shard's rows, `(rows_per_shard,)`: row r of the stream's shard is row permutation[r] of the contexts laid end to end."""
-        return np.random.default_rng([self.seed, shard // self.shards_per_epoch, shard, 1]).permutation(self.rows_per_shard)
-
-
 class ErrorsConfig(Strict):
     """What the hook points H.error, H.linear and H.nonlinear stand for: e = x − Sae(x), its linear prediction ê from x, and ε = e − ê, x being the
     activation at H. SAEs are trained on them as on activations."""
@@ -174,6 +127,8 @@ def error_kind(hook_point: str) -> tuple[str | None, str]:
 
 # Coefficients that span a useful range of L0 (relu and jumprelu weigh against a squared error summed over d, tied against its mean over d).
 SPARSITIES = {"relu": [0.3, 1.0, 3.0], "jumprelu": [0.03, 0.3, 3.0], "tied": [1e-4, 1e-3, 1e-2]}
+
+
 TOPK = ("topk", "batchtopk")
 
 

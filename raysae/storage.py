@@ -8,6 +8,7 @@ import os
 import uuid
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from raysae.config import UserError
@@ -78,3 +79,22 @@ def _write_locally(folder: str, path: str, content: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---------------------------------------------------------------- files
+
+
+def file_system(where: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a file or folder, local or at a URL, and its path there.
+
+    Raises:
+        UserError: nothing there, no such kind of storage, or storage that cannot be reached.
+    """
+    files, path = open_location("sae", where)
+    try:
+        there = files.exists(path)
+    except Exception as error:  # every kind of storage has errors of its own
+        raise UserError(f"{where} cannot be reached ({' '.join(str(error).split())[:200]}): name a folder, file or URL that can be") from error
+    if not there:
+        raise UserError(f"{where}: there is no such file or folder")
+    return files, path

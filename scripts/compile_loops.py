@@ -1,4 +1,4 @@
-"""Compiles the loops of raysae/sae for this CPU and keeps them where the next process looks for them (see `raysae.sae.compiled`).
+"""Compiles the loops of raysae/sae for this CPU and keeps them where the next process looks for them (see `raysae.kernels.compiled`).
 
     python scripts/compile_loops.py
 

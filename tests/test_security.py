@@ -20,18 +20,18 @@ import pytest
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
-from raysae.analysis.activations import StreamActivations
-from raysae.analysis.regression import load_linear
+from raysae.analysis.instruments.regression import load_linear
+from raysae.analysis.lab.recording import StreamActivations
+from raysae.commands import ui
 from raysae.config import ErrorsConfig, ModelConfig, TextConfig, TrainConfig, UserError
 from raysae.lm.facts import EMBEDDED
 from raysae.lm.model import LanguageModel
-from raysae.sae.base import SAE
+from raysae.sae.architectures import build
 from raysae.sae.files import load_sae, save_sae
 from raysae.stream.cache import BlockCache
 from raysae.stream.skipped import Skipped
-from raysae.sweep.place import saved_config
+from raysae.study.place import saved_config
 from raysae.text.contexts import build_contexts
-from raysae.tracking import ui
 from raysae.tracking.outbox import Outbox
 from raysae.train.checkpoint import CheckpointStore
 from raysae.train.errors import ErrorOf
@@ -52,7 +52,7 @@ DANGEROUS = {
 FORBIDDEN_ARGUMENTS = {"allow_pickle": True, "trust_remote_code": True, "shell": True, "weights_only": False}
 EXCEPTIONS = {
     ("raysae/stream/producer.py", "ray.cloudpickle.loads"),  # a reference that came through Ray, which runs whatever code it is sent anyway
-    ("raysae/analysis/parts.py", "pickle.loads"),  # an analysis's own unfinished work, in its own folder
+    ("raysae/analysis/lab/tasks.py", "pickle.loads"),  # an analysis's own unfinished work, in its own folder
 }
 
 
@@ -149,7 +149,7 @@ def test_a_pickle_in_place_of_a_checkpoint_is_refused_even_with_a_right_checksum
 
 def test_a_pickle_in_place_of_an_saes_files_is_refused_even_with_right_checksums(bomb: bytes, tmp_path: Path) -> None:
     folder = tmp_path / "sae"
-    save_sae(SAE.build(config(), D, TrainConfig()), folder)
+    save_sae(build(config(), D, TrainConfig()), folder)
     (folder / "sae_weights.safetensors").write_bytes(bomb)
     own = json.loads((folder / "raysae.json").read_text())
     own["sha256"]["sae_weights.safetensors"] = hashlib.sha256(bomb).hexdigest()
@@ -200,7 +200,7 @@ def test_a_pickle_in_place_of_tokenised_text_is_not_loaded(bomb: bytes, tmp_path
 
 
 def test_a_pickle_in_place_of_a_probe_or_of_recorded_activations_is_not_loaded(bomb: bytes, tmp_path: Path) -> None:
-    save_sae(SAE.build(config(), D, TrainConfig()), tmp_path / "sae")
+    save_sae(build(config(), D, TrainConfig()), tmp_path / "sae")
     for name in ("probe.safetensors", "context.npy", "token.npy"):
         (tmp_path / name).write_bytes(bomb)
     with pytest.raises(UserError, match="which is no probe"):
@@ -242,7 +242,7 @@ def test_the_ui_is_for_this_machine() -> None:
 LISTENING = """
 import json, os
 import psutil, ray
-from raysae.sweep.cluster import _stay_on_loopback
+from raysae.cluster.connect import _stay_on_loopback
 _stay_on_loopback()
 ray.init("local", include_dashboard=False, num_cpus=1, object_store_memory=80 * 2**20, log_to_driver=False, logging_level="error")
 @ray.remote

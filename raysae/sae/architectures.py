@@ -1,7 +1,8 @@
-"""The architectures by name."""
+"""The architectures by name, and the one place that builds them."""
 
 from __future__ import annotations
 
+from raysae.config import SAEConfig, TrainConfig
 from raysae.sae.base import SAE
 from raysae.sae.batchtopk import BatchTopK
 from raysae.sae.jumprelu import JumpReLU
@@ -10,3 +11,8 @@ from raysae.sae.tied import Tied
 from raysae.sae.topk import TopK
 
 ARCHITECTURES: dict[str, type[SAE]] = {"topk": TopK, "batchtopk": BatchTopK, "relu": ReLU, "tied": Tied, "jumprelu": JumpReLU}
+
+
+def build(config: SAEConfig, d: int, train: TrainConfig) -> SAE:
+    """The autoencoder that `config` names, on the CPU in float32. Its weights are drawn from config.seed alone."""
+    return ARCHITECTURES[config.architecture](config, d, train)

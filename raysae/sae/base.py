@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from raysae.config import SAEConfig, TrainConfig
-from raysae.sae import kernels
+from raysae.kernels.buffers import Workspace, chunk_rows
+from raysae.kernels.products import decode_rows
+from raysae.kernels.rows import geometric_median, normalise_rows_, remove_parallel_, unit_rows
 
 
 class Codes(NamedTuple):
@@ -35,7 +37,7 @@ class Codes(NamedTuple):
 
 def centre_of(rows: Tensor, train: TrainConfig) -> Tensor:
     """Mean or geometric median (train.decoder_bias) of raw activations `rows` (r, d): (d,)."""
-    return rows.mean(0) if train.decoder_bias == "mean" else kernels.geometric_median(rows)
+    return rows.mean(0) if train.decoder_bias == "mean" else geometric_median(rows)
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,14 @@ class SAE(nn.Module):
         self._make_weights(torch.Generator().manual_seed(config.seed))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("_fired", torch.zeros(self.n, dtype=torch.bool), persistent=False)
-        self._workspace = kernels.Workspace()
+        self._workspace = Workspace()
 
     def _make_weights(self, generator: torch.Generator) -> None:
-        directions = kernels.unit_rows(torch.randn(self.n, self.d, generator=generator))
+        directions = unit_rows(torch.randn(self.n, self.d, generator=generator))
         self.W_enc = nn.Parameter(directions.clone())
         self.b_enc = nn.Parameter(torch.zeros(self.n))
         self.W_dec = nn.Parameter(directions)
         self.b_dec = nn.Parameter(torch.zeros(self.d))
-
-    @staticmethod
-    def build(config: SAEConfig, d: int, train: TrainConfig) -> SAE:
-        """The autoencoder that `config` names, on the CPU in float32, its weights drawn from config.seed alone."""
-        from raysae.sae.architectures import ARCHITECTURES
-
-        return ARCHITECTURES[config.architecture](config, d, train)
 
     @torch.no_grad()
     def initialise(self, rows: Tensor, centre: Tensor | None = None) -> None:
@@ -104,7 +99,7 @@ class SAE(nn.Module):
     def decode(self, codes: Codes | Tensor) -> Tensor:
         """x̂ (b, d) of sparse or dense codes."""
         if isinstance(codes, Codes):
-            return kernels.decode_rows(codes.indices, codes.values, self.decoder()) + self.b_dec
+            return decode_rows(codes.indices, codes.values, self.decoder()) + self.b_dec
         return torch.addmm(self.b_dec, codes, self.decoder())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +113,7 @@ class SAE(nn.Module):
 
     def rows_at_once(self) -> int:
         """Rows whose codes fit into bounded memory."""
-        return kernels.chunk_rows(max(self.code_width, self.d), self.W_enc.element_size(), self.W_enc.device.type)
+        return chunk_rows(max(self.code_width, self.d), self.W_enc.element_size(), self.W_enc.device.type)
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """W_enc (x − b_dec) + b_enc, latent-major (n, b) as in `kernels.pre_activation_chunks`."""
@@ -135,12 +130,12 @@ class SAE(nn.Module):
     @torch.no_grad()
     def after_grads(self) -> None:
         """Removes the part of W_dec's gradient parallel to each decoder row."""
-        kernels.remove_parallel_(self.W_dec.grad, self.W_dec)
+        remove_parallel_(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Brings decoder rows back to norm 1."""
-        kernels.normalise_rows_(self.W_dec)
+        normalise_rows_(self.W_dec)
 
     def fired(self) -> Tensor:
         """(n,) bool: the latents active in the batch last given to `loss_and_grads`."""
@@ -170,6 +165,6 @@ class SAE(nn.Module):
 
 def share_buffers(saes: Iterable[SAE]) -> None:
     """Lets SAEs that are used in turns have the same buffers: as many as the largest needs, not the sum."""
-    workspace = kernels.Workspace()
+    workspace = Workspace()
     for sae in saes:
         sae._workspace = workspace

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from raysae.config import SAEConfig, TrainConfig
-from raysae.sae import kernels
-from raysae.sae.kernels import Nonzeros
-from raysae.sae.selection import BatchTop, top_k
+from raysae.kernels.codes import Nonzeros
+from raysae.kernels.products import pre_activation_chunks
+from raysae.kernels.selection import BatchTop, top_k
 from raysae.sae.topk import DeadCodes, TopK
 
 AVERAGED_STEPS = 100  # the running mean is plain over the first so many steps, then exponential with this time constant
@@ -37,7 +37,7 @@ class BatchTopK(TopK):
 
     def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
         top, dead_tops = BatchTop(len(centred) * self.config.k, self.n, self.b_enc), []
-        for rows, scores in kernels.pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace, precision=self.precision):
+        for rows, scores in pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace, precision=self.precision):
             top.add(rows.start, scores)
             if dead is not None:
                 of_dead = torch.index_select(scores, 0, dead, out=self._workspace.take("dead", (len(dead), scores.shape[1]), scores))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raysae.sae import kernels
+from raysae.kernels.elements import All, Few, elements_of
+from raysae.kernels.products import pre_activation_chunks
+from raysae.kernels.rows import sum_of_squares
 from raysae.sae.base import SAE, StepInfo
-from raysae.sae.elements import All, Few, elements_of
 
 
 class DenseSAE(SAE):
@@ -45,12 +46,12 @@ class DenseSAE(SAE):
         centred = torch.sub(x, self.b_dec, out=self._workspace.take("centred", x.shape, x))
         squared_error, penalty, active, grad_x_hat_sum = (torch.zeros((), dtype=x.dtype, device=x.device) for _ in range(4))
         fired = self._fired.zero_()
-        for part, chunk in kernels.pre_activation_chunks(centred, encoder, self.b_enc, self._workspace, precision=self.precision):
+        for part, chunk in pre_activation_chunks(centred, encoder, self.b_enc, self._workspace, precision=self.precision):
             elements = elements_of(self._matter(chunk), self._workspace, self.precision)
             pre = elements.of(chunk)
             codes = self._activate(pre, elements)
             error = centred[part] - elements.decode(codes, decoder)
-            squared_error += kernels.sum_of_squares(error) / b
+            squared_error += sum_of_squares(error) / b
             grad_x_hat = error.mul_(-2 * self.error_weight / b)
             grad_pre = elements.gradient(grad_x_hat, decoder)
             penalty += self._backward(pre, codes, grad_pre, coefficient, elements) / b

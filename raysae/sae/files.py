@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from raysae.config import SAEConfig, TrainConfig, UserError
+from raysae.sae.architectures import build
 from raysae.sae.base import SAE
 
 SAELENS_ARCHITECTURE = {"topk": "topk", "batchtopk": "jumprelu", "relu": "standard", "tied": "standard", "jumprelu": "jumprelu"}
@@ -92,7 +93,7 @@ def load_sae(folder: str | Path) -> SAE:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from None
-    sae = SAE.build(config, d, TrainConfig()).requires_grad_(False)
+    sae = build(config, d, TrainConfig()).requires_grad_(False)
     _take_tensors(sae, tensors)
     return sae
 

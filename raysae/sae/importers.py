@@ -26,15 +26,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from fsspec import AbstractFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from raysae.config import SAEConfig, TrainConfig, UserError
+from raysae.sae.architectures import build
 from raysae.sae.base import SAE
 from raysae.sae.files import CONFIG, OWN, TRANSFORMER_LENS, WEIGHTS, load_sae
-from raysae.storage import open_location
+from raysae.storage import file_system
 
 SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG = "sae.safetensors", "params.npz", "params.safetensors", "ae.pt", "config.json"
 UNREADABLE = (  # what readers of damaged files raise
@@ -78,25 +78,6 @@ def require_width(named: NamedSAE, width: int) -> None:
             f"{named.name} takes activations {named.sae.d} wide, but {named.sae.config.hook_point} of this model is {width} wide: name the hook "
             "point and the model that it was trained on"
         )
-
-
-# ---------------------------------------------------------------- files
-
-
-def file_system(where: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a file or folder, local or at a URL, and its path there.
-
-    Raises:
-        UserError: nothing there, no such kind of storage, or storage that cannot be reached.
-    """
-    files, path = open_location("sae", where)
-    try:
-        there = files.exists(path)
-    except Exception as error:  # every kind of storage has errors of its own
-        raise UserError(f"{where} cannot be reached ({' '.join(str(error).split())[:200]}): name a folder, file or URL that can be") from error
-    if not there:
-        raise UserError(f"{where}: there is no such file or folder")
-    return files, path
 
 
 def _fetch(url: str, folder: Path) -> None:
@@ -382,7 +363,7 @@ def _assemble(parts: _Parts, where: str, hook_point: str | None) -> SAE:
         {"k": parts.k} if parts.architecture == "topk" else {"sparsity": 0}
     )  # coefficient and learning rate belong to training, they have no use here
     config = SAEConfig(architecture=parts.architecture, hook_point=hook_point, width=n, learning_rate=1, **level)
-    sae = SAE.build(config, d, TrainConfig()).requires_grad_(False)
+    sae = build(config, d, TrainConfig()).requires_grad_(False)
     own = sae.state_dict()
     for name, tensor in tensors.items():
         own[name].copy_(tensor)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from raysae.config import SAEConfig, TrainConfig
+from raysae.kernels.elements import All, Few
 from raysae.sae.dense import DenseSAE
-from raysae.sae.elements import All, Few
 
 INITIAL_ROWS = 128  # that thresholds are first set from
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from raysae.kernels.elements import All, Few
 from raysae.sae.dense import DenseSAE
-from raysae.sae.elements import All, Few
 
 
 class ReLU(DenseSAE):

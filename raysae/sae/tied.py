@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from raysae.config import SAEConfig, TrainConfig
-from raysae.sae import kernels
-from raysae.sae.elements import All, Few
+from raysae.kernels.elements import All, Few
+from raysae.kernels.rows import normalise_rows_, remove_parallel_, row_blocks, row_norms, unit_rows
 from raysae.sae.relu import ReLU
 
 
@@ -38,10 +38,10 @@ class Tied(ReLU):
         """Nothing depends on the data."""
 
     def encoder(self) -> Tensor:
-        return kernels.unit_rows(self.W_dec)
+        return unit_rows(self.W_dec)
 
     def decoder(self) -> Tensor:
-        return kernels.unit_rows(self.W_dec)
+        return unit_rows(self.W_dec)
 
     def _add_weight_grads(self, elements: All | Few, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor, centred: Tensor) -> None:
         elements.add_outer_(self.W_dec.grad, codes, grad_x_hat)
@@ -49,9 +49,9 @@ class Tied(ReLU):
 
     def _finish_grads(self, grad_x_hat_sum: Tensor) -> None:
         # from the gradient for M̂ to that for M
-        for gradients, rows in kernels.row_blocks(self.W_dec.grad, self.W_dec):
-            norms = kernels.row_norms(rows)
-            kernels.remove_parallel_(gradients, rows / norms)
+        for gradients, rows in row_blocks(self.W_dec.grad, self.W_dec):
+            norms = row_norms(rows)
+            remove_parallel_(gradients, rows / norms)
             gradients.div_(norms)
 
     def after_grads(self) -> None:
@@ -64,5 +64,5 @@ class Tied(ReLU):
     def folded(self) -> Tied:
         """A copy for inference whose W_dec is M̂."""
         folded = super().folded()
-        kernels.normalise_rows_(folded.W_dec)
+        normalise_rows_(folded.W_dec)
         return folded

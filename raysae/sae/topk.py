@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raysae.sae import kernels
+from raysae.kernels.codes import Nonzeros
+from raysae.kernels.products import code_matrix
+from raysae.kernels.rows import sum_of_squares
+from raysae.kernels.screening import top_pre_activations
 from raysae.sae.base import SAE, Codes, StepInfo
-from raysae.sae.kernels import Nonzeros
-from raysae.sae.screening import top_pre_activations
 
 AUX_NONZEROS = {"cpu": 1 << 19, "cuda": 1 << 21}  # of AuxK handled at a time
 
@@ -55,11 +56,11 @@ class TopK(SAE):
         codes, dead_codes = self._select(low, dead if dead is not None and len(dead) else None)
         active = codes.values > 0
 
-        matrix = kernels.code_matrix(codes, self.n, self._workspace, precision=self.precision)
+        matrix = code_matrix(codes, self.n, self._workspace, precision=self.precision)
         error = matrix.residual(centred, self.W_dec)
         matrix.backward(-2 / len(x), error, low, self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)
 
-        squared_error = kernels.sum_of_squares(error) / len(x)
+        squared_error = sum_of_squares(error) / len(x)
         terms = {"loss": squared_error, "squared_error": squared_error, "l0": active.sum() / len(x)}
         if dead_codes is not None:
             terms["aux"] = self._aux(dead_codes, centred, error)
@@ -90,9 +91,9 @@ class TopK(SAE):
 
     def _aux(self, codes: DeadCodes, centred: Tensor, error: Tensor) -> Tensor:
         """‖e − ê‖² / ‖e − ē‖² of the batch's `error` (b, d); adds the gradients of its share of the loss."""
-        variance = kernels.sum_of_squares(error - error.mean(0))
+        variance = sum_of_squares(error - error.mean(0))
         # rows with no error, or one row alone, have nothing to normalise by: no AuxK then
-        enough = variance > torch.finfo(error.dtype).eps * kernels.sum_of_squares(centred)
+        enough = variance > torch.finfo(error.dtype).eps * sum_of_squares(centred)
         share = torch.where(enough, 1 / variance, 0)
         weight = 2 * self.train_config.aux_coefficient * self.d * share
         missed = torch.zeros_like(variance)
@@ -100,8 +101,8 @@ class TopK(SAE):
         for start in range(0, len(error), rows):
             part = slice(start, start + rows)
             nonzeros = Nonzeros.of_rows(codes.places[part], codes.values[part])
-            matrix = kernels.code_matrix(nonzeros, len(codes.dead), self._workspace, codes.dead, self.precision)
+            matrix = code_matrix(nonzeros, len(codes.dead), self._workspace, codes.dead, self.precision)
             left = matrix.residual(error[part], self.W_dec)
-            missed += kernels.sum_of_squares(left)
+            missed += sum_of_squares(left)
             matrix.backward(-weight, left, centred[part], self.W_enc.grad, self.b_enc.grad, self.W_dec.grad)
         return missed * share

@@ -6,17 +6,22 @@ the driver and the queue do without.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raysae.config import ActivationSpec
+from raysae.config import StreamConfig, UserError
+from raysae.stream.spec import ActivationSpec
 
 if TYPE_CHECKING:
     import torch
 
+
 WIRE_DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<i2")}
+
 
 # Blocks out of an object store are read-only, and so must be the tensors over them; torch cannot express that and warns.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
@@ -56,3 +61,27 @@ def as_tensor(block: np.ndarray, dtype: str) -> torch.Tensor:
 
     tensor = torch.from_numpy(block)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def shards_in_flight(stream: StreamConfig, spec: ActivationSpec, widths: Mapping[str, int]) -> int:
+    """How many shards, over all hook points (hook point → width), `stream.mib_in_flight` has room for, ≥ 1.
+
+    With room for one, production and consumption alternate; from two on they overlap.
+
+    Raises:
+        UserError: not even one.
+    """
+    mib = _shard_bytes(spec, widths) / 2**20
+    cap = int(stream.mib_in_flight // mib)
+    if cap < 1:
+        raise UserError(
+            f"stream.mib_in_flight is {stream.mib_in_flight:g} but one shard of {spec.shard_contexts} contexts at {len(widths)} "
+            f"hook point{'s' * (len(widths) > 1)} takes {mib:.1f} MiB: set it to {math.ceil(mib)} at least, {math.ceil(2 * mib)} to let production "
+            "and training overlap."
+        )
+    return cap
+
+
+def _shard_bytes(spec: ActivationSpec, widths: Mapping[str, int]) -> int:
+    """Bytes of a shard over all hook points."""
+    return spec.rows_per_shard * sum(widths.values()) * (2 if spec.dtype == "bfloat16" else 4)

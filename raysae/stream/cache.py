@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from raysae.config import ActivationSpec, StreamConfig, digest
+from raysae.config import StreamConfig, digest
 from raysae.storage import open_location
 from raysae.stream.blocks import WIRE_DTYPES, bytes_per_shard
+from raysae.stream.spec import ActivationSpec
 
 LEFTOVER_SECONDS = 86_400  # a file that is still being written after so long is a dead process's
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}

@@ -11,10 +11,11 @@ import torch
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError
 
-from raysae.config import ActivationSpec, FaultsConfig
-from raysae.numerics import Seen, together
+from raysae.config import FaultsConfig
+from raysae.determinism import Seen, together
 from raysae.stream.queue import EVALUATION, TRAIN, patiently
 from raysae.stream.reader import BatchReader
+from raysae.stream.spec import ActivationSpec
 from raysae.stream.state import NotJoinedError, StreamError
 
 

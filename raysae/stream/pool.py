@@ -15,9 +15,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
+from raysae.cluster.actor_log import one_line
+from raysae.cluster.room import missing, placed
 from raysae.config import FaultsConfig
-from raysae.heard import one_line
-from raysae.stream.room import missing, placed
 
 log = logging.getLogger(__name__)
 

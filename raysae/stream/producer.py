@@ -6,16 +6,16 @@ Importing this module imports neither torch nor transformers: the queue, which d
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
 
-from raysae.config import ActivationSpec, ModelConfig, StreamConfig, UserError
+from raysae.config import ModelConfig, StreamConfig, UserError
+from raysae.processes import be_nice, threads
+from raysae.stream.spec import ActivationSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from raysae.sae.base import SAE
     from raysae.stream.shard import ShardMaker
     from raysae.text.contexts import Contexts
-
-# OpenMP threads that spin at barriers slow every process of a shared machine down, 15-fold where there are more of them than cores. glibc gives
-# threads arenas of their own, in which a large tensor leaves more unusable room than in one: 50 MiB in a trainer.
-ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1"}}
-NICENESS = 10  # on CPU, trainers come first: shards made ahead of need only wait in memory
 
 
 @dataclass(frozen=True)
@@ -46,18 +41,6 @@ class Production:
     threads: int | None = None
 
 
-def threads() -> set[int]:
-    """The system's ids of this process's threads, where it tells them."""
-    return set(map(int, os.listdir("/proc/self/task"))) if os.path.isdir("/proc/self/task") else set()
-
-
-def be_nice(others: set[int]) -> None:
-    """This thread is, and all others of the process but the ones in `others`: those that PyTorch has started since are."""
-    for thread in threads() - others | {threading.get_native_id()}:
-        with suppress(ProcessLookupError):  # it has ended
-            os.setpriority(os.PRIO_PROCESS, thread, NICENESS)
-
-
 class Producer:
     """A language model on the device that Ray has assigned to this process."""
 
@@ -66,8 +49,8 @@ class Producer:
 
         import torch
 
+        from raysae.determinism import be_deterministic
         from raysae.lm.model import LanguageModel
-        from raysae.numerics import be_deterministic
 
         gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
         if gpu:
@@ -120,9 +103,9 @@ class Producer:
         """
         import torch
 
+        from raysae.lm.patched_loss import downstream_metrics
         from raysae.sae.base import share_buffers
         from raysae.sae.files import load_sae
-        from raysae.stream.downstream import downstream_metrics
 
         spec = self.production.specs[stream]
         predictions = spec.context_length - 1 - spec.skip_positions  # per context

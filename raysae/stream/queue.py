@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,19 +22,20 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raysae.config import ActivationSpec, FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
-from raysae.heard import Heard, one_line
-from raysae.stream.blocks import blocks_per_shard
+from raysae.cluster.actor_log import Heard, one_line
+from raysae.config import FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
+from raysae.processes import ENVIRONMENT
+from raysae.stream.blocks import _shard_bytes, blocks_per_shard, shards_in_flight
 from raysae.stream.pool import Job, ProducerPool
-from raysae.stream.producer import ENVIRONMENT, Producer, Production, nonfinite
+from raysae.stream.producer import Producer, Production, nonfinite
 from raysae.stream.skipped import Skipped
+from raysae.stream.spec import ActivationSpec
 from raysae.stream.state import NotJoinedError, StreamError, StreamState
 
 if TYPE_CHECKING:
     from raysae.text.contexts import Contexts
 
 log = logging.getLogger(__name__)
-
 TRAIN, EVALUATION = "train", "evaluation"  # names of the two streams
 TEND_SECONDS = 1.0
 PATIENCE, LEAST_PATIENCE = 10, 30.0  # a producer may take this many times the longest shard so far, and this many seconds at least
@@ -43,7 +43,6 @@ RETRY_PAUSE = 0.5  # seconds
 CONTEXTS_NAMED = 8  # of a bad shard, in a sentence
 CALLS = 10_000  # of the queue at a time, in which consumers wait for shards: were there no room for others, none would come
 DEATH = Fraction(1, 3)  # of an attempt at a shard: mostly the shard is not what killed the producer
-
 COUNTERS = {
     "contexts_forwarded": "Contexts the language model has read for training",
     "evaluation_contexts_forwarded": "Contexts the language model has read for held-out activations",
@@ -59,25 +58,6 @@ GAUGES = {
     "producers": "Language models running",
     "consumers_waiting": "Consumers waiting for a block; of those of a relay, one for each shard",
 }
-
-
-def shards_in_flight(stream: StreamConfig, spec: ActivationSpec, widths: Mapping[str, int]) -> int:
-    """How many shards, over all hook points (hook point → width), `stream.mib_in_flight` has room for, ≥ 1.
-
-    With room for one, production and consumption alternate; from two on they overlap.
-
-    Raises:
-        UserError: not even one.
-    """
-    mib = _shard_bytes(spec, widths) / 2**20
-    cap = int(stream.mib_in_flight // mib)
-    if cap < 1:
-        raise UserError(
-            f"stream.mib_in_flight is {stream.mib_in_flight:g} but one shard of {spec.shard_contexts} contexts at {len(widths)} "
-            f"hook point{'s' * (len(widths) > 1)} takes {mib:.1f} MiB: set it to {math.ceil(mib)} at least, {math.ceil(2 * mib)} to let production "
-            "and training overlap."
-        )
-    return cap
 
 
 def start_stream(
@@ -579,11 +559,6 @@ class StreamQueue:
 
     def _count(self, name: str, value: float) -> None:
         self._totals[name] += value
-
-
-def _shard_bytes(spec: ActivationSpec, widths: Mapping[str, int]) -> int:
-    """Bytes of a shard over all hook points."""
-    return spec.rows_per_shard * sum(widths.values()) * (2 if spec.dtype == "bfloat16" else 4)
 
 
 def _offsets(blocks: Mapping[str, int]) -> dict[str, int]:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raysae.config import ActivationSpec
 from raysae.stream.blocks import as_tensor, rows_per_block
+from raysae.stream.spec import ActivationSpec
 
 
 @dataclass(eq=False)

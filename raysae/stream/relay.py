@@ -24,7 +24,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from raysae.heard import Heard
+from raysae.cluster.actor_log import Heard
 from raysae.stream.queue import TEND_SECONDS
 from raysae.stream.state import NotJoinedError, StreamError
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 import transformers
 
-from raysae.config import ActivationSpec
-from raysae.numerics import Scalar, device_facts
+from raysae.determinism import Scalar, device_facts
 from raysae.stream.blocks import as_array, cut
+from raysae.stream.spec import ActivationSpec
 
 if TYPE_CHECKING:
     from raysae.lm.model import LanguageModel

@@ -9,23 +9,26 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import ray
 from ray._private import state
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
+from raysae.cluster.room import machine_of, missing, placed
 from raysae.config import FaultsConfig
-from raysae.stream.room import machine_of, missing, placed
-from raysae.sweep.handle import track
-from raysae.sweep.preflight import Plan
-from raysae.sweep.table import ENDED, LiveTable
+from raysae.study.plan import Plan
+from raysae.sweep.live_table import ENDED, LiveTable
 from raysae.tracking.runs import Study
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from raysae.sweep.watch import Watch
 
+log = logging.getLogger(__name__)
 SECONDS = 1.0  # between two looks
 ANSWER_SECONDS = 10.0  # the last look waits so long for its answers
+METRICS = ("fvu", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "tokens", "tokens_per_second", "learning_rate")
 
 
 class StuckError(RuntimeError):
@@ -263,3 +266,9 @@ class Watch:
             except RayError:  # its process is being restarted
                 pass
             relay.asked = None
+
+
+def track(study: Study, name: str, report: dict) -> None:
+    """Into the outbox; what it has already is dropped there."""
+    metrics = {key: report[key] for key in METRICS if report.get(key) is not None}
+    study.metrics(name, metrics, step=int(report["tokens"]), time=report["time"])

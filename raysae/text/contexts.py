@@ -28,13 +28,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raysae.config import ActivationSpec, TextConfig, UserError, digest
+from raysae.config import TextConfig, UserError, digest
 from raysae.text.sources import documents, fingerprint
 
 DEFINITION = 2
 PIECE_CHARACTERS = 1 << 17  # longest text tokenised in one go
 BATCH_CHARACTERS = 1 << 19  # per call of the tokenizer: it holds some 200 bytes per token
-
 Split = Literal["train", "evaluation"]
 SPLITS: tuple[Split, ...] = ("train", "evaluation")
 
@@ -94,23 +93,6 @@ def build_contexts(
         if None in contexts.values():
             raise OSError(f"tokenised text written to {folder} could not be read back")
     return contexts
-
-
-def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: str | None) -> None:
-    """UserError unless the spec has `rows` rows. `asked_by` is the field that asks for them, e.g. `train.tokens`; `epochs_field` the one that sets
-    the epochs, or None where there is only one: then the text is the evaluation split.
-    """
-    whose = "held-out text" if epochs_field is None else "text"
-    more = f"lower {asked_by}, raise text.evaluation_fraction or give more text" if epochs_field is None else "give more text"
-    if spec.shards_per_epoch == 0:
-        raise UserError(
-            f"the {whose} is too small: it packs into fewer than the {spec.shard_contexts} contexts of {spec.context_length} tokens that one shard "
-            "takes (stream.shard_contexts): lower stream.context_length or give more text"
-        )
-    per_epoch = spec.shards_per_epoch * spec.rows_per_shard
-    if per_epoch * spec.epochs < rows:
-        epochs = "" if epochs_field is None else f"set {epochs_field} to {-(-rows // per_epoch)} or more, or "
-        raise UserError(f"the {whose} yields {per_epoch:,} tokens per epoch, {rows:,} are needed for {asked_by}: {epochs}{more}")
 
 
 def is_held_out(document: str, evaluation_fraction: float) -> bool:

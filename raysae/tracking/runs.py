@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from raysae.cli import command
 from raysae.config import TrackingConfig, UserError
+from raysae.processes import command
 from raysae.tracking.client import absolute
 from raysae.tracking.outbox import FAILED, FINISHED, KILLED, STUDY, Outbox
 from raysae.tracking.sender import Sender
@@ -102,7 +102,7 @@ class Study:
         """Stops the sender within about `timeout` seconds. What is unsent stays on disk for the next Study of this name, or for `send`."""
         self._sender.stop(timeout)
         if unsent := self.outbox.unsent():
-            log.warning("%d entries are not in MLflow yet; to send them: %s", unsent, command(f"-m raysae.tracking.send {self.outbox.path}"))
+            log.warning("%d entries are not in MLflow yet; to send them: %s", unsent, command(f"-m raysae.commands.send {self.outbox.path}"))
         self.outbox.close()
 
 

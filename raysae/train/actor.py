@@ -9,41 +9,21 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from raysae.config import ActivationSpec, SAEConfig, SweepConfig, error_kind
-from raysae.heard import Heard
-from raysae.stream.producer import ENVIRONMENT
+from raysae.cluster.actor_log import Heard
+from raysae.config import SAEConfig, SweepConfig, error_kind
+from raysae.processes import ENVIRONMENT
+from raysae.stream.spec import ActivationSpec
+from raysae.train.task import Training
 
 log = logging.getLogger(__name__)
-
 POLL_SECONDS = 30.0  # `reports` answers after this long even where there is nothing new
 SPARE_CALLS = 16  # threads for methods, beside the two per SAE that may wait for its reports
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a trainer needs to know; the fields are the arguments of `start_trainer`.
-
-    The queue goes by its name because an actor that may be restarted should depend on nothing in the object store, where Ray counts handles.
-    """
-
-    queue: str
-    consumer: str
-    folder: str
-    hook_point: str
-    width: int
-    saes: tuple[SAEConfig, ...]
-    training: ActivationSpec
-    evaluation: ActivationSpec
-    config: SweepConfig
-    threads: int
-    allow: frozenset[str] = frozenset()
 
 
 def start_trainer(
@@ -93,11 +73,11 @@ class Trainer:
     def __init__(self, plan: Training):
         import torch
 
-        from raysae.numerics import be_deterministic
+        from raysae.determinism import be_deterministic
         from raysae.stream.client import StreamClient
         from raysae.train.errors import ErrorOf
         from raysae.train.loop import Loop
-        from raysae.train.source import StreamSource
+        from raysae.train.rows import StreamSource
 
         cuda = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
         if cuda:

@@ -13,9 +13,10 @@ import time
 import torch
 
 from raysae.config import SAEConfig, TrainConfig
-from raysae.numerics import precision_of_training
-from raysae.sae.base import SAE, StepInfo, centre_of, share_buffers
-from raysae.sae.kernels import sum_of_rows
+from raysae.determinism import precision_of_training
+from raysae.kernels.rows import sum_of_rows
+from raysae.sae.architectures import build
+from raysae.sae.base import StepInfo, centre_of, share_buffers
 from raysae.train.adam import Adam
 from raysae.train.schedule import dead_after, learning_rate_factor, sparsity_factor
 
@@ -29,7 +30,7 @@ class Member:
         self.name = name
         self.config = config
         self.train = train
-        self.sae = SAE.build(config, d, train).to(device)
+        self.sae = build(config, d, train).to(device)
         self.sae.precision = precision_of_training(train, device)
         self.parameters = dict(self.sae.named_parameters())
         self.adam = Adam(self.parameters.values(), train.beta1, train.beta2)

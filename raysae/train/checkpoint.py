@@ -18,11 +18,12 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from raysae.config import ActivationSpec, SAEConfig, TrainConfig, UserError
-from raysae.numerics import Scalar, device_facts, precision_of_training
-from raysae.sae import kernels
-from raysae.sae.screening import fast_integers
+from raysae.config import SAEConfig, TrainConfig, UserError
+from raysae.determinism import Scalar, device_facts, precision_of_training
+from raysae.kernels.backends import VERSION, triton_version
+from raysae.kernels.screening import fast_integers
 from raysae.storage import PARTIAL, sealed, unsealed, write_atomically
+from raysae.stream.spec import ActivationSpec
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,12 @@ def fingerprint(spec: ActivationSpec, sae: SAEConfig, train: TrainConfig, device
 
     They also depend on the numerics of the producers (see `stream.shard.numerics`), which come with the rows: an SAE's file has both.
     """
-    facts = device_facts(device) | {"kernels": kernels.VERSION, "spec": spec.hash}
+    facts = device_facts(device) | {"kernels": VERSION, "spec": spec.hash}
     if torch.device(device).type == "cpu":
         # numba compiles sums, in an order of its own, and does so where products of integers are fast
         facts |= {"numba": numba.__version__, "fast_integers": fast_integers()}
     else:
-        facts |= {"triton": kernels.triton_version(), "precision": str(precision_of_training(train, device) or torch.float32).removeprefix("torch.")}
+        facts |= {"triton": triton_version(), "precision": str(precision_of_training(train, device) or torch.float32).removeprefix("torch.")}
     facts |= {f"sae.{key}": value for key, value in sae.model_dump().items()}
     return facts | {f"train.{key}": value for key, value in train.model_dump().items() if key not in WITHOUT_EFFECT}
 

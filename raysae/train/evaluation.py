@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from raysae.kernels.buffers import power_of_two
 from raysae.sae.base import SAE, Codes
-from raysae.sae.kernels import power_of_two
 
 # Bins of log10(share of rows on which a latent is active), half a decade each. The first bin also takes everything rarer; dead latents are in none.
 DENSITY_EDGES = np.linspace(-6, 0, 13)

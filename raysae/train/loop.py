@@ -19,8 +19,9 @@ from typing import Protocol
 
 import torch
 
-from raysae.config import ActivationSpec, EvaluationConfig, SAEConfig, TrainConfig
-from raysae.numerics import Seen, together, told
+from raysae.config import EvaluationConfig, SAEConfig, TrainConfig
+from raysae.determinism import Seen, together, told
+from raysae.stream.spec import ActivationSpec
 from raysae.stream.state import StreamError
 from raysae.train.bank import Bank, Member
 from raysae.train.checkpoint import Checkpoint, CheckpointStore, check_fingerprint, fingerprint

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raysae.analysis.activations import ArrayActivations
+from raysae.analysis.instruments.activations import ArrayActivations
 from raysae.config import SAEConfig, TrainConfig
+from raysae.sae.architectures import build
 from raysae.sae.base import SAE
 
 HOOK = "resid_post.0"
@@ -16,7 +17,7 @@ D, PER_CONTEXT = 12, 20
 def sae(width: int = 32, k: int | None = 4, d: int = D, seed: int = 0, bias: float = 0.3) -> SAE:
     """An untrained topk SAE, or a relu one where k is None, with biases that matter."""
     kind = {"architecture": "topk", "k": k} if k else {"architecture": "relu", "sparsity": 1.0}
-    made = SAE.build(SAEConfig(hook_point=HOOK, width=width, learning_rate=1e-3, seed=seed, **kind), d, TrainConfig()).requires_grad_(False)
+    made = build(SAEConfig(hook_point=HOOK, width=width, learning_rate=1e-3, seed=seed, **kind), d, TrainConfig()).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed + 1)
     made.b_dec.copy_(bias * torch.randn(d, generator=generator))
     made.b_enc.copy_(0.1 * torch.randn(width, generator=generator))

@@ -12,10 +12,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from raysae.cli import parse
+from raysae.commands.parse import parse
 from raysae.config import SweepConfig
 from raysae.storage import unsealed
-from raysae.sweep.preflight import plan
+from raysae.study.plan import plan
 from raysae.text.contexts import is_held_out
 from tests.faults.harness import BATCH, SHARD_ROWS, Sweep, assert_same, materials
 

@@ -47,7 +47,7 @@ RUN = TRAIN.model_copy(update={"tokens": 64 * 300, "reports": 30, "checkpoint_se
 PROGRAM = """
 import sys, torch
 from raysae.config import TrackingConfig
-from raysae.sweep.handle import track
+from raysae.sweep.watch import track
 from raysae.tracking.runs import Study
 from tests.faults.test_clock import RUN, SAE
 from tests.train.synthetic import ArraySource

@@ -24,7 +24,7 @@ from raysae.stream.blocks import bytes_per_shard
 from raysae.stream.cache import BlockCache
 from raysae.stream.shard import ShardMaker
 from raysae.stream.skipped import Skipped
-from raysae.sweep.place import saved_config
+from raysae.study.place import saved_config
 from raysae.text.contexts import build_contexts
 from tests.stream.fakes import WIDTHS, FakeLanguageModel, fake_contexts, fake_spec
 from tests.train.synthetic import TRAIN, config

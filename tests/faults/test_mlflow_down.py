@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from raysae.commands.ui import answers
 from raysae.config import TrackingConfig
 from raysae.tracking.client import ENVIRONMENT
 from raysae.tracking.outbox import Outbox
 from raysae.tracking.runs import Study
-from raysae.tracking.ui import answers
 from tests.tracking.conftest import migrated  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.fault
@@ -144,11 +144,11 @@ def test_dead_for_good(server: Server, migrated: Path, tmp_path: Path, caplog: p
     study.end(None, "FINISHED")
     assert study.flush(2) >= 600
     study.close()
-    assert f"python -m raysae.tracking.send {box}" in caplog.text
+    assert f"python -m raysae.commands.send {box}" in caplog.text
     assert in_mlflow(server.database)["fvu"] == told.numbers["fvu"][:100]
 
     def send(*more: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "raysae.tracking.send", str(box), *more]
+        command = [sys.executable, "-m", "raysae.commands.send", str(box), *more]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
     refused = send()

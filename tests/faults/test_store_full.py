@@ -12,11 +12,12 @@ import pytest
 import ray
 from ray._private.internal_api import memory_summary
 
-from raysae.config import ActivationSpec, ModelConfig, ResourcesConfig, StreamConfig
+from raysae.config import ModelConfig, ResourcesConfig, StreamConfig
 from raysae.stream.blocks import cut
 from raysae.stream.client import StreamClient
 from raysae.stream.producer import Production
 from raysae.stream.queue import start_stream
+from raysae.stream.spec import ActivationSpec
 
 pytestmark = pytest.mark.fault
 MIB = 2**20

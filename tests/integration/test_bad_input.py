@@ -32,7 +32,7 @@ CASES = {
 
 def test_a_study_goes_on_with_its_own_config_but_for_faults(tmp_path: Path) -> None:
     words = ["--output", str(tmp_path), "--resume", "s", "--faults.hang_seconds", "5", "--train.tokens", "9", "--k", "3"]
-    assert run(words).stderr == "error: --resume s goes on with the study's own config, but for faults.*: leave out --k, --train.tokens\n"
+    assert run(words).stderr == "error: --resume s keeps the study's own config. Leave out --k, --train.tokens: only --faults.* can be changed\n"
     assert "there is no such study" in run(words[:6]).stderr
 
 

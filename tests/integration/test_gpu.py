@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from raysae.config import ActivationSpec, ModelConfig, SAEConfig, TrainConfig
+from raysae.config import ModelConfig, SAEConfig, TrainConfig
+from raysae.determinism import be_deterministic
 from raysae.lm.model import LanguageModel
+from raysae.lm.patched_loss import downstream_metrics
 from raysae.lm.tokenizer import load_tokenizer
-from raysae.numerics import be_deterministic
 from raysae.stream.blocks import as_tensor
-from raysae.stream.downstream import downstream_metrics
 from raysae.stream.shard import ShardMaker
+from raysae.stream.spec import ActivationSpec
 from raysae.text.contexts import Contexts
 from raysae.train.bank import Bank
 from raysae.train.evaluation import reconstruction_metrics

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from raysae.cli import parse
+from raysae.commands.parse import parse
 from raysae.config import SweepConfig
 from raysae.sae.files import load_sae
-from raysae.sweep.preflight import plan
+from raysae.study.plan import plan
 from tests.integration.job import arguments, run, start
 
 

@@ -1,6 +1,7 @@
 import pytest
 
 from raysae.config import SAEConfig, TrainConfig
+from raysae.sae.architectures import build
 from raysae.sae.base import SAE
 
 ARCHITECTURES = ["topk", "batchtopk", "relu", "tied", "jumprelu"]
@@ -9,7 +10,7 @@ ARCHITECTURES = ["topk", "batchtopk", "relu", "tied", "jumprelu"]
 def make(architecture: str, d: int, width: int, k: int = 5, sparsity: float = 0.1, seed: int = 0, **train) -> SAE:
     level = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity": sparsity}
     config = SAEConfig(architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, seed=seed, **level)
-    return SAE.build(config, d, TrainConfig(**train))
+    return build(config, d, TrainConfig(**train))
 
 
 @pytest.fixture(params=ARCHITECTURES)

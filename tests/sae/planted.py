@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raysae.sae import kernels
+from raysae.kernels.rows import unit_rows
 from raysae.sae.base import SAE, StepInfo
 
 
@@ -14,7 +14,7 @@ class Planted:
 
     def __init__(self, d: int = 32, n: int = 48, active: float = 3, offset: float = 0.0, seed: int = 0):
         self.generator = torch.Generator().manual_seed(seed)
-        self.features = kernels.unit_rows(torch.randn(n, d, generator=self.generator))
+        self.features = unit_rows(torch.randn(n, d, generator=self.generator))
         self.probability = active / n
         self.offset = offset * torch.randn(d, generator=self.generator)
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from raysae.sae import kernels
+from raysae.analysis.instruments.dictionaries import fraction_above, matched_mmcs, mmcs
+from raysae.kernels.rows import geometric_median
+from raysae.sae import base
 from raysae.sae.base import Codes, StepInfo
-from raysae.sae.mmcs import fraction_above, matched_mmcs, mmcs
 from tests.sae.conftest import make
 from tests.sae.planted import Planted, train
 
@@ -47,7 +48,7 @@ def test_initialise(architecture, decoder_bias):
         assert 0.95 * bound < sae.W_dec.abs().max() <= bound
         return
     torch.testing.assert_close((rows / sae.scale).square().sum(1).mean(), torch.tensor(16.0))
-    centre = rows.mean(0) if decoder_bias == "mean" else kernels.geometric_median(rows).float()
+    centre = rows.mean(0) if decoder_bias == "mean" else geometric_median(rows).float()
     torch.testing.assert_close(sae.b_dec.detach(), centre / sae.scale)
     assert torch.equal(sae.W_enc, sae.W_dec)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
@@ -92,7 +93,7 @@ def test_forward_in_chunks_of_rows(architecture, monkeypatch):
     sae, x = briefly_trained(architecture)
     folded = sae.folded()
     whole = folded(x)
-    monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size, device="cpu": 9)
+    monkeypatch.setattr(base, "chunk_rows", lambda n, element_size, device="cpu": 9)
     torch.testing.assert_close(folded(x), whole)
 
 

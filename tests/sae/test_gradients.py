@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from raysae.sae import elements, kernels
+from raysae.kernels import codes, elements, products
+from raysae.kernels.elements import Few
 from raysae.sae.base import StepInfo
-from raysae.sae.elements import Few
 from tests.sae import naive
 from tests.sae.conftest import make
 
@@ -40,9 +40,9 @@ def check(sae, dead, factor=0.7):
 @pytest.mark.parametrize("chunk_rows", [7, B])
 @pytest.mark.parametrize("dense", [False, True])  # matrices of codes
 def test_gradients_equal_autograd(architecture, chunk_rows, dense, monkeypatch):
-    monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", {"cpu": 1000 * dense})
+    monkeypatch.setattr(products, "DENSE_PER_NONZERO", {"cpu": 1000 * dense})
     monkeypatch.setattr(elements, "LISTED", not dense)
-    monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size, device="cpu": chunk_rows)
+    monkeypatch.setattr(products, "chunk_rows", lambda n, element_size, device="cpu": chunk_rows)
     check(make(architecture, D, N, bandwidth=0.8), dead=None)
 
 
@@ -51,10 +51,11 @@ def test_gradients_equal_autograd(architecture, chunk_rows, dense, monkeypatch):
 @pytest.mark.parametrize("aux_nonzeros", [50, 1 << 19])
 @pytest.mark.parametrize("dense_per_nonzero", [0, 1000])
 def test_gradients_with_auxk(architecture, dead_latents, aux_nonzeros, dense_per_nonzero, monkeypatch):
-    monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", {"cpu": dense_per_nonzero})
+    monkeypatch.setattr(products, "DENSE_PER_NONZERO", {"cpu": dense_per_nonzero})
     monkeypatch.setattr("raysae.sae.topk.AUX_NONZEROS", {"cpu": aux_nonzeros})
-    monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size, device="cpu": 11)
-    monkeypatch.setattr(kernels, "OUTER_BYTES", 13 * D * 8)
+    monkeypatch.setattr(products, "chunk_rows", lambda n, element_size, device="cpu": 11)
+    monkeypatch.setattr(codes, "OUTER_BYTES", 13 * D * 8)
+    monkeypatch.setattr(products, "OUTER_BYTES", 13 * D * 8)
     dead = torch.zeros(N, dtype=torch.bool)
     dead[torch.randperm(N, generator=torch.Generator().manual_seed(3))[:dead_latents]] = True
     sae = make(architecture, D, N)

@@ -8,13 +8,14 @@ import pytest
 STEP = """
 import resource, sys, torch
 from raysae.config import SAEConfig, TrainConfig
+from raysae.sae.architectures import build
 from raysae.sae.base import SAE, StepInfo
-from raysae.sae.kernels import Workspace
-from raysae.sae.screening import top_pre_activations
-from raysae.sae.selection import top_k
+from raysae.kernels.buffers import Workspace
+from raysae.kernels.screening import top_pre_activations
+from raysae.kernels.selection import top_k
 architecture, width, d, batch = sys.argv[1], *map(int, sys.argv[2:5])
 level = {"k": 32} if architecture in ("topk", "batchtopk") else {"sparsity": 1.0}
-sae = SAE.build(SAEConfig(architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, **level), d, TrainConfig())
+sae = build(SAEConfig(architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, **level), d, TrainConfig())
 if len(sys.argv) > 5:  # a list of active latents, as long as one may be
     sae.threshold.fill_(float(sys.argv[5]))
 for parameter in sae.parameters():

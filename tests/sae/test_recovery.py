@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raysae.sae.mmcs import fraction_above, matched_mmcs, mmcs
+from raysae.analysis.instruments.dictionaries import fraction_above, matched_mmcs, mmcs
 from tests.sae.conftest import make
 from tests.sae.planted import Planted, train
 

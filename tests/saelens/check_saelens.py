@@ -20,7 +20,8 @@ def write(folder: Path) -> None:
     import torch
 
     from raysae.config import SAEConfig, TrainConfig
-    from raysae.sae.base import SAE, StepInfo
+    from raysae.sae.architectures import build
+    from raysae.sae.base import StepInfo
     from raysae.sae.files import load_sae, save_sae
 
     generator = torch.Generator().manual_seed(0)
@@ -30,7 +31,7 @@ def write(folder: Path) -> None:
     for architecture in ARCHITECTURES:
         level = {"k": 8} if architecture in ("topk", "batchtopk") else {"sparsity": 0.05 if architecture == "tied" else 0.5}
         config = SAEConfig(architecture=architecture, hook_point="resid_post.2", width=WIDTH, learning_rate=1e-3, **level)
-        sae = SAE.build(config, D, TrainConfig(bandwidth=0.3))
+        sae = build(config, D, TrainConfig(bandwidth=0.3))
         sae.initialise(x)
         optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
         for _ in range(30):

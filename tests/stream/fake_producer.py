@@ -8,9 +8,9 @@ import time
 import numpy as np
 import ray
 
-from raysae.config import ActivationSpec
 from raysae.stream.blocks import cut
 from raysae.stream.producer import Production
+from raysae.stream.spec import ActivationSpec
 
 WIDTHS = {"resid_post.0": 8, "mlp_out.1": 4}
 CONTEXTS = 256

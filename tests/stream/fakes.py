@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import torch
 
-from raysae.config import ActivationSpec
+from raysae.stream.spec import ActivationSpec
 from raysae.text.contexts import Contexts
 
 CONTEXTS, LENGTH, WIDTHS = 900, 12, {"resid_post.0": 6, "mlp_act.1": 10}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from raysae.config import ActivationSpec
 from raysae.stream.blocks import as_array, as_tensor, blocks_per_shard, bytes_per_shard, cut, rows_per_block
+from raysae.stream.spec import ActivationSpec
 
 SPEC = ActivationSpec(
     model="m", text="t", contexts=600, context_length=128, skip_positions=8, dtype="bfloat16", seed=0, epochs=1, shard_contexts=256, batch_contexts=32

@@ -10,15 +10,16 @@ import pytest
 import ray
 import torch
 
-from raysae.config import ActivationSpec, FaultsConfig, ModelConfig, ResourcesConfig, SAEConfig, StreamConfig, TrainConfig
+from raysae.config import FaultsConfig, ModelConfig, ResourcesConfig, SAEConfig, StreamConfig, TrainConfig
 from raysae.lm.facts import model_facts
 from raysae.lm.model import LanguageModel
-from raysae.sae.base import SAE
+from raysae.lm.patched_loss import downstream_metrics
+from raysae.sae.architectures import build
 from raysae.sae.files import save_sae
 from raysae.stream.client import StreamClient
-from raysae.stream.downstream import downstream_metrics
 from raysae.stream.queue import start_stream
 from raysae.stream.shard import ShardMaker
+from raysae.stream.spec import ActivationSpec
 from raysae.stream.state import StreamError
 from raysae.text.contexts import Contexts
 
@@ -63,7 +64,7 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
     assert stats["shards_from_cache"] + stats["contexts_forwarded"] / 256 == stats["shards_produced"]
     assert stats["contexts_forwarded"] == 512, "the second reader came late, and was served from the cache"
 
-    sae = SAE.build(SAEConfig(hook_point="resid_post.2", width=128, k=8, learning_rate=1e-3), 64, TrainConfig())
+    sae = build(SAEConfig(hook_point="resid_post.2", width=128, k=8, learning_rate=1e-3), 64, TrainConfig())
     sae.initialise(torch.from_numpy(np.concatenate(maker.make(0)[1]["resid_post.2"])))
     save_sae(sae, tmp_path / "sae", {})
     mean = np.full(64, 0.1, np.float32)
@@ -78,7 +79,7 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
 def test_all_threads_of_a_model_are_nice():
     program = """
 import os, threading, time
-from raysae.stream.producer import NICENESS, be_nice, threads
+from raysae.processes import NICENESS, be_nice, threads
 threading.Thread(target=time.sleep, args=[30], daemon=True).start()
 others = threads()
 import torch

@@ -18,9 +18,9 @@ from ray.exceptions import GetTimeoutError
 
 from raysae.config import FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
 from raysae.storage import unsealed
-from raysae.stream.blocks import cut
+from raysae.stream.blocks import cut, shards_in_flight
 from raysae.stream.client import StreamClient
-from raysae.stream.queue import patiently, shards_in_flight, start_stream
+from raysae.stream.queue import patiently, start_stream
 from raysae.stream.state import NotJoinedError, StreamError
 from tests.stream.fake_producer import BLOCK_MIB, CONTEXTS, ROWS, SHARD_MIB, SPEC, WIDTHS, FakeProducer, rows_of
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysae.config import ActivationSpec
 from raysae.stream.blocks import as_array, cut
 from raysae.stream.reader import BatchReader
+from raysae.stream.spec import ActivationSpec
 
 
 def a_spec(rows_per_context: int, contexts: int, shards: int, dtype: str = "float32") -> ActivationSpec:

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from raysae.config import SweepConfig
-from raysae.sweep.place import Place
-from raysae.sweep.run import _close, _interruptible, _what_next
+from raysae.study.place import Place
+from raysae.sweep.ending import _what_next
+from raysae.sweep.run import _close, _interruptible
 from raysae.train.outcome import Outcome, Outcomes
 
 CONFIG = SweepConfig(output="out")

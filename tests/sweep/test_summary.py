@@ -120,7 +120,7 @@ def test_a_panel_per_hook_point_and_architecture():
 
 
 def test_importing_the_summary_imports_no_matplotlib():
-    code = "import sys, raysae.sweep.summary, raysae.sweep.table; assert not {'matplotlib', 'torch', 'ray', 'mlflow'} & set(sys.modules)"
+    code = "import sys, raysae.sweep.summary, raysae.sweep.live_table; assert not {'matplotlib', 'torch', 'ray', 'mlflow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 

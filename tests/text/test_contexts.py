@@ -9,9 +9,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from raysae.config import ActivationSpec, TextConfig, UserError
+from raysae.config import TextConfig, UserError
+from raysae.stream.spec import ActivationSpec
+from raysae.study.plan import check_enough
 from raysae.text import contexts as module
-from raysae.text.contexts import Contexts, build_contexts, check_enough, is_held_out
+from raysae.text.contexts import Contexts, _pieces, _write_splits, build_contexts, is_held_out
 
 DOCUMENTS = [
     f"Story {i}: " + " ".join(f"word{j * i % 17}" for j in range(i % 40 + 1)) + ("\nsays <s> and </s>" if i % 7 == 0 else "") for i in range(300)
@@ -80,10 +82,10 @@ def test_a_real_tokenizer(text, stories_model):
 def test_long_documents_are_cut_at_line_ends(text, monkeypatch):
     monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)
     for document in DOCUMENTS:
-        pieces = list(module._pieces(document))
+        pieces = list(_pieces(document))
         assert "".join(pieces) == document
         assert all(len(piece) <= 40 for piece in pieces)
-    assert list(module._pieces("a" * 39 + "\n" + "b" * 90)) == ["a" * 39 + "\n", "b" * 40, "b" * 40, "b" * 10]
+    assert list(_pieces("a" * 39 + "\n" + "b" * 90)) == ["a" * 39 + "\n", "b" * 40, "b" * 40, "b" * 10]
     found = build_contexts(text, lambda: BOS, "t", 32)["train"]  # a byte tokenizer does not care where it is cut
     assert np.array_equal(found.tokens, naive(halves(0.3)["train"], BOS, 32, BOS.bos_token_id))
 
@@ -176,7 +178,7 @@ def test_failure_leaves_nothing_behind(text, tmp_path, monkeypatch):
 def test_a_writer_that_comes_second_takes_the_first_ones_files(text, tmp_path):
     first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     (folder,) = (tmp_path / "cache").iterdir()
-    module._write_splits(folder, text, lambda: BOS, 32, None)
+    _write_splits(folder, text, lambda: BOS, 32, None)
     assert list((tmp_path / "cache").iterdir()) == [folder]
     assert build_contexts(text, lambda: BOS, "t", 32)["train"].digest == first.digest
 
@@ -243,8 +245,8 @@ def test_check_enough_names_the_epochs_that_do():
 def test_reading_stops_once_there_is_enough(text, monkeypatch):
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     read = []
-    documents = module.documents
-    monkeypatch.setattr(module, "documents", lambda config: (read.append(document) or document for document in documents(config)))
+    all_documents = module.documents
+    monkeypatch.setattr(module, "documents", lambda config: (read.append(document) or document for document in all_documents(config)))
     enough = {"train": 20, "evaluation": 5}
     some = build_contexts(text, lambda: BOS, "bytes", 32, enough)
     assert 0 < len(read) < len(DOCUMENTS) / 2

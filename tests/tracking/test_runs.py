@@ -19,13 +19,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from raysae.commands.send import job, send
 from raysae.config import SweepConfig, TrackingConfig, UserError
 from raysae.tracking import delivery
 from raysae.tracking.client import connect
 from raysae.tracking.find import find_saes
 from raysae.tracking.outbox import Outbox, refusal
 from raysae.tracking.runs import Study, flatten
-from raysae.tracking.send import job, send
 
 ROOT = Path(__file__).parents[2]
 CONFIG = SweepConfig(hook_points=["resid_post.2"]).model_dump()
@@ -266,7 +266,7 @@ for step in range(10**9):
             for _ in range(8):
                 process.stdout.readline()
             os.kill(process.pid, signal.SIGKILL)
-    process = subprocess.run([sys.executable, "-m", "raysae.tracking.send", str(box)], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    process = subprocess.run([sys.executable, "-m", "raysae.commands.send", str(box)], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert process.returncode == 0, process.stderr
     assert process.stdout.endswith("entries sent\n")
     kept = sqlite3.connect(box).execute("SELECT count(*) FROM metrics").fetchone()[0]

@@ -15,10 +15,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from mlflow import MlflowClient
 
+from raysae.commands.ui import check
 from raysae.config import SweepConfig, TrackingConfig, UserError
-from raysae.sweep.handle import METRICS
+from raysae.sweep.watch import METRICS
 from raysae.tracking.runs import Study
-from raysae.tracking.ui import check
 from raysae.tracking.views import WIDTHS, view_tags, view_url
 
 ALL, LATEST = "mlflow.sharedViewState.raysae-all", "mlflow.sharedViewState.raysae-latest"
@@ -107,7 +107,7 @@ def test_ui_refuses_what_cannot_work(tmp_path: Path):
 
 
 def test_ui_says_so_in_one_sentence(tmp_path: Path):
-    command = [sys.executable, "-m", "raysae.tracking.ui", "--uri", f"sqlite:///{tmp_path}/none.db"]
+    command = [sys.executable, "-m", "raysae.commands.ui", "--uri", f"sqlite:///{tmp_path}/none.db"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert process.returncode == 2
     assert re.fullmatch(r"error: --uri is sqlite:.*none\.db: there is no such database yet; .*\n", process.stderr)

@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from raysae.config import ActivationSpec, EvaluationConfig, SAEConfig, TrainConfig
+from raysae.config import EvaluationConfig, SAEConfig, TrainConfig
+from raysae.stream.spec import ActivationSpec
 
 D = 32
 ARCHITECTURES = ("topk", "batchtopk", "relu", "tied", "jumprelu")

@@ -13,9 +13,10 @@ import torch
 from raysae.config import StreamConfig, SweepConfig
 from raysae.sae.files import load_sae
 from raysae.stream.blocks import cut
-from raysae.train.actor import Training, start_trainer
+from raysae.train.actor import start_trainer
 from raysae.train.loop import Loop
-from raysae.train.source import StreamSource
+from raysae.train.rows import StreamSource
+from raysae.train.task import Training
 from tests.train import synthetic
 from tests.train.synthetic import EVALUATION, TRAIN, D, config, rows
 

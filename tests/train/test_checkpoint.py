@@ -6,7 +6,8 @@ import fsspec
 import pytest
 import torch
 
-from raysae.config import ActivationSpec, SAEConfig, TrainConfig, UserError
+from raysae.config import SAEConfig, TrainConfig, UserError
+from raysae.stream.spec import ActivationSpec
 from raysae.train import checkpoint as module
 from raysae.train.checkpoint import Checkpoint, CheckpointStore, fingerprint
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raysae.analysis.error_saes import error_parts
-from raysae.analysis.regression import Linear, save_linear
+from raysae.analysis.dark_matter.measures.error_saes import error_parts
+from raysae.analysis.instruments.regression import Linear, save_linear
 from raysae.config import ERROR_KINDS, ErrorsConfig, SAEConfig, TrainConfig, UserError, error_kind
+from raysae.sae.architectures import build
 from raysae.sae.base import SAE
 from raysae.sae.files import load_sae, save_sae
 from raysae.train.errors import ErrorOf, Transformed
@@ -24,7 +25,7 @@ HOOK = "resid_post.0"
 def errors(tmp_path: Path) -> tuple[SAE, Linear, ErrorsConfig]:
     """An SAE with biases that matter, a probe, and the config that names their files."""
     torch.manual_seed(0)
-    sae = SAE.build(SAEConfig(hook_point=HOOK, width=40, k=4, learning_rate=1e-3), D, TrainConfig()).requires_grad_(False)
+    sae = build(SAEConfig(hook_point=HOOK, width=40, k=4, learning_rate=1e-3), D, TrainConfig()).requires_grad_(False)
     sae.b_dec.copy_(torch.randn(D))
     sae.b_enc.copy_(0.1 * torch.randn(40))
     probe = Linear(torch.randn(D, D, dtype=torch.float64) / D, torch.randn(D, dtype=torch.float64))

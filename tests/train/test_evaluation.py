@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from raysae.sae.architectures import build
 from raysae.sae.base import SAE
 from raysae.train import evaluation
 from raysae.train.evaluation import DENSITY_EDGES, Variance, density_histogram, reconstruction_metrics
@@ -10,7 +11,7 @@ from tests.train.synthetic import ARCHITECTURES, TRAIN, D, config, rows
 
 def trained_looking(architecture: str, **knobs) -> SAE:
     """An SAE with weights away from their start, folded."""
-    sae = SAE.build(config(architecture, **knobs), D, TRAIN)
+    sae = build(config(architecture, **knobs), D, TRAIN)
     sae.initialise(rows(512))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -1,0 +1,104 @@
+"""What each part of an SAE's error costs the language model (analysis 5 of the dark-matter spec; Engels et al. 2024).
+
+The activation x at every position of a context but its first `skip` is replaced by Sae(x), by Sae(x) + ê and by Sae(x) + ε. Cross-entropy (CE) is
+taken over the predictions made at a replaced position, as in `raysae.lm.patched_loss`. Of what Sae(x) costs, adding a part v of the error recovers
+
+    recovered = (CE_sae − CE_v) / (CE_sae − CE_x),   v = ê (linear) or ε (nonlinear),
+
+undefined (NaN) where the denominator is below 0.01 nats. Beside it stands the part's size on the same rows: its share of the error's variance,
+Σ‖v − v̄‖² / Σ‖e − ē‖², and of its norm, Σ‖v‖ / Σ‖e‖. The variances of ê and ε add up to that of e on the rows that the probe was fitted on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from raysae.analysis.instruments.activations import reconstruct
+from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, with_intervals
+from raysae.lm.model import LanguageModel, Prefix, next_token_loss
+from raysae.lm.patched_loss import LEAST_DENOMINATOR, ROWS_AT_ONCE
+from raysae.sae.base import SAE
+
+PARTS = ("linear", "nonlinear")
+
+
+@torch.no_grad()
+def downstream_loss(
+    lm: LanguageModel,
+    tokens: Tensor,
+    hook_point: str,
+    saes: Mapping[str, SAE],
+    probes: Mapping[str, Linear],
+    skip: int,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Analysis 5 for the folded `saes` (by name) of one hook point.
+
+    Args:
+        lm: the language model.
+        tokens: (c, t) token ids of contexts that no probe was fitted on.
+        probes: by SAE, x → ê.
+        skip: first positions of each context that are left intact, less than t − 1.
+
+    Returns:
+        a row per SAE: `sae`, `width`, and with the ends of their intervals over contexts (`…_low`, `…_high`) `l0` and `fvu`; `ce_clean`, `ce_sae`,
+        `ce_linear`, `ce_nonlinear` (with Sae(x) + that part) in nats per token; `recovered_linear`, `variance_share_linear`, `norm_share_linear` and
+        the same for `nonlinear`, as fractions.
+
+    Raises:
+        ValueError: no contexts, or no predictions at a replaced position.
+    """
+    contexts, length = tokens.shape
+    if not contexts or not 0 <= skip < length - 1:
+        raise ValueError(f"{contexts} contexts of {length} tokens with {skip} skipped predict nothing at a replaced position")
+    common = ContextSums(replicates, seed)
+    sums = {name: ContextSums(replicates, seed) for name in saes}
+    size = max(1, min(lm.contexts_at_once(length), ROWS_AT_ONCE // length))
+    for start in range(0, contexts, size):
+        batch = tokens[start : start + size]
+        prefix = lm.prefix(batch, hook_point)
+        context = torch.arange(start, start + len(batch))
+        x = prefix.activation[:, skip:].flatten(0, 1).float()  # (rows, d)
+        of_row, of_prediction = context.repeat_interleave(length - skip), context.repeat_interleave(length - 1 - skip)
+        common.add(of_row, x=x.cpu(), x_squared=x.cpu().double().square())
+        common.add(of_prediction, ce_clean=_loss(lm, prefix, x, skip))
+        for name, sae in saes.items():
+            reconstruction, l0 = reconstruct(sae, x)
+            e = x - reconstruction
+            linear = probes[name](x.cpu()).to(e)
+            parts = {"linear": linear, "nonlinear": e - linear}
+            sums[name].add(of_row, l0=l0.cpu(), **_sizes("e", e))
+            sums[name].add(of_prediction, ce_sae=_loss(lm, prefix, reconstruction, skip))
+            for part, v in parts.items():
+                sums[name].add(of_row, **_sizes(part, v))
+                sums[name].add(of_prediction, **{f"ce_{part}": _loss(lm, prefix, reconstruction + v, skip)})
+    return pd.DataFrame([{"sae": name, "width": sae.n, **_numbers(common, sums[name])} for name, sae in saes.items()])
+
+
+def _loss(lm: LanguageModel, prefix: Prefix, replacement: Tensor, skip: int) -> Tensor:
+    """Cross-entropy (c · (t − 1 − skip),) of the predictions made with `replacement` (c · (t − skip), d) at the positions from `skip` on."""
+    activation = prefix.activation.clone()
+    activation[:, skip:] = replacement.view_as(activation[:, skip:]).to(activation)
+    return next_token_loss(lm.resume(prefix, activation), prefix.tokens)[:, skip:].flatten().cpu()
+
+
+def _sizes(name: str, v: Tensor) -> dict[str, Tensor]:
+    v = v.cpu().double()
+    return {name: v, f"{name}_squared": v.square(), f"{name}_norm": torch.linalg.vector_norm(v, dim=1)}
+
+
+def _numbers(common: ContextSums, sums: ContextSums) -> dict[str, float]:
+    clean, damaged = common.mean("ce_clean"), sums.mean("ce_sae")
+    numbers = {"l0": sums.mean("l0"), "fvu": sums["e_squared"].sum(1) / common.variation("x").sum(1), "ce_clean": clean, "ce_sae": damaged}
+    for part in PARTS:
+        ce = sums.mean(f"ce_{part}")
+        numbers[f"ce_{part}"] = ce
+        numbers[f"recovered_{part}"] = torch.where(damaged - clean >= LEAST_DENOMINATOR, (damaged - ce) / (damaged - clean), torch.nan)
+        numbers[f"variance_share_{part}"] = sums.variation(part).sum(1) / sums.variation("e").sum(1)
+        numbers[f"norm_share_{part}"] = sums.mean(f"{part}_norm") / sums.mean("e_norm")
+    return with_intervals(numbers)

@@ -1,0 +1,325 @@
+"""Error regression and norm prediction (analyses 1 and 2 of the dark-matter spec; Engels et al. 2024, sections 4 and 5).
+
+e = x − Sae(x) is predicted from x by least squares: ê, with ε = e − ê left. Three passes, one over each split: A fits W and whatever else needs
+only x and e, B fits the probes whose targets hold ê or ε, C evaluates. All SAEs of a hook point share the predictors' factorisation.
+
+Undertraining is a confound: a shrunken reconstruction leaves a multiple of x in e, which is linear. So every R² comes again for the error e_α of the
+best rescaled reconstruction b_dec + α(Sae(x) − b_dec), with α measured on A. As e_α = αe + (1 − α)(x − b_dec), its linear prediction is
+αê + (1 − α)(x − b_dec) and its residual αε. The other control, the same SAE after half its training tokens, is one more SAE in `saes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raysae.analysis.instruments.activations import Activations, Activity, Chunk, reconstruct
+from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Estimate, Fit, Linear, Moments, add_target, r2
+from raysae.sae.base import SAE
+
+# v of ‖v‖² → the number that says how well x predicts it (R²)
+NORMS = {
+    "x": "r2_norm_x",
+    "Sae(x)": "r2_norm_reconstruction",
+    "e": "r2_error_norm",
+    "ε": "r2_norm_nonlinear",
+    "Sae(x) + ε": "r2_norm_reconstruction_plus_nonlinear",
+    "ê": "r2_norm_linear",
+}
+# predictor of ‖e‖² → R²
+BASELINES = {
+    "x": "r2_error_norm",
+    "token": "r2_error_norm_from_token",
+    "token loss": "r2_error_norm_from_token_loss",
+    "L0": "r2_error_norm_from_l0",
+    "‖x‖²": "r2_error_norm_from_x_norm",
+}
+FEWEST_ACTIVE = 30  # rows of A on which a latent must be active for its mean value to count
+
+
+@dataclass(frozen=True)
+class ErrorRegression:
+    """What the regressions say of one SAE.
+
+    `numbers`, measured on C with intervals over contexts:
+        fvu, nonlinear_fvu             FVU(x, Sae(x)) and FVU(x, Sae(x) + ê)
+        linear_gap                     fvu − nonlinear_fvu, the part of the breakdown that no fit enters
+        l0                             mean active latents
+        r2_error, r2_error_weighted    of ê for e: mean over dimensions (the paper's figure), and variance-weighted
+        …_half_fit                     the same with W fitted on every second context of A only
+        r2_…_rescaled                  the same for e_α (see above)
+        r2_error_norm, r2_norm_…       of ‖v‖² predicted from x, see NORMS; r2_error_norm_from_… see BASELINES
+        r2_error_norm_lead             r2_error_norm less the best of the other baselines
+        r2_norm_nonlinear_lack         r2_error_norm less r2_norm_nonlinear
+    """
+
+    numbers: dict[str, Estimate]
+    probe: Linear  # x → ê
+    fit: Fit  # of pass A (its maps are in `probe` and elsewhere): rows, method, ridge, rank, condition
+    rescale: float  # α
+    loading: Tensor  # (n,): a*·decoder row, a* being the probe x → ‖Sae(x) − b_dec‖²
+    mean_active: Tensor  # (n,): mean value of each latent on the rows of A where it is active
+    active_rows: Tensor  # (n,): on how many
+
+    @property
+    def loading_correlation(self) -> float:
+        """Pearson correlation of `loading` and `mean_active` over the latents active on at least `FEWEST_ACTIVE` rows; NaN for fewer than 3."""
+        often = self.active_rows >= FEWEST_ACTIVE
+        if int(often.sum()) < 3:
+            return float("nan")
+        return float(torch.corrcoef(torch.stack([self.loading[often], self.mean_active[often]]))[0, 1])
+
+    def row(self) -> dict[str, float]:
+        """Every number flat, with `_low` and `_high` for the ends of its interval."""
+        flat: dict[str, float] = {}
+        for name, estimate in self.numbers.items():
+            flat |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        return flat | {
+            "rescale": self.rescale,
+            "loading_correlation": self.loading_correlation,
+            "fit_rows": self.fit.rows,
+            "fit_ridge": self.fit.ridge,
+            "fit_rank": self.fit.rank,
+            "fit_condition": self.fit.condition,
+        }
+
+
+@torch.no_grad()
+def error_regression(
+    activations: Activations, hook_point: str, saes: Mapping[str, SAE], replicates: int = REPLICATES, seed: int = 0
+) -> dict[str, ErrorRegression]:
+    """Analyses 1 and 2 for the folded `saes` (by name) of one hook point, on activations (b, d) in raw units.
+
+    Memory: per SAE a few (d, d) and (replicates, 3d) matrices in float64, whatever the number of tokens.
+    """
+    fitted = {name: _PassA(sae) for name, sae in saes.items()}
+    shared = _Shared()
+    for chunk in activations.chunks("A"):
+        _fit(chunk, hook_point, saes, fitted, shared)
+    whole, half = shared.solve()
+    for name, state in fitted.items():
+        state.finish(name, whole, half)
+
+    norms = Moments()
+    for chunk in activations.chunks("B"):
+        x = chunk.x[hook_point].double()
+        targets = {}
+        for name, sae in saes.items():
+            for norm, values in fitted[name].parts(x, reconstruct(sae, chunk.x[hook_point])[0].double()).norms().items():
+                targets[f"{name}/{norm}"] = values
+        norms.add(x, targets)
+    norm_maps = norms.solve().maps
+
+    common = ContextSums(replicates, seed)
+    sums = {name: ContextSums(replicates, seed) for name in saes}
+    for chunk in activations.chunks("C"):
+        x = chunk.x[hook_point].double()
+        squared = x.square().sum(1)
+        add_target(common, chunk.context, "x", x, {})
+        add_target(common, chunk.context, "x_norm", squared, {"x": whole.maps["x_norm"](x)})
+        for name, sae in saes.items():
+            reconstruction, l0 = reconstruct(sae, chunk.x[hook_point])
+            _evaluate(sums[name], chunk, x, squared, reconstruction.double(), l0, name, fitted[name], whole, norm_maps, shared)
+    return {name: fitted[name].result(common, sums[name]) for name in saes}
+
+
+# ---------------------------------------------------------------- pass A
+
+
+class _Shared:
+    """Pass A of all SAEs of a hook point: co-moments of even and odd contexts, and the baselines' predictors."""
+
+    def __init__(self) -> None:
+        self.halves = (Moments(), Moments())
+        self.scalars = {"token_loss": Moments(), "x_norm": Moments()}
+        self.tokens = _TokenMeans()
+        self.contexts = 0
+
+    def solve(self) -> tuple[Fit, Fit]:
+        """The fits on all of A and on half of it; afterwards the moments are gone."""
+        first, second = self.halves
+        half = first.solve()
+        first.merge(second)
+        whole = first.solve()
+        self.halves = ()
+        self.univariate = {name: moments.solve().maps for name, moments in self.scalars.items() if moments.rows}
+        self.tokens.finish()
+        return whole, half
+
+
+class _PassA:
+    """What pass A gathers of one SAE, and the maps that come out."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae = sae
+        self.bias = sae.b_dec.detach().double().cpu()
+        self.activity = Activity(sae.n)
+        self.on_x = self.on_itself = 0.0  # Σ⟨x − b_dec, Sae(x) − b_dec⟩ and Σ‖Sae(x) − b_dec‖²
+        self.l0 = Moments()
+
+    def finish(self, name: str, whole: Fit, half: Fit) -> None:
+        self.rescale = self.on_x / self.on_itself if self.on_itself else 1.0
+        self.probe, self.half_probe = whole.maps[f"{name}/e"], half.maps[f"{name}/e"]
+        self.half_norm = half.maps[f"{name}/e_norm"]
+        self.fit = Fit({}, whole.rows, whole.method, whole.ridge, whole.rank, whole.condition)
+        self.a = whole.maps[f"{name}/centred"].weight.squeeze(1)
+        self.l0_map = self.l0.solve().maps["e"]
+
+    def parts(self, x: Tensor, reconstruction: Tensor) -> _Parts:
+        e = x - reconstruction
+        linear = self.probe(x)
+        return _Parts(x, reconstruction, e, linear, e - linear, self.rescale * e + (1 - self.rescale) * (x - self.bias))
+
+    def result(self, common: ContextSums, sums: ContextSums) -> ErrorRegression:
+        variance = common.variation("x").sum(1)
+        missed = sums["e_missed_x"].sum(1)
+        values = {
+            "fvu": sums["fvu"].squeeze(1) / variance,
+            "nonlinear_fvu": missed / variance,
+            "linear_gap": (sums["fvu"].squeeze(1) - missed) / variance,
+            "l0": sums.mean("l0"),
+            "r2_norm_x": r2(common, "x_norm", "x")[0],
+        }
+        pairs = {
+            "r2_error": r2(sums, "e", "x"),
+            "r2_error_half_fit": r2(sums, "e", "half"),
+            "r2_error_rescaled": r2(sums, "e_rescaled", "", residual=self.rescale**2 * sums["e_missed_x"]),
+        }
+        for name, (mean, weighted) in pairs.items():
+            values |= {name: mean, name.replace("r2_error", "r2_error_weighted"): weighted}
+        for name, target, by in _NORM_NUMBERS:
+            if f"{target}_missed_{by}" in sums.sums:
+                values[name] = r2(sums, target, by)[0]
+        others = [values[name] for name in BASELINES.values() if name in values and name != "r2_error_norm"]
+        values["r2_error_norm_lead"] = values["r2_error_norm"] - torch.stack(others).amax(0)
+        values["r2_norm_nonlinear_lack"] = values["r2_error_norm"] - values["r2_norm_nonlinear"]
+        return ErrorRegression(
+            numbers={name: Estimate.of(replicates) for name, replicates in values.items()},
+            probe=self.probe,
+            fit=self.fit,
+            rescale=float(self.rescale),
+            loading=self.sae.decoder().detach().double().cpu() @ self.a,
+            mean_active=self.activity.mean_active,
+            active_rows=self.activity.count,
+        )
+
+
+# number, target and prediction of the scalar regressions
+_NORM_NUMBERS = (
+    ("r2_norm_reconstruction", "reconstruction_norm", "x"),
+    ("r2_norm_nonlinear", "nonlinear_norm", "x"),
+    ("r2_norm_reconstruction_plus_nonlinear", "reconstruction_plus_nonlinear_norm", "x"),
+    ("r2_norm_linear", "linear_norm", "x"),
+    ("r2_error_norm", "e_norm", "x"),
+    ("r2_error_norm_half_fit", "e_norm", "half"),
+    ("r2_error_norm_rescaled", "e_rescaled_norm", "x"),
+    ("r2_error_norm_from_token", "e_norm", "token"),
+    ("r2_error_norm_from_token_loss", "e_norm", "token_loss"),
+    ("r2_error_norm_from_l0", "e_norm", "l0"),
+    ("r2_error_norm_from_x_norm", "e_norm", "x_norm"),
+)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Of some rows, (b, d) each: x, Sae(x), e, ê, ε and e_α."""
+
+    x: Tensor
+    reconstruction: Tensor
+    e: Tensor
+    linear: Tensor
+    nonlinear: Tensor
+    rescaled: Tensor
+
+    def norms(self) -> dict[str, Tensor]:
+        """The squared norms (b,) whose probes are fitted on B: they need a W or an α from A."""
+        return {
+            "nonlinear_norm": self.nonlinear.square().sum(1),
+            "reconstruction_plus_nonlinear_norm": (self.reconstruction + self.nonlinear).square().sum(1),
+            "linear_norm": self.linear.square().sum(1),
+            "e_rescaled_norm": self.rescaled.square().sum(1),
+        }
+
+
+def _fit(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], fitted: dict[str, _PassA], shared: _Shared) -> None:
+    x = chunk.x[hook_point].double()
+    squared = x.square().sum(1)
+    targets, norms = {"x_norm": squared}, {}
+    for name, sae in saes.items():
+        state = fitted[name]
+        reconstruction, l0 = reconstruct(sae, chunk.x[hook_point], state.activity)
+        reconstruction = reconstruction.double()
+        e, centred = x - reconstruction, reconstruction - state.bias
+        state.on_x += float(((x - state.bias) * centred).sum())
+        state.on_itself += float(centred.square().sum())
+        norms[name] = e.square().sum(1)
+        state.l0.add(l0.unsqueeze(1), {"e": norms[name]})
+        targets |= {f"{name}/e": e, f"{name}/e_norm": norms[name]}
+        targets |= {f"{name}/reconstruction_norm": reconstruction.square().sum(1), f"{name}/centred": centred.square().sum(1)}
+    _, of_row = torch.unique_consecutive(chunk.context, return_inverse=True)
+    odd = (of_row + shared.contexts) % 2 == 1
+    shared.contexts += int(of_row[-1]) + 1
+    for half, rows in zip(shared.halves, (~odd, odd), strict=True):
+        half.add(x[rows], {name: y[rows] for name, y in targets.items()})
+    shared.scalars["x_norm"].add(squared.unsqueeze(1), norms)
+    if chunk.token_loss is not None:
+        shared.scalars["token_loss"].add(chunk.token_loss.unsqueeze(1), norms)
+    shared.tokens.add(chunk.token, norms)
+
+
+def _evaluate(
+    sums: ContextSums, chunk: Chunk, x: Tensor, squared: Tensor, reconstruction: Tensor, l0: Tensor, name: str, state: _PassA, whole: Fit,
+    norm_maps: Mapping[str, Linear], shared: _Shared,
+) -> None:  # fmt: skip
+    """Pass C of one SAE: adds what its numbers need to `sums`."""
+    parts = state.parts(x, reconstruction)
+    context = chunk.context
+    norm = parts.e.square().sum(1)
+    sums.add(context, fvu=norm, l0=l0)
+    add_target(sums, context, "e", parts.e, {"x": parts.linear, "half": state.half_probe(x)})
+    add_target(sums, context, "e_rescaled", parts.rescaled, {})
+    add_target(sums, context, "reconstruction_norm", reconstruction.square().sum(1), {"x": whole.maps[f"{name}/reconstruction_norm"](x)})
+    for target, values in parts.norms().items():
+        add_target(sums, context, target, values, {"x": norm_maps[f"{name}/{target}"](x)})
+    predictions = {
+        "x": whole.maps[f"{name}/e_norm"](x),
+        "half": state.half_norm(x),
+        "l0": state.l0_map(l0.unsqueeze(1)),
+        "x_norm": shared.univariate["x_norm"][name](squared.unsqueeze(1)),
+        "token": shared.tokens.predict(chunk.token, name),
+    }
+    if chunk.token_loss is not None:
+        predictions["token_loss"] = shared.univariate["token_loss"][name](chunk.token_loss.unsqueeze(1))
+    add_target(sums, context, "e_norm", norm, predictions)
+
+
+class _TokenMeans:
+    """Mean of named scalars per token id; a token never seen has the mean over all rows."""
+
+    def __init__(self) -> None:
+        self.count = torch.zeros(0, dtype=torch.float64)
+        self.total: dict[str, Tensor] = {}
+        self.mean: dict[str, Tensor] = {}
+
+    def add(self, token: Tensor, values: Mapping[str, Tensor]) -> None:
+        size = max(len(self.count), int(token.max()) + 1)
+        self.count = self._grown(self.count, size) + torch.bincount(token, minlength=size)
+        for name, y in values.items():
+            before = self._grown(self.total.get(name, torch.zeros(0, dtype=torch.float64)), size)
+            self.total[name] = before + torch.bincount(token, y.double(), size)
+
+    def finish(self) -> None:
+        for name, total in self.total.items():
+            overall = total.sum() / self.count.sum()
+            self.mean[name] = torch.cat([torch.where(self.count > 0, total / self.count.clamp_min(1), overall), overall.unsqueeze(0)])
+
+    def predict(self, token: Tensor, name: str) -> Tensor:
+        """(b,)"""
+        return self.mean[name][token.clamp_max(len(self.count))]
+
+    @staticmethod
+    def _grown(values: Tensor, size: int) -> Tensor:
+        return torch.cat([values, values.new_zeros(size - len(values))])

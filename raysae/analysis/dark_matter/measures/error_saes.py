@@ -1,0 +1,63 @@
+"""SAEs trained on the parts of another SAE's error (analysis 6 of the dark-matter spec; Engels et al. 2024): how well e, ê and ε can be decomposed.
+
+The SAEs come from an ordinary sweep whose stream hands out e, ê or ε instead of x (`raysae.train.errors`). Here they are compared on held-out rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from raysae.analysis.instruments.activations import Activations, Activity, reconstruct
+from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, with_intervals
+from raysae.sae.base import SAE
+
+
+@torch.no_grad()
+def error_saes(
+    activations: Activations,
+    hook_point: str,
+    sae: SAE,
+    probe: Linear,
+    trained: Mapping[str, SAE],
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """One row per SAE of `trained`, which maps "error", "linear" or "nonlinear" to the folded SAE trained on e, ê or ε of `sae` and its `probe`.
+
+    Columns: kind, width; on split C with intervals over contexts fvu (of the SAE's own rows), l0 and worse = fvu/fvu(linear) − 1 (where there is an
+    SAE on ê); share, the rows' variance as a fraction of e's; dead_fraction: latents never active on any row of A, B and C.
+    """
+    sums = {kind: ContextSums(replicates, seed) for kind in trained}
+    activity = {kind: Activity(made.n) for kind, made in trained.items()}
+    for split in "ABC":
+        for chunk in activations.chunks(split):
+            parts = error_parts(chunk.x[hook_point], sae, probe)
+            for kind, made in trained.items():
+                y = parts[kind]
+                reconstruction, l0 = reconstruct(made, y, activity[kind])
+                if split == "C":
+                    missed = (y.double() - reconstruction).square().sum(1)
+                    sums[kind].add(chunk.context, y=y, y_squared=y.double().square(), missed=missed, l0=l0)
+    variance = {kind: sums[kind].variation("y").sum(1) for kind in trained}
+    fvu = {kind: sums[kind]["missed"].squeeze(1) / variance[kind] for kind in trained}
+    rows = []
+    for kind, made in trained.items():
+        numbers = {"fvu": fvu[kind], "l0": sums[kind].mean("l0")}
+        if "linear" in trained:
+            numbers["worse"] = fvu[kind] / fvu["linear"] - 1
+        if "error" in trained:
+            numbers["share"] = variance[kind] / variance["error"]
+        dead = float((activity[kind].count == 0).double().mean())
+        rows.append({"kind": kind, "width": made.n, **with_intervals(numbers), "dead_fraction": dead})
+    return pd.DataFrame(rows)
+
+
+def error_parts(x: Tensor, sae: SAE, probe: Linear) -> dict[str, Tensor]:
+    """e, ê and ε (b, d) float32 of the rows `x` (b, d), as "error", "linear" and "nonlinear"."""
+    e = x.double() - reconstruct(sae, x)[0].double()
+    linear = probe(x)
+    return {"error": e.float(), "linear": linear.float(), "nonlinear": (e - linear).float()}

@@ -1,0 +1,112 @@
+"""Per-token scaling of the error (analysis 3 of the dark-matter spec; Engels et al. 2024): how well a small SAE's error tells a large one's.
+
+For every pair of SAEs of ascending width, ‖e_j‖ is regressed on ‖e_i‖ and 1, and on ‖e_i‖, ‖ε_i‖ and 1; fitted on B (ε comes from probes fitted
+on A), measured on C. All pairs come from one matrix of moments of the norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
+from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Estimate, Linear, Moments
+from raysae.config import UserError
+from raysae.sae.base import SAE
+
+
+@torch.no_grad()
+def per_token_scaling(
+    activations: Activations, hook_point: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear], replicates: int = REPLICATES, seed: int = 0
+) -> pd.DataFrame:
+    """One row per pair of `saes`, the narrower first; `probes` are those of `error_regression`.
+
+    Columns: small, large (names), small_width, large_width; r2 of ‖e_large‖ from ‖e_small‖ and 1, squared_correlation of the two, r2_with_nonlinear
+    with ‖ε_small‖ added, gain = (r2_with_nonlinear − r2)/(1 − r2), each with _low and _high.
+    """
+    names = sorted(saes, key=lambda name: saes[name].n)
+    if len(names) < 2:
+        raise UserError(f"per-token scaling compares SAEs of different widths, and there is {len(names)}: name more SAEs")
+    fitted = Moments()
+    for chunk in activations.chunks("B"):
+        fitted.add(_norms(chunk, hook_point, saes, probes, names), {})
+    sums = ContextSums(replicates, seed)
+    for chunk in activations.chunks("C"):
+        z = _norms(chunk, hook_point, saes, probes, names) - fitted.mean
+        z = torch.cat([z, torch.ones(len(z), 1, dtype=torch.float64)], 1)
+        sums.add(chunk.context, products=(z.unsqueeze(2) * z.unsqueeze(1)).flatten(1))
+    size = 2 * len(names) + 1
+    products = sums["products"].view(-1, size, size)
+
+    rows = []
+    for i, small in enumerate(names):
+        for j in range(i + 1, len(names)):
+            alone = _r2(fitted, products, [i], j)
+            both = _r2(fitted, products, [i, len(names) + i], j)
+            covariance = products - products[:, :, -1:] * products[:, -1:, :] / products[:, -1:, -1:]
+            correlation = covariance[:, i, j].square() / (covariance[:, i, i] * covariance[:, j, j])
+            row: dict[str, object] = {"small": small, "large": names[j], "small_width": saes[small].n, "large_width": saes[names[j]].n}
+            numbers = {"r2": alone, "squared_correlation": correlation, "r2_with_nonlinear": both, "gain": (both - alone) / (1 - alone)}
+            for name, values in numbers.items():
+                estimate = Estimate.of(values)
+                row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def token_lines(
+    activations: Activations, hook_point: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear], tokens: int = 100, context: int = 0
+) -> pd.DataFrame:
+    """‖e‖, ‖ê‖ and ‖ε‖ of the first `tokens` rows of C's context number `context` (counted from 0) for all SAEs.
+
+    Columns: sae, width, position, token, error, linear, nonlinear.
+    """
+    seen = 0
+    for chunk in activations.chunks("C"):
+        contexts, of_row = torch.unique_consecutive(chunk.context, return_inverse=True)
+        if context >= seen + len(contexts):
+            seen += len(contexts)
+            continue
+        rows = torch.nonzero(of_row == context - seen).squeeze(1)[:tokens]
+        x = chunk.x[hook_point][rows]
+        frames = []
+        for name, sae in sorted(saes.items(), key=lambda item: item[1].n):
+            e, linear = _error(x, sae, probes[name])
+            columns = {"position": chunk.position[rows], "token": chunk.token[rows]}
+            columns |= {"error": e.norm(dim=1), "linear": linear.norm(dim=1), "nonlinear": (e - linear).norm(dim=1)}
+            frames.append(pd.DataFrame({"sae": name, "width": sae.n} | {key: values.numpy() for key, values in columns.items()}))
+        return pd.concat(frames, ignore_index=True)
+    raise UserError(f"there is no context number {context} to draw: the evaluation split has {seen}")
+
+
+def _error(x: Tensor, sae: SAE, probe: Linear) -> tuple[Tensor, Tensor]:
+    """e and ê of rows `x` (b, d), float64."""
+    return x.double() - reconstruct(sae, x)[0].double(), probe(x)
+
+
+def _norms(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear], names: list[str]) -> Tensor:
+    """‖e‖ of every SAE, then ‖ε‖ of every SAE, (b, 2·SAEs)."""
+    errors, nonlinear = [], []
+    for name in names:
+        e, linear = _error(chunk.x[hook_point], saes[name], probes[name])
+        errors.append(e.norm(dim=1))
+        nonlinear.append((e - linear).norm(dim=1))
+    return torch.stack(errors + nonlinear, 1)
+
+
+def _r2(fitted: Moments, products: Tensor, predictors: list[int], target: int) -> Tensor:
+    """R² (1 + replicates,) on C, from its moments about B's means, of the regression fitted on B's."""
+    part = Moments()
+    part.rows, part.mean, part.xx = fitted.rows, torch.zeros(len(predictors), dtype=torch.float64), fitted.xx[np.ix_(predictors, predictors)]
+    part.target_mean, part.xy = {"y": torch.zeros(1, dtype=torch.float64)}, {"y": fitted.xx[predictors][:, [target]]}
+    weights = part.solve().maps["y"].weight.squeeze(1)
+    used = [*predictors, target]
+    difference = torch.cat([-weights, torch.ones(1, dtype=torch.float64)])
+    missed = torch.einsum("rij,i,j->r", products[:, used][:, :, used], difference, difference)
+    total = products[:, target, target] - products[:, target, -1].square() / products[:, -1, -1]
+    return 1 - missed / total

@@ -1,0 +1,103 @@
+"""The SAEs under analysis: a sweep's, found by MLflow, or any that are named, in whatever format."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from raysae.analysis.lab.tasks import device
+from raysae.config import AnalysisConfig, SAEConfig, UserError, digest, error_kind
+from raysae.knobs import from_flat
+from raysae.sae.base import SAE
+from raysae.sae.files import OWN
+from raysae.sae.importers import FILES, NamedSAE, load_any
+from raysae.storage import file_system
+from raysae.tracking.find import TrackedSAE, find_saes
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An SAE under analysis. `where` is its folder, file or URL; `run_id`, `params` and `metrics` are MLflow's, where it has them."""
+
+    name: str
+    where: str
+    hook_point: str
+    width: int
+    content: str  # digest
+    run_id: str | None
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+    @property
+    def config(self) -> SAEConfig:
+        """What a sweep trained it as."""
+        return from_flat(SAEConfig, self.params)
+
+    def load(self) -> SAE:
+        """The folded SAE, on the GPU that Ray has given this process, if any."""
+        return load_any(self.where, self.hook_point).sae.to(device())
+
+
+def find(config: AnalysisConfig) -> list[tuple[str, TrackedSAE | None]]:
+    """Where the SAEs are, and what MLflow knows of them."""
+    if not config.sae:
+        return [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, config.sweep)]
+    found: list[tuple[str, TrackedSAE | None]] = []
+    for name in config.sae:
+        if "://" in name or Path(name).expanduser().exists():
+            found.append((name if "://" in name else str(Path(name).expanduser().resolve()), None))
+        else:
+            try:
+                found += [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, name)]
+            except UserError as error:
+                raise UserError(f"--sae {name} is neither a file or folder, nor in MLflow: {error}") from None
+    return found
+
+
+def _loaded(where: str, given: str | None) -> NamedSAE:
+    """The SAE at the hook point that its files say, or at the one given where they say nothing: it does not go before what they say."""
+    try:
+        return load_any(where)
+    except UserError:
+        if given is None:
+            raise
+        return load_any(where, given)
+
+
+def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | None]]) -> tuple[Subject, ...]:
+    subjects: dict[str, Subject] = {}
+    known: set[str] = set()
+    given = config.hook_points[0] if len(config.hook_points) == 1 and config.sae else None
+    for where, tracked in found:
+        if tracked:
+            hook_point, width, name = tracked.params["hook_point"], int(tracked.params["width"]), tracked.name
+        else:
+            loaded = _loaded(where, given)
+            hook_point, width, name = loaded.sae.config.hook_point, loaded.sae.n, loaded.name
+        known.add(hook_point)
+        if config.hook_points and hook_point not in config.hook_points:
+            continue
+        if error_kind(hook_point)[0]:
+            raise UserError(f"{name} was trained on an error, {hook_point}: analyses take SAEs of activations; error_saes.py compares such SAEs")
+        while name in subjects:
+            name += "+"
+        params = tracked.params if tracked else {"hook_point": hook_point, "width": str(width), "where": where}
+        run_id, metrics = (tracked.run_id, tracked.metrics) if tracked else (None, {})
+        subjects[name] = Subject(name, where, hook_point, width, content_of(where), run_id, params, metrics)
+    if not subjects:
+        there = sorted(known)
+        others = f", there are some of {', '.join(there)}" if there else ""
+        raise UserError(f"hook_points is {', '.join(config.hook_points)}: no SAE is of it{others}")
+    return tuple(subjects.values())
+
+
+def content_of(where: str) -> str:
+    """What tells an SAE's files from others: our description of them, which has their checksums, or their names, sizes and times."""
+    files, path = file_system(where)
+    folder = path if files.isdir(path) else path.rpartition("/")[0]
+    if files.exists(f"{folder}/{OWN}"):
+        return hashlib.sha256(files.cat_file(f"{folder}/{OWN}")).hexdigest()[:16]
+    facts = [files.info(f"{folder}/{name}") for name in FILES if files.exists(f"{folder}/{name}")]
+    return digest([[str(fact.get(key)) for key in ("name", "size", "mtime", "ETag", "LastModified")] for fact in facts])

@@ -1,0 +1,214 @@
+"""The largest pre-activations, exactly: k of each row (`top_k`) or a number of a whole batch (`BatchTop`).
+
+Pre-activations come latent-major, `scores` (n, r): latents × rows of the batch, as `kernels.pre_activation_chunks` makes them. What changes the bits
+of SAEs here raises `kernels.VERSION`.
+
+On a CPU `top_k` is compiled, as torch.topk moves every element several times. For each row it
+
+    1. takes the maximum of every group of some consecutive latents,
+    2. halves the interval of these maxima a few times, towards a bound that k of them just reach (k or more always do),
+    3. looks for elements at or above the bound in the groups that reach it: the k largest are among them,
+    4. keeps the k largest of these.
+
+1 and 2 go through many rows at once in vector registers, 3 and 4 touch a small part of the elements, more of them where one maximum lies far from
+all others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raysae.kernels.codes import Nonzeros, starts_of
+from raysae.kernels.compiled import COMPILED, compiled, in_parts
+
+STRIP, LANES = 64, 16  # rows that are handled together, and of these the ones that one comparison is for
+HALVINGS = 8
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each column of `scores` (n, r), in no particular order: values and indices, (r, k) each; the values are torch.topk's.
+
+    NaN counts as +∞. Of equal elements the same are taken every time, on a CPU whatever columns are beside. ValueError: k is not in 1 … n.
+    """
+    n, r = scores.shape
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}: from 1 to {n} is right for {n} latents")
+    if scores.device.type != "cpu" or scores.dtype not in COMPILED:
+        return torch.topk(scores.T.contiguous(), k, dim=1, sorted=False)
+    values, indices = scores.new_empty(r, k), scores.new_empty(r, k, dtype=torch.int64)
+    members = math.isqrt(n // k)  # of a group: there are then at least k groups, and step 3 has about as much to do as step 2
+    arguments = scores.contiguous().numpy(), k, members, values.numpy(), indices.numpy()
+    in_parts(_select, r, LANES, *arguments)
+    return values, indices
+
+
+def top_of_chunks(chunks: Iterable[tuple[slice, Tensor]], k: int) -> tuple[Tensor, Tensor]:
+    """`top_k` of (n, b) in chunks of columns, as `kernels.pre_activation_chunks` makes them: values and indices, (b, k) each."""
+    values, indices = zip(*(top_k(scores, k) for _, scores in chunks), strict=True)
+    return torch.cat(values), torch.cat(indices)
+
+
+@compiled
+def _select(scores, k, members, values, indices, first, last):
+    """Columns `first` to `last` of `scores` (n, r): their rows of `values` and `indices` (r, k)."""
+    groups, room = len(scores) // members, 2 * k + 16  # of what is found in a column: `_take` makes room where that is not enough
+    maxima = np.empty((groups, STRIP), scores.dtype)
+    found, latents, counts = np.empty((STRIP, room), scores.dtype), np.empty((STRIP, room), np.int64), np.empty(STRIP, np.int64)
+    for start in range(first, last, STRIP):
+        width = min(STRIP, last - start)
+        _group_maxima(scores, start, width, members, maxima)
+        bound = bounds_of_largest(maxima, k)
+        bound[width:] = np.inf
+        counts[:] = 0
+        _collect(scores, start, width, maxima, members, k, bound, found, latents, counts)
+        for c in range(width):
+            keep_largest(found[c], latents[c], counts[c], k)
+            for i in range(k):
+                indices[start + c, i] = latents[c, i]
+                values[start + c, i] = scores[latents[c, i], start + c]
+
+
+@compiled
+def _group_maxima(scores, start, width, members, maxima):
+    """The maxima (groups, STRIP) of consecutive latents in `width` columns of `scores` (n, r) from `start` on; −∞ in the places that are left."""
+    maxima[:, width:] = -np.inf
+    for g in range(len(maxima)):
+        maximum = maxima[g]
+        for c in range(width):
+            maximum[c] = scores[g * members, start + c]
+        for j in range(g * members + 1, (g + 1) * members):
+            row = scores[j, start : start + width]  # one-dimensional and contiguous, or the loop would not be vectorised
+            for c in range(width):  # NaN stays, and comes in
+                maximum[c] = maximum[c] if maximum[c] > row[c] or maximum[c] != maximum[c] else row[c]
+
+
+@compiled
+def bounds_of_largest(maxima, k):
+    """Numbers (STRIP,) that k or more of each column of `maxima` (groups, STRIP) are not below."""
+    half = maxima.dtype.type(0.5)
+    low, high = np.full(STRIP, np.inf, maxima.dtype), np.full(STRIP, -np.inf, maxima.dtype)
+    middle, reached = np.empty(STRIP, maxima.dtype), np.empty(STRIP, np.float32)
+    for g in range(len(maxima)):
+        row = maxima[g]
+        for c in range(STRIP):
+            low[c] = row[c] if row[c] < low[c] else low[c]
+        for c in range(STRIP):
+            high[c] = row[c] if row[c] > high[c] else high[c]
+    for _ in range(HALVINGS):
+        for c in range(STRIP):
+            middle[c], reached[c] = low[c] + (high[c] - low[c]) * half, 0
+        for g in range(len(maxima)):
+            row = maxima[g]
+            for c in range(STRIP):
+                reached[c] += np.float32(0) if row[c] < middle[c] else np.float32(1)
+        for c in range(STRIP):
+            if reached[c] >= k:
+                low[c] = middle[c]
+            else:
+                high[c] = middle[c]
+    return low
+
+
+@compiled
+def _collect(scores, start, width, maxima, members, k, bound, found, latents, counts):
+    """Elements of these columns not below `bound` (STRIP,), their latents and how many they are into `found`, `latents` and `counts`."""
+    n, groups = len(scores), len(maxima)
+    bounds = bound.reshape(STRIP // LANES, LANES)  # a view: `bound` rises on the way
+    for g in range(groups):
+        blocks = maxima[g].reshape(STRIP // LANES, LANES)
+        for block in range(STRIP // LANES):
+            some = np.float32(0)
+            for lane in range(LANES):
+                some += np.float32(0) if blocks[block, lane] < bounds[block, lane] else np.float32(1)
+            if some > 0:
+                for c in range(block * LANES, (block + 1) * LANES):
+                    if not maxima[g, c] < bound[c]:
+                        for j in range(g * members, (g + 1) * members):
+                            if not scores[j, start + c] < bound[c]:
+                                _take(scores[j, start + c], j, c, k, bound, found, latents, counts)
+    for j in range(groups * members, n):  # latents in no group
+        for c in range(width):
+            if not scores[j, start + c] < bound[c]:
+                _take(scores[j, start + c], j, c, k, bound, found, latents, counts)
+
+
+@compiled
+def _take(value, j, c, k, bound, found, latents, counts):
+    """Adds what was found; where there is no room, the bound rises to the k-th largest so far."""
+    if counts[c] == found.shape[1]:
+        keep_largest(found[c], latents[c], counts[c], k)
+        bound[c], counts[c] = found[c, :k].min(), k
+    found[c, counts[c]] = value if value == value else np.inf
+    latents[c, counts[c]] = j
+    counts[c] += 1
+
+
+@compiled
+def keep_largest(found, latents, count, k):
+    """Brings the k largest of the first `count` of `found` to its front, with their `latents`: Hoare's selection."""
+    low, high = 0, count - 1
+    while low < high:
+        pivot, i, j = found[(low + high) // 2], low, high
+        while i <= j:
+            while found[i] > pivot:
+                i += 1
+            while found[j] < pivot:
+                j -= 1
+            if i <= j:
+                found[i], found[j] = found[j], found[i]
+                latents[i], latents[j] = latents[j], latents[i]
+                i, j = i + 1, j - 1
+        if k - 1 <= j:
+            high = j
+        elif k - 1 >= i:
+            low = i
+        else:
+            break
+
+
+class BatchTop:
+    """The `count` largest positive elements of a (b, n) matrix that comes in chunks of rows."""
+
+    def __init__(self, count: int, n: int, like: Tensor):
+        self.count, self.n = count, n
+        self.values = like.new_empty(0)
+        self.places = torch.empty(0, dtype=torch.int64, device=like.device)  # row · n + latent
+
+    def add(self, first_row: int, scores: Tensor) -> None:
+        """Takes the rows from `first_row` on, as columns of `scores` (n, r), contiguous."""
+        flat, r = scores.flatten(), scores.shape[1]
+        found = torch.nonzero(flat >= self._lower_bound(scores)).squeeze(1)
+        values = torch.cat([self.values, flat[found]])
+        latents = found.div(r, rounding_mode="floor")
+        rows = found.sub_(latents, alpha=r).add_(first_row)
+        places = torch.cat([self.places, latents.add_(rows, alpha=self.n)])
+        if len(values) > self.count:
+            values, best = torch.topk(values, self.count, sorted=False)
+            places = places[best]
+        self.values, self.places = values, places
+
+    def _lower_bound(self, scores: Tensor) -> Tensor:
+        """A number above 0: elements below it cannot be among the `count` largest and need no look."""
+        smallest_positive = scores.new_tensor(torch.finfo(scores.dtype).tiny)
+        if len(self.values) == self.count:
+            return self.values.min()
+        members = min(16, self.n, scores.numel() // (2 * self.count))
+        if members < 2:
+            return smallest_positive
+        groups = self.n // members
+        maxima = scores[: members * groups].unflatten(0, (members, groups)).amax(0).flatten()
+        if len(maxima) < self.count:
+            return smallest_positive
+        # `count` groups have an element at least as large as the count-th largest maximum
+        return torch.topk(maxima, self.count, sorted=False).values.min().maximum(smallest_positive)
+
+    def nonzeros(self, b: int) -> Nonzeros:
+        """What was selected, as nonzeros of a (b, n) matrix."""
+        places, order = self.places.sort()
+        rows = places.div(self.n, rounding_mode="floor")
+        return Nonzeros(places - rows * self.n, self.values[order], rows, starts_of(rows, b))

@@ -1,0 +1,148 @@
+"""What is checked and settled before anything starts: the language model, the text, the hook points, the cluster.
+
+Each failure is a `UserError` of one sentence. Nothing here imports torch or loads weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from raysae.config import SAEConfig, SweepConfig, UserError, error_kind
+from raysae.lm.facts import ModelFacts, hook_width, model_facts
+from raysae.lm.tokenizer import load_tokenizer, tokenizer_digest
+from raysae.processes import apart
+from raysae.storage import open_location
+from raysae.stream.blocks import shards_in_flight
+from raysae.stream.spec import ActivationSpec
+from raysae.text.contexts import Contexts, build_contexts
+
+LONGEST_DEFAULT_CONTEXT = 1024
+SKIPPED, SKIPPED_LONG, LONG_CONTEXT = 8, 200, 1024  # first positions without rows, the second from a long context on
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep with everything resolved: what will be streamed, to which SAEs."""
+
+    config: SweepConfig
+    facts: ModelFacts
+    contexts: dict[str, Contexts]  # "train" and "evaluation"
+    training: ActivationSpec
+    evaluation: ActivationSpec
+    saes: tuple[SAEConfig, ...]
+
+    @property
+    def shards(self) -> int:
+        """Shards of the training stream that the run reads: its rows, rounded up."""
+        return math.ceil(self.config.train.steps * self.config.train.batch / self.training.rows_per_shard)
+
+    @property
+    def evaluation_shards(self) -> int:
+        return math.ceil(self.config.evaluation.rows / self.evaluation.rows_per_shard)
+
+    @property
+    def hook_points(self) -> list[str]:
+        return list(dict.fromkeys(sae.hook_point for sae in self.saes))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Hook point → width of its activations, for the hook points that the SAEs read."""
+        return {hook: hook_width(error_kind(hook)[1], self.facts) for hook in self.hook_points}
+
+    @property
+    def streamed_widths(self) -> dict[str, int]:
+        """The same for the model's own hook points, which are streamed: errors are computed where they are used."""
+        return {error_kind(hook)[1]: width for hook, width in self.widths.items()}
+
+
+def plan(config: SweepConfig, held_out: int = 0) -> Plan:
+    """Resolve the defaults that depend on the model, tokenise the text (cached) and check that there is enough of it.
+
+    Of a dataset, text for `held_out` held-out rows is read where it has them, though the sweep itself takes fewer.
+
+    Raises:
+        UserError: model or file not found, unknown hook point, context too long, too little text, too little room for a shard.
+    """
+    if config.model.device_map and find_spec("accelerate") is None:
+        raise UserError(f"model.device_map is {config.model.device_map}, which needs the package accelerate: pip install 'raysae[multi-gpu]'")
+    if config.train.precision == "bfloat16" and not config.resources.trainer_gpus:
+        raise UserError("train.precision is bfloat16 but trainers run on CPUs (resources.trainer_gpus is 0): leave it unset, or set float32")
+    open_location("stream.cache_dir", config.stream.cache_dir)
+    facts = model_facts(config.model)
+    hooks = config.hook_points or [f"resid_post.{facts.layers // 2 - 1 if facts.layers > 1 else 0}"]
+    for hook in hooks:
+        kind, of = error_kind(hook)
+        hook_width(of, facts)
+        if kind:
+            _check_errors(config, hook)
+    length = config.stream.context_length or min(facts.context_length, LONGEST_DEFAULT_CONTEXT)
+    if length > facts.context_length:
+        raise UserError(f"stream.context_length is {length}: {config.model.name} takes at most {facts.context_length} tokens.")
+    skipped = config.stream.skip_positions or (SKIPPED_LONG if length >= LONG_CONTEXT else SKIPPED)
+    if skipped > length - 2:
+        raise UserError(f"stream.skip_positions is {skipped}: it must be at most the context length less 2, {length - 2}")
+    stream = config.stream.model_copy(update={"context_length": length, "skip_positions": skipped})
+    model = config.model.model_copy(update={"revision": facts.commit or config.model.revision})  # whatever appears on the hub meanwhile
+    config = config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream, "model": model})
+    enough = _enough(config, held_out) if config.text.source.startswith("hf:") else None
+    contexts = build_contexts(config.text, partial(load_tokenizer, config.model), tokenizer_digest(config.model), length, enough, run=apart)
+
+    def spec(split: str, epochs: int) -> ActivationSpec:
+        return ActivationSpec(
+            model=facts.digest, text=contexts[split].digest, contexts=max(1, len(contexts[split])), context_length=length, epochs=epochs,
+            skip_positions=config.stream.skip_positions, dtype=config.model.dtype, seed=config.stream.seed,
+            shard_contexts=config.stream.shard_contexts, batch_contexts=config.stream.batch_contexts,
+        )  # fmt: skip
+
+    training, evaluation = spec("train", config.stream.epochs), spec("evaluation", 1)
+    check_enough(training, config.train.steps * config.train.batch, "train.tokens", "stream.epochs")
+    check_enough(evaluation, config.evaluation.rows, "evaluation.rows", None)
+    settled = Plan(config, facts, contexts, training, evaluation, tuple(config.saes()))
+    shards_in_flight(config.stream, training, settled.streamed_widths)
+    return settled
+
+
+def _check_errors(config: SweepConfig, hook: str) -> None:
+    for field, value in config.errors.model_dump().items():
+        if value is None:
+            raise UserError(f"hook point {hook!r} is an error of an SAE, and errors.{field} is unset: name the SAE's folder and its probe")
+        if "://" not in value and not Path(value).expanduser().exists():
+            raise UserError(f"errors.{field} is {value}: there is no such file or folder")
+
+
+def _enough(config: SweepConfig, held_out: int) -> dict[str, int]:
+    """Contexts that the run takes of each split, rounded up to a power of two of shards: runs of like size share the tokenised text."""
+    rows = config.stream.context_length - config.stream.skip_positions
+    needed = {"train": config.train.steps * config.train.batch / config.stream.epochs, "evaluation": max(config.evaluation.rows, held_out)}
+    shards = {split: math.ceil(count / rows / config.stream.shard_contexts) for split, count in needed.items()}
+    return {split: config.stream.shard_contexts * 2 ** math.ceil(math.log2(count)) for split, count in shards.items()}
+
+
+def store_bytes(settled: Plan) -> int:
+    """What a Ray of its own needs as object store: activations in flight, the held-out ones, and the contexts."""
+    item = 2 if settled.config.model.dtype == "bfloat16" else 4
+    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * sum(settled.streamed_widths.values())
+    tokens = sum(contexts.tokens.nbytes for contexts in settled.contexts.values())
+    return int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + tokens) + 256 * MIB
+
+
+def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: str | None) -> None:
+    """UserError unless the spec has `rows` rows. `asked_by` is the field that asks for them, e.g. `train.tokens`; `epochs_field` the one that sets
+    the epochs, or None where there is only one: then the text is the evaluation split.
+    """
+    whose = "held-out text" if epochs_field is None else "text"
+    more = f"lower {asked_by}, raise text.evaluation_fraction or give more text" if epochs_field is None else "give more text"
+    if spec.shards_per_epoch == 0:
+        raise UserError(
+            f"the {whose} is too small: it packs into fewer than the {spec.shard_contexts} contexts of {spec.context_length} tokens that one shard "
+            "takes (stream.shard_contexts): lower stream.context_length or give more text"
+        )
+    per_epoch = spec.shards_per_epoch * spec.rows_per_shard
+    if per_epoch * spec.epochs < rows:
+        epochs = "" if epochs_field is None else f"set {epochs_field} to {-(-rows // per_epoch)} or more, or "
+        raise UserError(f"the {whose} yields {per_epoch:,} tokens per epoch, {rows:,} are needed for {asked_by}: {epochs}{more}")

@@ -1,0 +1,69 @@
+"""A loop's rows out of the stream's queue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from raysae.determinism import Seen
+from raysae.stream.blocks import as_tensor, blocks_per_shard
+from raysae.stream.client import StreamClient
+from raysae.stream.reader import BatchReader
+from raysae.train.errors import ErrorOf, Transformed
+from raysae.train.task import Training
+
+INITIAL_ROWS = 16_384  # at most, from which an SAE is initialised
+
+
+class StreamSource:
+    """A loop's rows out of the queue, or, with a `transform`, what it makes of them. Implements `loop.Source`."""
+
+    def __init__(self, plan: Training, client: StreamClient, device: torch.device, transform: ErrorOf | None = None):
+        self.plan, self.client, self.device, self.transform = plan, client, device, transform
+
+    def open(self, row: int) -> BatchReader | Transformed:
+        train = self.plan.config.train
+        reader = self.client.open(row, train.batch, end=train.steps * train.batch, device=self.device)
+        return Transformed(reader, self.transform) if self.transform else reader
+
+    @property
+    def numerics(self) -> Seen:
+        return {**self.client.numerics, "transform": [self.transform.digest]} if self.transform else self.client.numerics
+
+    def first_rows(self) -> torch.Tensor:
+        rows = self._first_rows()
+        return self.transform(rows) if self.transform else rows
+
+    def evaluation(self, rows: int) -> Iterator[torch.Tensor]:
+        chunks = self._evaluation(rows)
+        return map(self.transform, chunks) if self.transform else chunks
+
+    def leave(self) -> None:
+        self.client.leave()
+
+    def _first_rows(self) -> torch.Tensor:
+        wanted = min(INITIAL_ROWS, self.plan.training.rows_per_shard)
+        blocks, rows, shard = [], 0, 0
+        while rows < wanted:
+            block = self.client.block(shard, len(blocks))
+            if block is None:  # skipped: the first rows are those of the next shard
+                blocks, rows, shard = [], 0, shard + 1
+                continue
+            blocks.append(as_tensor(block, self.plan.training.dtype))
+            rows += len(blocks[-1])
+        return torch.cat(blocks)[:wanted].float()
+
+    def _evaluation(self, rows: int) -> Iterator[torch.Tensor]:
+        spec = self.plan.evaluation
+        blocks = blocks_per_shard(spec, self.plan.width, self.plan.config.stream.block_mib)
+        for shard in range(spec.shards):
+            for number in range(blocks):
+                if rows <= 0:
+                    return
+                block = self.client.evaluation_block(shard, number)
+                if block is None:
+                    break
+                chunk = as_tensor(block, spec.dtype)[:rows]
+                rows -= len(chunk)
+                yield chunk

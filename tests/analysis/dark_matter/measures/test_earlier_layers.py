@@ -1,0 +1,114 @@
+"""R² from other hook points, against least squares in NumPy on the same tokens and against planted answers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from raysae.analysis.dark_matter.measures.earlier_layers import earlier_layers
+from raysae.analysis.instruments.activations import ArrayActivations
+from raysae.config import UserError
+from tests.analysis.planted import linear_sae, rows, sae
+
+D, CONTEXTS, LENGTH = 8, 240, 10
+TARGET, PREVIOUS, MLP, Z = "resid_post.1", "resid_post.0", "mlp_out.1", "attn_z.1"
+
+
+def array(x: dict[str, Tensor]) -> ArrayActivations:
+    return ArrayActivations(x, torch.arange(len(x[TARGET])) // LENGTH, chunk_rows=700)
+
+
+def gathered(activations: ArrayActivations, split: str) -> dict[str, np.ndarray]:
+    chunks = list(activations.chunks(split))
+    return {hook: torch.cat([chunk.x[hook] for chunk in chunks]).double().numpy() for hook in activations.widths}
+
+
+def fitted(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y, rcond=None)[0]
+
+
+def applied(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return np.column_stack([x, np.ones(len(x))]) @ weight
+
+
+def test_every_number_equals_least_squares():
+    previous = rows(CONTEXTS * LENGTH, D)
+    mlp = torch.tanh((previous - previous.mean(0)) @ torch.randn(D, D, generator=torch.Generator().manual_seed(5)) / 3)
+    x = {TARGET: previous + mlp, PREVIOUS: previous, MLP: mlp, Z: previous[:, :5].square()}
+    saes = {TARGET: sae(24, 3, D), PREVIOUS: sae(30, 3, D, seed=1), MLP: sae(20, 2, D, seed=2)}
+    activations = array(x)
+    table = earlier_layers(activations, TARGET, saes).set_index(["source", "part", "target"])
+    assert len(table) == 3 * (5 + 5 + 5 + 1)
+
+    split = {name: gathered(activations, name) for name in "ABC"}
+    parts: dict[str, dict[tuple[str, str], np.ndarray]] = {"B": {}, "C": {}}
+    for hook in x:
+        if hook in saes:
+            made = {name: saes[hook](torch.from_numpy(values[hook]).float()).double().numpy() for name, values in split.items()}
+            probe = fitted(split["A"][hook], split["A"][hook] - made["A"])
+        for name in "BC":
+            values = split[name][hook]
+            parts[name][hook, "activation"] = values
+            if hook in saes:
+                e, linear = values - made[name], applied(values, probe)
+                named = {"reconstruction": made[name], "error": e, "linear error": linear, "nonlinear error": e - linear}
+                parts[name] |= {(hook, part): value for part, value in named.items()}
+    for (hook, part), source in parts["B"].items():
+        for target, its_part in {"e": "error", "ê": "linear error", "ε": "nonlinear error"}.items():
+            y = parts["C"][TARGET, its_part]
+            missed = np.square(y - applied(parts["C"][hook, part], fitted(source, parts["B"][TARGET, its_part]))).sum(0)
+            total = np.square(y - y.mean(0)).sum(0)
+            row = table.loc[(hook, part, target)]
+            assert row["r2"] == pytest.approx(np.mean(1 - missed / total), abs=1e-5)
+            assert row["r2_weighted"] == pytest.approx(1 - missed.sum() / total.sum(), abs=1e-5)
+            assert row["r2_low"] <= row["r2"] <= row["r2_high"]
+            assert row["by_definition"] == (hook == TARGET and (row["r2"] > 1 - 1e-6))
+
+
+def test_planted_answers():
+    """The layer adds 2·relu(u) to a residual v; its SAE reconstructs v exactly, so e = 2·relu(u): the MLP output knows all of it, v nothing."""
+    generator = torch.Generator().manual_seed(0)
+    n = CONTEXTS * LENGTH
+    v, u = torch.randn(n, D, generator=generator), torch.randn(n, D, generator=generator)
+    v[:, D // 2 :] = 0
+    mlp = torch.zeros(n, D)
+    mlp[:, D // 2 :] = 2 * u[:, D // 2 :].relu()
+    x = {TARGET: v + mlp, PREVIOUS: v, MLP: mlp}
+    keeps = torch.diag((torch.arange(D) < D // 2).float())
+    saes = {TARGET: linear_sae(keeps), MLP: linear_sae(torch.zeros(D, D))}
+    table = earlier_layers(array(x), TARGET, saes).set_index(["source", "part", "target"])["r2"]
+    assert table[TARGET, "activation", "e"] == pytest.approx(1, abs=1e-6)
+    assert table[MLP, "activation", "e"] == pytest.approx(1, abs=1e-6)
+    assert table[MLP, "error", "e"] == pytest.approx(1, abs=1e-6)
+    assert table[PREVIOUS, "activation", "e"] == pytest.approx(0, abs=0.02)
+    assert table[TARGET, "reconstruction", "e"] == pytest.approx(0, abs=0.02)
+    assert np.isnan(table[MLP, "reconstruction", "e"]) or table[MLP, "reconstruction", "e"] == pytest.approx(0, abs=0.02)
+    assert (PREVIOUS, "reconstruction", "e") not in table  # it has no SAE
+
+
+def test_nonlinear_error_that_an_earlier_layer_knows():
+    """Sae(x) = relu(x) on Gaussian x leaves ε = (E|x| − |x|)/2, of which relu(x), an earlier source, explains a share known in closed form."""
+    generator = torch.Generator().manual_seed(1)
+    n = 30_000
+    a, b = torch.randn(n, 1, generator=generator), torch.randn(n, 1, generator=generator)
+    x = {TARGET: torch.cat([a, b], 1), MLP: torch.cat([a.relu(), b.relu()], 1)}
+    keeps_positive = linear_sae(torch.zeros(2, 2))  # e = −relu(−x) = (x − |x|)/2
+    keeps_positive.W_dec[:2] = torch.eye(2)
+    table = earlier_layers(array(x), TARGET, {TARGET: keeps_positive}).set_index(["source", "part", "target"])["r2"]
+    # Var relu(x) = ½ − 1/2π, Cov(relu(x), |x|) = ½ − 1/π, Var |x| = 1 − 2/π
+    expected = (0.5 - 1 / np.pi) ** 2 / ((0.5 - 0.5 / np.pi) * (1 - 2 / np.pi))
+    assert table[MLP, "activation", "ε"] == pytest.approx(expected, abs=0.02)
+    assert table[TARGET, "activation", "ε"] == pytest.approx(0, abs=0.02)
+    assert table[TARGET, "activation", "ê"] == pytest.approx(1, abs=1e-6)
+    # e = −relu(−x): Var as relu(x), Cov(relu(x), relu(−x)) = −1/2π
+    assert table[MLP, "activation", "e"] == pytest.approx((0.5 / np.pi) ** 2 / (0.5 - 0.5 / np.pi) ** 2, abs=0.02)
+
+
+def test_refusals():
+    x = rows(CONTEXTS * LENGTH, D)
+    with pytest.raises(UserError, match=r"no SAE at resid_post.1.*resid_post.0"):
+        earlier_layers(array({TARGET: x}), TARGET, {PREVIOUS: sae(24, 3, D)})
+    with pytest.raises(UserError, match=r"no activations at mlp_out.1"):
+        earlier_layers(array({TARGET: x}), TARGET, {TARGET: sae(24, 3, D)}, sources=[MLP])

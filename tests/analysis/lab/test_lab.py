@@ -1,0 +1,314 @@
+"""Finding the SAEs of a study, going on with the parts that are there, and a sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import ray
+import torch
+
+from raysae.analysis.dark_matter import error_regression
+from raysae.analysis.dark_matter.error_regression import _half_trained
+from raysae.analysis.dark_matter.probes import Shown, main_hook_point, regressions
+from raysae.analysis.lab.lab import Lab
+from raysae.analysis.lab.results import Findings
+from raysae.analysis.lab.subjects import Subject
+from raysae.analysis.lab.tasks import Task
+from raysae.config import AnalysisConfig, ErrorsConfig, EvaluationConfig, SAEConfig, SweepConfig, TrainConfig, UserError
+from raysae.knobs import from_flat
+from raysae.sae.architectures import build
+from raysae.sae.files import load_sae, save_sae
+from raysae.study.plan import plan
+from raysae.tracking.runs import flatten
+
+D, HOOK = 64, "resid_post.2"  # of stories260K
+TOPK = SAEConfig(hook_point=HOOK, width=96, k=8, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init("local", include_dashboard=False, num_cpus=2, object_store_memory=128 * 2**20, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def saved(folder: Path, width: int, d: int = D, hook_point: str = HOOK) -> str:
+    """An untrained SAE's folder."""
+    sae = build(SAEConfig(hook_point=hook_point, width=width, k=8, learning_rate=1e-3), d, TrainConfig())
+    save_sae(sae, folder / f"w{width}")
+    return str(folder / f"w{width}")
+
+
+@pytest.fixture(scope="session")
+def text_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("text")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, shared_data: Path, stories_model: Path, text_cache: Path) -> dict:
+    """Of an analysis of SAEs of stories260K on the first 3,000 stories."""
+    stories = str(shared_data / "text/tinystories/train_head.txt")
+    text = {"source": stories, "delimiter": "<|endoftext|>", "max_documents": 3000, "cache": str(text_cache)}
+    return {
+        "model": {"name": str(stories_model)},
+        "text": text,
+        "stream": {"context_length": 64},
+        "tokens": 12_000,
+        "output": str(tmp_path / "runs"),
+        "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        "replicates": 20,
+    }
+
+
+def lab_of(settings: dict, **changes: object) -> Lab:
+    return Lab(AnalysisConfig.model_validate(settings | changes))
+
+
+# ---------------------------------------------------------------- finding
+
+
+def test_saes_in_folders_take_model_and_text_from_the_settings(settings: dict, tmp_path: Path) -> None:
+    folders = [saved(tmp_path, 96), saved(tmp_path, 128)]
+    lab = lab_of(settings, sae=folders)
+    assert [sae.width for sae in lab.saes.values()] == [96, 128]
+    assert lab.hook_points == [HOOK]
+    assert lab.plan.evaluation.context_length == 64
+    assert lab.study == lab_of(settings, sae=folders[::-1]).study, "the same SAEs are the same study"
+    assert lab.study != lab_of(settings, sae=folders[:1]).study
+    loaded = next(iter(lab.saes.values())).load()
+    assert (loaded.n, loaded.d) == (96, D)
+
+
+def test_of_several_hook_points_those_named(settings: dict, tmp_path: Path) -> None:
+    folders = [saved(tmp_path, 96), saved(tmp_path, 128, hook_point="mlp_out.1")]
+    lab = lab_of(settings, sae=folders)
+    assert lab.hook_points == [HOOK, "mlp_out.1"]
+    assert main_hook_point(lab) == HOOK
+    more = saved(tmp_path, 192, hook_point="mlp_out.1")
+    assert main_hook_point(lab_of(settings, sae=[*folders, more])) == "mlp_out.1"
+
+
+def test_of_a_dataset_as_much_text_is_read_as_is_wanted(settings: dict, tmp_path: Path, shared_data: Path) -> None:
+    stories = (shared_data / "text/tinystories/train_head.txt").read_text().split("<|endoftext|>")[:2500]
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
+    text = {"source": f"hf:json:{tmp_path}/stories.jsonl", "evaluation_fraction": 0.5, "cache": str(tmp_path / "text")}
+    settings |= {"text": text, "sae": [saved(tmp_path, 96)]}
+    lab = lab_of(settings, tokens=None)
+    assert lab.shards == round(60_000 / lab.plan.evaluation.rows_per_shard)
+    more = lab_of(settings, tokens=150_000)
+    assert more.shards * more.plan.evaluation.rows_per_shard >= 150_000
+    with pytest.raises(UserError, match="held-out text yields"):
+        lab_of(settings, tokens=10**7).shards  # noqa: B018
+
+    sizes = {"train": more.sweep.train.model_copy(update={"tokens": 20_000}), "evaluation": EvaluationConfig(rows=20_000)}
+    more.sweep = more.sweep.model_copy(update=sizes)
+    settled, stream = more._plan(swept=True)
+    assert settled.evaluation.rows >= 150_000
+    assert stream == plan(more.sweep.model_copy(update={"hook_points": [HOOK]})).training.hash != settled.training.hash
+
+
+def test_a_sweeps_parameters_give_its_config_back() -> None:
+    config = SweepConfig.model_validate(
+        {
+            "model": {"name": "m", "modules": {"blocks": "transformer.h", "attn": "attn"}},
+            "text": {"separator": "\n\n", "delimiter": "<|endoftext|>", "max_documents": 7},
+            "stream": {"context_length": 128, "block_mib": 0.5},
+            "hook_points": ["resid_post.1", "mlp_out.1"], "k": [8], "learning_rates": [1e-3, 3e-4], "train": {"tokens": 12345}, "study": "s",
+        }
+    )  # fmt: skip
+    params = flatten(config.model_dump()) | {"a.knob.of.another.version": "5"}
+    assert from_flat(SweepConfig, params) == config
+
+
+def test_a_parameter_that_does_not_fit_is_told() -> None:
+    with pytest.raises(UserError, match=r"train\.tokens is -5"):
+        from_flat(SweepConfig, {"train.tokens": "-5"})
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sae": ["foo://x"]}, ["foo://x", "cannot be opened"]),
+        ({"sae": ["/nowhere/sae"]}, ["/nowhere/sae", "neither a file or folder, nor in MLflow"]),
+        ({"sweep": "nothing"}, ["tracking.uri", "no such database"]),
+        ({}, ["tracking.uri", "no such database"]),
+        ({"tokens": 10**9}, ["tokens is 1000000000", "held-out text yields"]),
+        ({"hook_points": ["resid_post.1", "mlp_out.1"]}, ["hook_points is resid_post.1, mlp_out.1", "no SAE is of it"]),
+        ({"hook_points": ["mlp_out.1"]}, ["hook_points is mlp_out.1: no SAE is of it, there are some of resid_post."]),
+        ({"stream": {"context_length": 100_000}}, ["stream.context_length", "512"]),
+        ({"model": {"name": "/nowhere/model"}}, ["model.name", "/nowhere/model"]),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(settings: dict, tmp_path: Path, changes: dict, words: list[str]) -> None:
+    sources = {} if "sweep" in changes or not changes else {"sae": [saved(tmp_path, 96)]}
+    with pytest.raises(UserError) as caught:
+        lab_of(settings, **sources | changes).shards  # noqa: B018 (the number of tokens is looked at when it is needed)
+    sentence = str(caught.value)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence
+
+
+def test_an_sae_of_another_width_is_refused(settings: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"32 wide, but resid_post.2 of this model is 64 wide"):
+        lab_of(settings, sae=[saved(tmp_path, 96, d=32)])
+
+
+def test_saes_of_other_weights_are_refused(settings: dict, tmp_path: Path) -> None:
+    folder = saved(tmp_path, 96)
+    digest = lab_of(settings, sae=[folder]).plan.facts.digest
+    sae = load_sae(folder)
+    save_sae(sae, folder, {"model_digest": digest})
+    assert lab_of(settings, sae=[folder]).warning is None
+    save_sae(sae, folder, {"model_digest": "0123456789abcdef"})
+    with pytest.raises(UserError, match=r"model\.name is .*whose weights are not those"):
+        lab_of(settings, sae=[folder])
+
+
+def test_saes_of_an_error_are_refused(settings: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"was trained on an error, resid_post\.2\.nonlinear"):
+        lab_of(settings, sae=[saved(tmp_path, 96, hook_point=f"{HOOK}.nonlinear")])
+
+
+def test_a_sweep_and_saes_exclude_each_other(settings: dict) -> None:
+    with pytest.raises(ValueError, match="name a sweep, or SAEs"):
+        AnalysisConfig.model_validate(settings | {"sweep": "a", "sae": ["b"]})
+
+
+# ---------------------------------------------------------------- SAEs that the sweep lacks
+
+
+@pytest.fixture
+def swept(monkeypatch: pytest.MonkeyPatch) -> list[SweepConfig]:
+    """The sweeps that labs have run; each leaves untrained SAEs."""
+    configs: list[SweepConfig] = []
+
+    def run_sweep(config: SweepConfig, resume: str | None = None, made_for: str | None = None) -> int:
+        configs.append(config)
+        for sae in config.saes():
+            folder = Path(config.output) / config.study / "saes" / sae.name
+            save_sae(build(sae, D, TrainConfig()), folder)
+            (folder / "outcome.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr("raysae.sweep.run.run_sweep", run_sweep)
+    monkeypatch.setattr("raysae.analysis.lab.lab.connect", lambda lab: None)
+    return configs
+
+
+def test_saes_on_errors_are_trained_anew_where_the_probe_is_another(settings: dict, tmp_path: Path, swept: list[SweepConfig]) -> None:
+    folder = saved(tmp_path, 96)
+    lab, probe = lab_of(settings, sae=[folder]), tmp_path / "probe.safetensors"
+
+    def train() -> str:
+        (made,) = lab.train("errors", [f"{HOOK}.linear"], [96], TOPK, 1000, ErrorsConfig(sae=folder, probe=str(probe))).values()
+        return made.where
+
+    probe.write_bytes(b"one")
+    first = train()
+    assert train() == first
+    assert len(swept) == 1
+    probe.write_bytes(b"two")  # as another run writes it, with other tokens
+    assert train() != first
+    save_sae(build(load_sae(folder).config.model_copy(update={"seed": 1}), D, TrainConfig()), folder)
+    train()
+    assert len({config.study for config in swept}) == 3
+
+
+def test_a_sweep_that_fails_is_told_in_one_sentence(settings: dict, tmp_path: Path, swept: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = lab_of(settings, sae=[saved(tmp_path, 96)])
+    for code, error in ((1, UserError), (130, KeyboardInterrupt)):
+        monkeypatch.setattr("raysae.sweep.run.run_sweep", lambda *_, code=code, **__: code)
+        with pytest.raises(error):
+            lab.train("earlier", ["mlp_out.2"], [96], TOPK, 1000)
+
+
+def test_half_trained_controls_differ_in_tokens_alone(settings: dict, tmp_path: Path, swept: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = lab_of(settings, sae=[saved(tmp_path, 96)])
+    relu = SAEConfig(architecture="relu", hook_point=HOOK, width=96, sparsity=1.0, learning_rate=3e-4)
+    given = [relu, relu.model_copy(update={"width": 128}), relu.model_copy(update={"width": 192, "sparsity": 3.0, "seed": 2})]
+    saes = {}
+    for sae in given:
+        params = {knob: str(value) for knob, value in sae.model_dump(exclude_none=True).items()}
+        saes[sae.name] = Subject(sae.name, "", HOOK, sae.width, "", "run", params, {"tokens": lab.sweep.train.tokens})
+
+    def table(lab: Lab, saes: dict, found: dict) -> pd.DataFrame:
+        numbers = ("fvu", "l0", "nonlinear_fvu", "r2_error", "r2_error_weighted", "r2_error_norm", "r2_error_rescaled", "r2_error_norm_rescaled")
+        row = {f"{name}{end}": 0.5 for name in numbers for end in ("", "_low", "_high")}
+        return pd.DataFrame([{"width": sae.width} | row for sae in saes.values()])
+
+    monkeypatch.setattr(error_regression, "regressions", lambda *_: {})
+    monkeypatch.setattr(error_regression, "regression_table", table)
+    findings = Findings("error_regression", [], pd.DataFrame())
+    both = _half_trained(lab, Shown(HOOK, table(lab, saes, {}), {}, saes), findings)
+    assert sorted(both["width"]) == [96, 128, 192]
+    assert {"r2_error_half", "r2_error_half_low", "r2_error_norm_half_high"} <= set(both)
+    assert sorted(sae.name for config in swept for sae in config.saes()) == sorted(saes)
+    assert len(swept) == 2, "those of different widths in one sweep"
+    assert all(config.train == lab.sweep.train.model_copy(update={"tokens": lab.sweep.train.tokens // 2, "reports": 2}) for config in swept)
+
+    for changes in ({"run_id": None, "metrics": {}}, {"metrics": {"tokens": 1000}}):  # of no sweep; stopped early
+        some = saes | {relu.name: replace(saes[relu.name], **changes)}
+        assert _half_trained(lab, Shown(HOOK, table(lab, some, {}), {}, some), findings) is None
+    assert "was left out" in findings.notes[-1]
+
+
+# ---------------------------------------------------------------- parts
+
+
+def noted(folder: Path, name: str, fail_unless: Path | None = None) -> str:
+    """Leaves a line for every time it works; fails where a file is missing."""
+    with (folder / "worked").open("a") as file:
+        file.write(f"{name}\n")
+    if fail_unless and not fail_unless.exists():
+        raise UserError(f"{fail_unless} is not there yet")
+    return name
+
+
+def test_a_job_goes_on_with_the_parts_it_lacks(settings: dict, tmp_path: Path, cluster: None) -> None:
+    folder = saved(tmp_path, 96)
+    signal = tmp_path / "signal"
+    parts = [Task("test", name, noted, (tmp_path, name, signal if name == "b" else None)) for name in "ac"]
+    last = Task("test", "b", noted, (tmp_path, "b", signal))
+    assert lab_of(settings, sae=[folder]).run(parts) == ["a", "c"]
+    with pytest.raises(UserError, match="is not there yet"):
+        lab_of(settings, sae=[folder]).run([*parts, last])
+    assert lab_of(settings, sae=[folder]).kept([*parts, last]) is None
+    signal.touch()
+    lab = lab_of(settings, sae=[folder])
+    assert lab.run([*parts, last]) == ["a", "c", "b"]
+    assert lab.kept([*parts, last]) == ["a", "c", "b"]
+    assert sorted((tmp_path / "worked").read_text().split()) == ["a", "b", "b", "c"]
+    assert not list((lab.folder / "parts").glob("*.part"))
+
+
+def test_activations_are_recorded_once_and_parts_depend_on_the_saes(settings: dict, tmp_path: Path, cluster: None) -> None:
+    lab = lab_of(settings, sae=[saved(tmp_path, 96)])
+    recorded = lab.record([HOOK])
+    file = recorded.folder / f"{HOOK}.npy"
+    before = file.stat().st_mtime_ns
+    assert lab.record([HOOK]) == recorded
+    wider = lab.record([HOOK, "mlp_out.2"])
+    assert wider.folder == recorded.folder
+    assert file.stat().st_mtime_ns == before
+    activations = wider.open()
+    assert activations.widths == {HOOK: D, "mlp_out.2": D}
+    rows = {split: activations.rows(split) for split in "ABC"}
+    assert all(count > 0 for count in rows.values())
+    assert rows["C"] == len(wider.contexts("C")) * (64 - 8)
+    chunk = next(activations.chunks("C"))
+    assert torch.equal(chunk.context.unique_consecutive(), torch.from_numpy(wider.contexts("C"))[: len(chunk.context.unique_consecutive())])
+
+    (first,) = regressions(lab, HOOK, lab.saes).values()
+    count = len(list((lab.folder / "parts").glob("error_regression-*")))
+    again = lab_of(settings, sae=[saved(tmp_path, 96)])  # the same SAE, written anew
+    (second,) = regressions(again, HOOK, again.saes).values()
+    assert first.row() == second.row()
+    assert len(list((lab.folder / "parts").glob("error_regression-*"))) == count == 1

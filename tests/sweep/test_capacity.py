@@ -1,0 +1,177 @@
+"""How SAEs are shared out over banks, and what a cluster is refused for."""
+
+import re
+import shlex
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from raysae.cluster.connect import connect
+from raysae.commands.parse import parse
+from raysae.config import ResourcesConfig, SAEConfig, SweepConfig, UserError
+from raysae.study.place import check_writable, with_absolute_paths
+from raysae.study.plan import plan
+from raysae.sweep import capacity
+from raysae.sweep.capacity import check_cluster, cost, pack
+
+WIDTH = {"resid_post.1": 64, "mlp_out.1": 64}
+
+
+def grid(hook: str, widths: list[int]) -> list[SAEConfig]:
+    return [SAEConfig(hook_point=hook, width=w, k=8, learning_rate=1e-3) for w in widths]
+
+
+def test_every_sae_is_in_exactly_one_bank_of_its_hook_point() -> None:
+    saes = tuple(grid("resid_post.1", [64, 128, 256, 512]) + grid("mlp_out.1", [64, 128]))
+    for banks in range(1, 9):
+        packed = pack(saes, banks, WIDTH)
+        assert sorted(s.name for b in packed for s in b.saes) == sorted(s.name for s in saes)
+        assert all(s.hook_point == b.hook_point for b in packed for s in b.saes)
+        assert len(packed) == min(max(banks, 2), len(saes))  # a bank per hook point at least, never an empty one
+        assert len({b.name for b in packed}) == len(packed)
+
+
+def test_banks_are_of_near_equal_predicted_cost() -> None:
+    saes = tuple(grid("resid_post.1", [8192, 4096, 4096, 2048, 2048, 2048, 2048, 1024, 512, 256]))
+    loads = [sum(cost(s, 64) for s in bank.saes) for bank in pack(saes, 3, WIDTH)]
+    assert max(loads) <= 1.1 * sum(loads) / 3
+
+
+def test_an_sae_too_large_for_company_is_alone() -> None:
+    packed = pack(tuple(grid("resid_post.1", [2**20, 1024, 1024, 512])), 2, WIDTH)
+    assert sorted(len(bank.saes) for bank in packed) == [1, 3]
+
+
+@pytest.mark.parametrize("banks", [1, 2, 3])
+def test_packing_is_deterministic(banks: int) -> None:
+    saes = tuple(grid("resid_post.1", [256, 512, 1024, 2048]))
+    assert pack(saes, banks, WIDTH) == pack(saes, banks, WIDTH)
+
+
+class FakeRay:
+    """`ray` as `check_cluster` asks it, for machines of so many CPUs."""
+
+    def __init__(self, *machines: float) -> None:
+        self.machines = machines
+
+    def nodes(self) -> list[dict]:
+        return [{"Alive": True, "NodeManagerHostname": f"m{i}", "Resources": {"CPU": cpus}} for i, cpus in enumerate(self.machines)]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": sum(self.machines)}
+
+
+def banks_on(monkeypatch: pytest.MonkeyPatch, machines: tuple[float, ...], limits: dict[str, float] | None = None, **resources: object) -> int:
+    monkeypatch.setattr(capacity, "ray", FakeRay(*machines))
+    monkeypatch.setattr(capacity, "_limits", lambda: limits or {})
+    output = "s3://bucket/runs" if resources.pop("remote", False) else "runs"
+    config = SweepConfig(output=output, resources=ResourcesConfig(**resources))
+    return check_cluster(SimpleNamespace(config=config, saes=grid("resid_post.1", [64, 128, 256, 512]), hook_points=["resid_post.1"]))
+
+
+def test_a_bank_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert banks_on(monkeypatch, (2,)) == 2
+    assert banks_on(monkeypatch, (2, 2), remote=True) == 4
+    assert banks_on(monkeypatch, (64,)) == 4  # no more than there are SAEs
+    assert banks_on(monkeypatch, (2,), banks=1) == 1
+
+
+@pytest.mark.parametrize(
+    ("machines", "resources", "message"),
+    [
+        ((2, 2), {}, "output is the local folder 'runs' but the cluster has 2 machines: name storage that all of them reach"),
+        ((2,), {"limits": {"CPU": 64}}, "output is the local folder 'runs' but the cluster grows by further machines"),
+        ((2,), {"trainer_gpus": 1}, "resources.trainer_gpus is 1 but this Ray cluster has no GPU"),
+        ((2,), {"trainer_cpus": 1}, "the sweep needs 2.25 CPUs .* and the cluster can have 2"),
+        ((2,), {"trainer_cpus": 4, "limits": {"CPU": 8}, "remote": True, "banks": 4}, "the sweep needs 16.25 CPUs .* and the cluster can have 8"),
+        ((1, 1), {"producer_cpus": 1.5, "remote": True}, "resources.producer_cpus is 1.5 but no machine of the cluster has more than 1 CPUs"),
+        ((1, 1), {"trainer_cpus": 0.6, "banks": 2, "producer_cpus": 0.6, "remote": True}, "do not fit on machines of 1, 1 CPUs"),
+    ],
+)
+def test_what_the_cluster_can_never_give(monkeypatch: pytest.MonkeyPatch, machines: tuple, resources: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        banks_on(monkeypatch, machines, **resources)
+
+
+def test_a_shared_folder_is_storage_for_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert banks_on(monkeypatch, (2, 2), shared_storage=True) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"stream": {"cache_dir": "nosuch://x"}}, "stream.cache_dir is 'nosuch://x', which cannot be opened"),
+        ({"train": {"precision": "bfloat16"}}, r"train.precision is bfloat16 but trainers run on CPUs \(resources.trainer_gpus is 0\)"),
+        ({"model": {"device_map": "auto"}}, r"model.device_map is auto, which needs the package accelerate: pip install 'raysae\[multi-gpu\]'"),
+    ],
+)
+def test_what_would_fail_in_a_producer_is_refused_before_anything_starts(settings: dict, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysae.study.plan.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=sentence):
+        plan(SweepConfig.model_validate(settings))
+
+
+def test_an_address_where_nobody_listens_is_told_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(UserError, match=f"resources.address is {address}, where no Ray cluster answers"):
+        connect(address, 0)
+
+
+@pytest.mark.parametrize("place", ["file", "file/runs"])
+def test_an_output_that_cannot_be_written_is_refused_first(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"output is {tmp_path}/{place}, which cannot be written: {tmp_path}/file is a file"):
+        check_writable(SweepConfig(output=str(tmp_path / place)))
+    check_writable(SweepConfig(output=str(tmp_path / "new/runs")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"widths": [256, 512, 256]}, "widths has 256 twice"),
+        ({"study": "../x"}, "no name for a folder"),
+        ({"study": ".."}, "no name for a folder"),
+        ({"model": {"name": ""}}, "at least 1 character"),
+    ],
+)
+def test_knobs_that_say_nothing_sensible(settings: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        SweepConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize("uri", ["file:./runs", "./mlruns", "sqlite:/mlflow.db"])
+def test_a_tracking_uri_that_mlflow_does_not_take_is_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"sqlite:///mlflow\.db, postgresql://"):
+        SweepConfig.model_validate({"tracking": {"uri": uri}})
+
+
+def test_paths_are_absolute_except_of_what_travels_with_a_ray_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SweepConfig.model_validate({"model": {"name": "lm"}, "text": {"source": "a/*.txt, b.jsonl"}})
+    here, job = tmp_path / "here", tmp_path / "_ray_pkg_1"
+    for folder in (here, job):
+        (folder / "lm").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    found = with_absolute_paths(config)
+    assert found.model.name == f"{here}/lm"
+    assert found.text.source == f"{here}/a/*.txt,{here}/b.jsonl"
+    assert found.output == f"{here}/runs"
+    assert with_absolute_paths(SweepConfig()).model.name == "embedded"
+    monkeypatch.chdir(job)
+    found = with_absolute_paths(config)
+    assert (found.model.name, found.text.source) == ("lm", "a/*.txt, b.jsonl")
+    assert "_ray_pkg_" not in found.output
+
+
+def test_the_readmes_commands_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need neither a hub, nor files, nor a study of the reader's own."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\.venv/bin/python jobs/scaling_sweep\.py (.*)$", readme, re.MULTILINE)
+    assert len(commands) >= 4
+    offline = [words for words in commands if not re.search(r"hf:|books/|--resume", words)]
+    assert len(offline) >= 3
+    for words in offline:
+        assert plan(parse(SweepConfig, shlex.split(words, comments=True), "")[0]).saes
