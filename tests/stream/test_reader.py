@@ -38,7 +38,7 @@ class FakeStream:
     def fetch(self, shard: int, block: int) -> np.ndarray:
         self.asked.append((shard, block))
         array = self.blocks[shard][block].copy()
-        array.flags.writeable = False  # as out of an object store
+        array.flags.writeable = False  # Arrays from an object store are read-only
         return array
 
 
@@ -91,7 +91,9 @@ def test_seek_to_any_row(batch, block_rows, seeks, steps):
     batch=st.integers(1, 50), skipped=st.sets(st.integers(0, 4)), data=st.data(),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
-def test_skipped_shards_take_away_the_batches_they_touch_and_nothing_else(rows_per_context, contexts, shards, block_rows, batch, skipped, data):
+def test_skipped_shards_take_away_the_batches_they_touch_and_nothing_else(
+    rows_per_context, contexts, shards, block_rows, batch, skipped, data
+):
     spec = a_spec(rows_per_context, contexts, shards)
     stream = FakeStream(spec, 3, block_rows)
     row = first = data.draw(st.integers(0, spec.rows))
@@ -114,7 +116,7 @@ def test_skipped_shards_take_away_the_batches_they_touch_and_nothing_else(rows_p
 
 def test_each_block_is_fetched_once_and_none_beyond_the_end():
     spec = a_spec(4, 6, 4)  # 24 rows per shard
-    stream = FakeStream(spec, 2, 10)  # blocks of 10, 10, 4
+    stream = FakeStream(spec, 2, 10)  # Blocks of 10, 10 and 4 rows
     reader = BatchReader(stream.fetch, spec, 2, stream.block_mib, 6, end=48)
     for _ in range(8):
         reader.next()
@@ -172,7 +174,7 @@ def test_errors_of_fetch_are_raised_by_next():
 
 
 def test_a_shard_is_acknowledged_before_the_next_is_awaited():
-    """With room for a single shard, the next one is produced only after the acknowledgement."""
+    """The stream has room for one shard. It produces the next one only after the acknowledgement."""
     spec = a_spec(4, 6, 3)
     stream = FakeStream(spec, 2, 10)
     done = [0]

@@ -1,4 +1,4 @@
-"""What ASHA decides is written down, once for each SAE at each rung."""
+"""ASHA's decisions are written down, once for each SAE at each rung."""
 
 from __future__ import annotations
 
