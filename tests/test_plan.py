@@ -77,7 +77,8 @@ def planned(plan: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     """
     lm = [plan.of_lm(plan.language_model("embedded", layer, 256)[0]) for layer in range(3)]
     measured = {
-        "threads": 2, "matmul": 3e11, "memory": 1e10, "lm": [{"features": row, "seconds": 1e-12 * row[0] + 1e-8 * row[1]} for row in lm],
+        "threads": 2, "matmul": 3e11, "memory": 1e10,
+        "lm": [{"features": row, "seconds": 1e-12 * row[0] + 1e-8 * row[1]} for row in lm],
         "steps": [{"sizes": sizes, "seconds": float(np.dot(plan.of_step(*sizes), PLANTED))} for sizes in plan.STEPS],
     }  # fmt: skip
     (tmp_path / "cost.json").write_text(json.dumps(measured))

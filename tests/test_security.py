@@ -45,9 +45,10 @@ CODE = sorted(path for folder in ("raysae", "jobs", "scripts", "benchmarks") for
 # Calls that execute what they read. The value is the argument that must be there to make the call safe, and its value.
 # None means that nothing makes it safe.
 DANGEROUS = {
-    "pickle.load": None, "pickle.loads": None, "pickle.Unpickler": None, "dill.load": None, "dill.loads": None, "joblib.load": None,
-    "cloudpickle.load": None, "cloudpickle.loads": None, "ray.cloudpickle.load": None, "ray.cloudpickle.loads": None, "pandas.read_pickle": None,
-    "yaml.load": None, "yaml.unsafe_load": None, "yaml.full_load": None, "eval": None, "exec": None, "os.system": None, "shelve.open": None,
+    "pickle.load": None, "pickle.loads": None, "pickle.Unpickler": None, "dill.load": None, "dill.loads": None,
+    "joblib.load": None, "cloudpickle.load": None, "cloudpickle.loads": None, "ray.cloudpickle.load": None,
+    "ray.cloudpickle.loads": None, "pandas.read_pickle": None, "yaml.load": None, "yaml.unsafe_load": None,
+    "yaml.full_load": None, "eval": None, "exec": None, "os.system": None, "shelve.open": None,
     "torch.load": ("weights_only", True),
 }  # fmt: skip
 FORBIDDEN_ARGUMENTS = {"allow_pickle": True, "trust_remote_code": True, "shell": True, "weights_only": False}
@@ -260,7 +261,8 @@ import json, os
 import psutil, ray
 from raysae.sweep.cluster import _stay_on_loopback
 _stay_on_loopback()
-ray.init("local", include_dashboard=False, num_cpus=1, object_store_memory=80 * 2**20, log_to_driver=False, logging_level="error")
+quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+ray.init("local", num_cpus=1, object_store_memory=80 * 2**20, **quiet)
 @ray.remote
 class Actor:
     def pid(self):
@@ -270,7 +272,8 @@ pid = ray.get(actor.pid.remote())
 me = psutil.Process()
 processes = [me, *me.children(recursive=True)]
 assert pid in [process.pid for process in processes]
-print(json.dumps(sorted({(p.name(), c.laddr.ip) for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN})))
+connections = [(p.name(), c) for p in processes for c in p.net_connections("inet")]
+print(json.dumps(sorted({(name, c.laddr.ip) for name, c in connections if c.status == psutil.CONN_LISTEN})))
 """
 
 

@@ -46,8 +46,9 @@ ACTORS = {  # Kind of process → class of its Ray actor
 MEASURED = ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")
 # Metrics of a study that count the work done, repeated work included
 WORK = (
-    "stream/contexts_forwarded", "stream/evaluation_contexts_forwarded", "stream/shards_from_cache", "stream/consumer_wait_seconds",
-    "stream/producer_wait_seconds", "stream/evaluation_seconds", "stream/peak_mib_in_flight", "minutes",
+    "stream/contexts_forwarded", "stream/evaluation_contexts_forwarded", "stream/shards_from_cache",
+    "stream/consumer_wait_seconds", "stream/producer_wait_seconds", "stream/evaluation_seconds",
+    "stream/peak_mib_in_flight", "minutes",
 )  # fmt: skip
 # Counters of the stream that are the same whatever dies
 SAME = ("stream/contexts_needed", "stream/shards_skipped", "stream/rows_consumed")

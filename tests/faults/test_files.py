@@ -278,7 +278,8 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     )
     if mounted.returncode:
         pytest.skip(
-            f"a file system cannot be mounted here ({mounted.stderr.strip()}): the test with a limit on file sizes remains"
+            f"a file system cannot be mounted here ({mounted.stderr.strip()}): "
+            "the test with a limit on file sizes remains"
         )
     yield folder
     subprocess.run(["umount", str(folder)], check=True)

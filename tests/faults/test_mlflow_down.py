@@ -46,23 +46,13 @@ class Server:
 
     def start(self) -> None:
         command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--backend-store-uri",
-            f"sqlite:///{self.database}",
-            "--workers",
-            "1",
-        ]
+            sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.database}",
+            "--workers", "1",
+        ]  # fmt: skip
         command += [
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--artifacts-destination",
-            str(self.database.parent / "artifacts"),
-        ]
+            "--host", "127.0.0.1", "--port", str(self.port),
+            "--artifacts-destination", str(self.database.parent / "artifacts"),
+        ]  # fmt: skip
         environment = os.environ | ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.database.parent / "server.log").open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

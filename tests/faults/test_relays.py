@@ -22,7 +22,10 @@ def test_relays_killed_and_hung(
     At the end nothing is left of them.
     """
     theirs = undisturbed()
-    job = f"import runpy, raysae.sweep.run as run; run.CONSUMERS = 1; runpy.run_path({harness.JOB[0]!r}, run_name='__main__')"
+    job = (
+        "import runpy, raysae.sweep.run as run; run.CONSUMERS = 1; "
+        f"runpy.run_path({harness.JOB[0]!r}, run_name='__main__')"
+    )
     monkeypatch.setattr(harness, "JOB", ("-c", job))
     ours = sweep(faults__hang_seconds=8)
     ours.until(lambda: len(ours.pids("relay")) == 2)

@@ -26,8 +26,8 @@ MIB = 2**20
 STORE = 80 * MIB  # Ray takes no less than 75 MiB
 HOOK, WIDTH, CONTEXTS = "resid_post.0", 2048, 256
 SPEC = ActivationSpec(
-    model="m", text="t", contexts=CONTEXTS * 24, context_length=10, skip_positions=2, dtype="float32", seed=0, epochs=1, shard_contexts=CONTEXTS,
-    batch_contexts=CONTEXTS,
+    model="m", text="t", contexts=CONTEXTS * 24, context_length=10, skip_positions=2, dtype="float32", seed=0, epochs=1,
+    shard_contexts=CONTEXTS, batch_contexts=CONTEXTS,
 )  # fmt: skip
 BLOCK_MIB = 4.0
 SHARD_MIB = SPEC.rows_per_shard * WIDTH * 4 / MIB  # 16

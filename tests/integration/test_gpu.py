@@ -37,8 +37,8 @@ def models() -> dict[str, LanguageModel]:
 
 def shard(lm: LanguageModel, contexts: Contexts) -> torch.Tensor:
     spec = ActivationSpec(
-        model="m", text=contexts.digest, contexts=len(contexts), context_length=LENGTH, epochs=1, skip_positions=SKIP, dtype="float32", seed=0,
-        shard_contexts=256, batch_contexts=32,
+        model="m", text=contexts.digest, contexts=len(contexts), context_length=LENGTH, epochs=1, skip_positions=SKIP,
+        dtype="float32", seed=0, shard_contexts=256, batch_contexts=32,
     )  # fmt: skip
     _, blocks = ShardMaker(lm, contexts, spec, [HOOK], 4).make(0)
     return torch.cat([as_tensor(block, "float32") for block in blocks[HOOK]])

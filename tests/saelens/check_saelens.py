@@ -68,7 +68,8 @@ def compare(folder: Path) -> None:
             256,
         ), metadata
         print(
-            f"{architecture:10} loads as {type(sae).__name__:12} {active:6.2f} active latents   largest difference {worst[architecture]:.1e}"
+            f"{architecture:10} loads as {type(sae).__name__:12} {active:6.2f} active latents   "
+            f"largest difference {worst[architecture]:.1e}"
         )
     equal = sum(difference <= TOLERANCE for difference in worst.values())
     print(f"sae_lens {sae_lens.__version__}: {equal} of {len(worst)} architectures reconstruct equally, to {TOLERANCE}")

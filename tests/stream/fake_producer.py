@@ -15,8 +15,8 @@ from raysae.stream.producer import Production
 WIDTHS = {"resid_post.0": 8, "mlp_out.1": 4}
 CONTEXTS = 256
 SPEC = ActivationSpec(
-    model="m", text="t", contexts=CONTEXTS * 8, context_length=6, skip_positions=2, dtype="float32", seed=0, epochs=1, shard_contexts=CONTEXTS,
-    batch_contexts=CONTEXTS,
+    model="m", text="t", contexts=CONTEXTS * 8, context_length=6, skip_positions=2, dtype="float32", seed=0, epochs=1,
+    shard_contexts=CONTEXTS, batch_contexts=CONTEXTS,
 )  # fmt: skip
 ROWS = SPEC.rows_per_shard  # 1,024
 SHARD_MIB = ROWS * sum(WIDTHS.values()) * 4 / 2**20

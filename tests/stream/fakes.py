@@ -59,7 +59,7 @@ def fake_contexts() -> Contexts:
 
 def fake_spec(text: Contexts, **changes) -> ActivationSpec:
     fields = {
-        "model": "fake", "text": text.digest, "contexts": CONTEXTS, "context_length": LENGTH, "skip_positions": 3, "dtype": "float32", "seed": 5,
-        "epochs": 2, "shard_contexts": 256, "batch_contexts": 48,
+        "model": "fake", "text": text.digest, "contexts": CONTEXTS, "context_length": LENGTH, "skip_positions": 3,
+        "dtype": "float32", "seed": 5, "epochs": 2, "shard_contexts": 256, "batch_contexts": 48,
     }  # fmt: skip
     return ActivationSpec(**fields | changes)

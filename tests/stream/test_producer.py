@@ -46,8 +46,8 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
     tokens = np.random.default_rng(0).integers(3, 512, (512, 16)).astype(np.uint16)
     contexts = Contexts("digest", tokens)
     spec = ActivationSpec(
-        model=model_facts(model).digest, text="digest", contexts=512, context_length=16, skip_positions=4, dtype="float32", seed=3, epochs=1,
-        shard_contexts=256, batch_contexts=64,
+        model=model_facts(model).digest, text="digest", contexts=512, context_length=16, skip_positions=4,
+        dtype="float32", seed=3, epochs=1, shard_contexts=256, batch_contexts=64,
     )  # fmt: skip
     common = {
         "model": model,

@@ -50,9 +50,9 @@ def stream():
         faults=None,
         skipped=None,
         held_out=0,
-        resources=ResourcesConfig(producer_cpus=0.5),
+        resources=ResourcesConfig(producer_cpus=0.5),  # noqa: B008
         **config,
-    ):  # noqa: B008
+    ):
         queue = start_stream(
             model=ModelConfig(name=model),
             stream=StreamConfig(block_mib=BLOCK_MIB, mib_in_flight=shards_of_room * SHARD_MIB, **config),
@@ -333,7 +333,8 @@ def test_a_model_that_does_not_load_is_told_to_consumers(stream):
     trainer = Trainer(stream(model="broken"), "a")
     with pytest.raises(
         StreamError,
-        match=r"^the activation stream has no producers: .*could not be started in 3 attempts: OSError: no such weights",
+        match=r"^the activation stream has no producers: "
+        r".*could not be started in 3 attempts: OSError: no such weights",
     ):
         trainer.check()
 

@@ -17,8 +17,8 @@ from raysae.stream.reader import BatchReader
 
 def a_spec(rows_per_context: int, contexts: int, shards: int, dtype: str = "float32") -> ActivationSpec:
     return ActivationSpec(
-        model="m", text="t", contexts=contexts * shards, context_length=rows_per_context + 3, skip_positions=3, dtype=dtype, seed=0, epochs=1,
-        shard_contexts=contexts, batch_contexts=contexts,
+        model="m", text="t", contexts=contexts * shards, context_length=rows_per_context + 3, skip_positions=3,
+        dtype=dtype, seed=0, epochs=1, shard_contexts=contexts, batch_contexts=contexts,
     )  # fmt: skip
 
 
@@ -43,8 +43,9 @@ class FakeStream:
 
 
 @given(
-    rows_per_context=st.integers(1, 5), contexts=st.integers(1, 6), shards=st.integers(1, 4), block_rows=st.integers(1, 40),
-    batch=st.integers(1, 50), dtype=st.sampled_from(["float32", "bfloat16"]), data=st.data(),
+    rows_per_context=st.integers(1, 5), contexts=st.integers(1, 6), shards=st.integers(1, 4),
+    block_rows=st.integers(1, 40), batch=st.integers(1, 50), dtype=st.sampled_from(["float32", "bfloat16"]),
+    data=st.data(),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
 def test_batches_are_the_rows_in_order(rows_per_context, contexts, shards, block_rows, batch, dtype, data):
@@ -87,8 +88,8 @@ def test_seek_to_any_row(batch, block_rows, seeks, steps):
 
 
 @given(
-    rows_per_context=st.integers(1, 5), contexts=st.integers(1, 6), shards=st.integers(1, 5), block_rows=st.integers(1, 40),
-    batch=st.integers(1, 50), skipped=st.sets(st.integers(0, 4)), data=st.data(),
+    rows_per_context=st.integers(1, 5), contexts=st.integers(1, 6), shards=st.integers(1, 5),
+    block_rows=st.integers(1, 40), batch=st.integers(1, 50), skipped=st.sets(st.integers(0, 4)), data=st.data(),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
 def test_skipped_shards_take_away_the_batches_they_touch_and_nothing_else(

@@ -45,8 +45,9 @@ def test_every_consumer_gets_every_row_once_and_no_more_is_in_flight(stream, rel
     names = [f"{i}" for i in range(7)]
     ray.get(queue.expect.remote(names))
     trainers = [
-        Trainer(first, "0"), Trainer(first, "1", pause=0.05), Trainer(first, "2", batch=77), Trainer(first, "3", "mlp_out.1"),
-        Trainer(second, "4", "mlp_out.1", batch=512), Trainer(second, "5"), Trainer(queue, "6"),
+        Trainer(first, "0"), Trainer(first, "1", pause=0.05), Trainer(first, "2", batch=77),
+        Trainer(first, "3", "mlp_out.1"), Trainer(second, "4", "mlp_out.1", batch=512), Trainer(second, "5"),
+        Trainer(queue, "6"),
     ]  # fmt: skip
     most = 0
     while any(t.is_alive() for t in trainers):

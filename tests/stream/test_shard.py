@@ -50,8 +50,10 @@ def test_meta():
     meta, blocks = maker().make(4)
     seconds = meta.pop("seconds")
     assert seconds > 0
-    assert meta == {"index": 4, "contexts_forwarded": 256, "from_cache": False, "nonfinite": [], "nonfinite_contexts": [],
-                    "numerics": numerics(FakeLanguageModel())}  # fmt: skip
+    assert meta == {
+        "index": 4, "contexts_forwarded": 256, "from_cache": False, "nonfinite": [], "nonfinite_contexts": [],
+        "numerics": numerics(FakeLanguageModel()),
+    }  # fmt: skip
     assert list(blocks) == HOOKS
     assert len(blocks["mlp_act.1"]) > len(blocks["resid_post.0"]) > 1
 

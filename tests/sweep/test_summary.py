@@ -104,7 +104,8 @@ def test_files(results: pd.DataFrame, tmp_path: Path):
     results.loc[0, ["status", "reason"]] = ["failed", "why"]
     files = write_summary(results, tmp_path / "new", "embedded")
     assert [file.name for file in files] == [
-        "summary.csv", "summary.md", "frontier.png", "frontier.pdf", "fvu_width.png", "fvu_width.pdf", "ce_frontier.png", "ce_frontier.pdf",
+        "summary.csv", "summary.md", "frontier.png", "frontier.pdf", "fvu_width.png", "fvu_width.pdf",
+        "ce_frontier.png", "ce_frontier.pdf",
     ]  # fmt: skip
     assert all(file.stat().st_size for file in files)
     assert min(png_size(tmp_path / "new" / "frontier.png")) > 700
@@ -157,7 +158,10 @@ def test_a_panel_per_hook_point_and_architecture():
 
 
 def test_importing_the_summary_imports_no_matplotlib():
-    code = "import sys, raysae.sweep.summary, raysae.sweep.table; assert not {'matplotlib', 'torch', 'ray', 'mlflow'} & set(sys.modules)"
+    code = (
+        "import sys, raysae.sweep.summary, raysae.sweep.table; "
+        "assert not {'matplotlib', 'torch', 'ray', 'mlflow'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 

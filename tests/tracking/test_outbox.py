@@ -27,7 +27,8 @@ def test_first_write_of_a_metric_wins(outbox: Outbox):
     outbox.add_metrics("a", {"fvu": 0.7, "kl": 1}, 100, 3000)
     outbox.add_metrics("a", {"fvu": 0.4}, 200, 3000)
     assert set(outbox.unsent_metrics("a", 10)) == {
-        Metric("fvu", 100, 0.5, 2000), Metric("l0", 100, 8.0, 2000), Metric("kl", 100, 1.0, 3000), Metric("fvu", 200, 0.4, 3000),
+        Metric("fvu", 100, 0.5, 2000), Metric("l0", 100, 8.0, 2000), Metric("kl", 100, 1.0, 3000),
+        Metric("fvu", 200, 0.4, 3000),
     }  # fmt: skip
 
 

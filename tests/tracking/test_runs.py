@@ -195,7 +195,10 @@ def test_what_mlflow_refuses_does_not_hold_up_the_rest(
     assert run.data.metrics == {"fvu": 0.1}
     assert "bad{key}" in caplog.text
     assert "/no/such/file" in caplog.text
-    told = "3 entries for good, kept in .* alone: metrics bad{key} of a, params bad{key} of a, artifacts /no/such/file of a$"
+    told = (
+        "3 entries for good, kept in .* alone: "
+        "metrics bad{key} of a, params bad{key} of a, artifacts /no/such/file of a$"
+    )
     assert re.search(told, refusal(Outbox(box)))
     assert send(box) == 2, "the ends of both runs"
     Outbox(box).add_metrics("a", {"also bad{key}": 1.0, "l0": 8.0}, 2, 1000)
