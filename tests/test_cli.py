@@ -41,8 +41,8 @@ def test_overrides_of_every_kind():
     read = config(
         "--train.tokens", "2e6", "--train.batch=1_024", "--widths", "256,512", "--k", "8", "16",
         "--stream.cache", "off", "--text.max-documents", "7", "--model.trust_remote_code",
-        "--model.modules", "blocks=transformer.h,attn=attn", "--sparsities", "1e-3", "--text.separator", "", "--hook_points", "resid_post.1", "--hook_points", "mlp_out.2",
-        "--study", "none", "--train.warmup", "1e-2",
+        "--model.modules", "blocks=transformer.h,attn=attn", "--sparsities", "1e-3", "--text.separator", "",
+        "--hook_points", "resid_post.1", "--hook_points", "mlp_out.2", "--study", "none", "--train.warmup", "1e-2",
     )  # fmt: skip
     assert (read.train.tokens, read.train.batch, read.train.warmup) == (2_000_000, 1024, 0.01)
     assert (read.widths, read.k, read.sparsities, read.hook_points) == (

@@ -1,4 +1,4 @@
-"""The real producer behind the queue. Its activations and metrics equal those computed in this process."""
+"""The real producer behind the queue. Its activations equal those made in this process, and its metrics agree."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_a_shard_is_asked_for_once_and_counted_for_everyone(stream, relays):
         range(SPEC.shards)
     )
     blocks = SPEC.shards * len(cut(rows_of("train", "resid_post.0", 0), "float32", BLOCK_MIB))
-    # The relay tells it with its next news
+    # The relay tells the queue with its next news
     while (total := stats(queue))["consumers"] or total["blocks_served"] < len(names) * blocks:
         time.sleep(0.02)
     assert total["blocks_served"] == len(names) * blocks
