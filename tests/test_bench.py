@@ -1,4 +1,4 @@
-"""What `make bench` makes of its parts' numbers, and the processes that take the steps it compares."""
+"""What `make bench` makes of its scripts' numbers, and the processes whose steps it compares."""
 
 from __future__ import annotations
 
@@ -21,17 +21,31 @@ def importable(monkeypatch: pytest.MonkeyPatch):
 
 
 def side(tokens_per_second: float) -> dict:
-    return {"tokens_per_second": tokens_per_second, "spread": 0.1, "share_of_bound": 0.45, "extra_mib": 100.0, "allocator": "default"}
+    return {
+        "tokens_per_second": tokens_per_second,
+        "spread": 0.1,
+        "share_of_bound": 0.45,
+        "extra_mib": 100.0,
+        "allocator": "default",
+    }
 
 
 def test_the_table_has_what_was_measured_and_is_written_as_text_and_json(tmp_path: Path):
     import bench
 
     steps = [
-        {"name": "topk-d256-n4096", "sides": {"raysae": side(64), "sparsify": side(20)}, "best_peer": "sparsify", "ratio": SPREAD},
+        {
+            "name": "topk-d256-n4096",
+            "sides": {"raysae": side(64), "sparsify": side(20)},
+            "best_peer": "sparsify",
+            "ratio": SPREAD,
+        },
         {"name": "tied-d256-n4096", "sides": {"raysae": side(30)}},
     ]
-    whole = {name: {"gib": ONCE, "fvu": 0.1, "seconds_ratio": ONCE, "own_seconds_ratio": ONCE} for name in ("raysae", "saelens", "sparsify")}
+    whole = {
+        name: {"gib": ONCE, "fvu": 0.1, "seconds_ratio": ONCE, "own_seconds_ratio": ONCE}
+        for name in ("raysae", "saelens", "sparsify")
+    }
     state = [{"consumers": 512, "blocks": blocks, "share_of_core": 0.1} for blocks in (8, 32)]
     queue = [{"consumers": 64, "blocks": blocks, "relays": 4, "limit_consumers": 70.0} for blocks in (8, 32)]
     point = {"ratio_least": 0.97, "ratio_most": 1.04, "ratio_best_least": 1.1, "ratio_best_most": 1.2}
@@ -51,8 +65,15 @@ def test_the_table_has_what_was_measured_and_is_written_as_text_and_json(tmp_pat
     assert "8 blocks a shard | < 100 % | 10% |" in text
     assert "32 blocks a shard | – | 70 |" in text
     assert "32 blocks a shard | ≥ 64 | 70; 70 at that rate |\n| of these a relay serves | ≥ 16 | 70 |" in text
-    assert "make sweep" not in text  # not measured
-    sweep = {"wall": 390, "waited_share": 0.004, "evaluation_share": 0.17, "start_up": 22.4, "ratio_least": 0.9, "ratio_most": 0.95} | point
+    assert "make sweep" not in text  # Nobody has measured it yet
+    sweep = {
+        "wall": 390,
+        "waited_share": 0.004,
+        "evaluation_share": 0.17,
+        "start_up": 22.4,
+        "ratio_least": 0.9,
+        "ratio_most": 0.95,
+    } | point
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
     with_sweep = bench.write_table(tmp_path)
     for row in (
@@ -68,7 +89,11 @@ def test_the_table_has_what_was_measured_and_is_written_as_text_and_json(tmp_pat
     assert (tmp_path / "table.md").read_text() == text + "\n"
     rows = json.loads((tmp_path / "table.json").read_text())
     assert len(rows) == len(text.splitlines()) - 2
-    assert rows[0] == {"what": "topk-d256-n4096: step against sparsify", "goal": "≥ 3 ×", "found": "3.20 × (3.00 to 3.50)"}
+    assert rows[0] == {
+        "what": "topk-d256-n4096: step against sparsify",
+        "goal": "≥ 3 ×",
+        "found": "3.20 × (3.00 to 3.50)",
+    }
 
 
 def test_every_goal_of_a_step_is_of_a_row_that_is_measured():
@@ -109,7 +134,9 @@ def test_a_whole_job_wants_to_know_the_allocators(tmp_path: Path):
     path = tmp_path / "steps.json"
     with pytest.raises(SystemExit, match="which says each side's best allocator"):
         whole_job.best_allocators(path)
-    sides = {name: {"allocator": name} for name in ("raysae", "sparsify", "saelens", "saelens_sparse", "dictionary_learning")}
+    sides = {
+        name: {"allocator": name} for name in ("raysae", "sparsify", "saelens", "saelens_sparse", "dictionary_learning")
+    }
     path.write_text(json.dumps([{"name": "topk-d256-n4096", "sides": sides}]))
     assert whole_job.best_allocators(path) == {"raysae": "raysae", "saelens": "saelens_sparse", "sparsify": "sparsify"}
 
@@ -132,7 +159,9 @@ def test_a_part_that_fails_leaves_its_earlier_numbers(tmp_path: Path, monkeypatc
     bench.main()
     script.write_text("import sys\nopen(sys.argv[2], 'w').write('half of it')\nsys.exit(1)")
     monkeypatch.setattr(sys, "argv", ["bench.py", "help", "steps"])
-    with pytest.raises(SystemExit, match="help failed, the table has its earlier numbers; steps failed, the table lacks it"):
+    with pytest.raises(
+        SystemExit, match="help failed, the table has its earlier numbers; steps failed, the table lacks it"
+    ):
         bench.main()
     assert json.loads((tmp_path / "help.json").read_text()) == SPREAD
     assert "3.20 s (3.00 to 3.50)" in (tmp_path / "table.md").read_text()
@@ -147,7 +176,11 @@ def test_a_part_that_fails_leaves_its_earlier_numbers(tmp_path: Path, monkeypatc
         ("steps", "--batch 0", "--batch: '0' is not a whole number of at least 1"),
         ("steps", "--repeats 2", "--repeats: '2' is not a whole number of at least 3"),
         ("steps", "--k 5000", "--k: 5000 is more than the 4096 latents"),
-        ("steps", "--only topk-d256-n4096 --peers absent", 'absent has no torch: `make bench ARGS="steps"` has the peers\' environment made'),
+        (
+            "steps",
+            "--only topk-d256-n4096 --peers absent",
+            'absent has no torch: `make bench ARGS="steps"` has the peers\' environment made',
+        ),
         ("many", "--numbers 1,two", "--numbers: in '1,two', 'two' is not a whole number of at least 1"),
         ("many", "--numbers 1,1", "--numbers: '1,1' has a number twice"),
         ("many", "--width 8", "--width: '8' is not a whole number of at least 16"),
@@ -167,7 +200,9 @@ def test_a_part_that_fails_leaves_its_earlier_numbers(tmp_path: Path, monkeypatc
     ],
 )
 def test_what_is_wrong_is_told_in_a_sentence(script: str, arguments: str, sentence: str):
-    done = subprocess.run([sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments.split()], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments.split()], capture_output=True, text=True
+    )
     assert done.returncode in (1, 2)
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
@@ -176,7 +211,9 @@ def test_what_is_wrong_is_told_in_a_sentence(script: str, arguments: str, senten
 
 @pytest.mark.parametrize("script", ["bench", "recovery"])
 def test_help_is_the_docstring(script: str):
-    done = subprocess.run([sys.executable, str(BENCHMARKS / f"{script}.py"), "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{script}.py"), "--help"], capture_output=True, text=True, check=True
+    )
     assert f"python benchmarks/{script}.py" in done.stdout
 
 

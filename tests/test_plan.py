@@ -25,10 +25,11 @@ def plan() -> ModuleType:
 
 
 def test_operations_of_a_language_model_are_those_that_torch_counts(plan: ModuleType):
-    """Torch counts attention as if every position saw all others, so twice of what is causal."""
+    """Torch counts attention as if every position saw all others. That is twice the causal count."""
     context, layer = 64, 1
     model = LanguageModel.load(ModelConfig()).model
-    model.set_attn_implementation("eager")  # the counter does not know the CPU's fused one
+    # The counter does not know the CPU's fused attention
+    model.set_attn_implementation("eager")
     body = model.base_model
     body.layers = body.layers[: layer + 1]
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
@@ -37,7 +38,8 @@ def test_operations_of_a_language_model_are_those_that_torch_counts(plan: Module
     attention = sum(count for op, count in counts.items() if "bmm" in str(op))
     weights = sum(count for op, count in counts.items() if "bmm" not in str(op))
     lm, _ = plan.language_model("embedded", layer, context)
-    norms = 2 * sum(p.numel() for block in body.layers for p in block.parameters() if p.dim() == 1)  # their weights do not multiply matrices
+    # Weights of norms do not multiply matrices
+    norms = 2 * sum(p.numel() for block in body.layers for p in block.parameters() if p.dim() == 1)
     assert attention > 0
     assert lm.operations - norms == pytest.approx((weights + attention / 2) / context)
     assert lm.d == model.config.hidden_size
@@ -60,25 +62,32 @@ def test_the_error_of_a_prediction_is_that_of_a_fit_without_it(plan: ModuleType)
 
 
 def test_devices_are_filled_by_hours_and_by_memory(plan: ModuleType):
-    assert len(plan.devices_for([(0.1, 0.5)] * 4)) == 2  # memory
-    assert len(plan.devices_for([(0.4, 0.1)] * 4)) == 2  # hours
+    assert len(plan.devices_for([(0.1, 0.5)] * 4)) == 2  # Memory decides
+    assert len(plan.devices_for([(0.4, 0.1)] * 4)) == 2  # Hours decide
     assert [list(device) for device in plan.devices_for([(0.5, 0.25), (0.5, 0.75)])] == [[1.0, 1.0]]
-    assert len(plan.devices_for([(0.1, 1.5), (0.1, 0.1)])) == 2  # more than a device can take: nothing joins it
+    # The first SAE needs more than a device, so nothing joins it
+    assert len(plan.devices_for([(0.1, 1.5), (0.1, 0.1)])) == 2
 
 
 @pytest.fixture
 def planned(plan: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """What the script prints for the embedded model on a machine with planted costs."""
+    """A function that runs the script for the embedded model on a machine with planted costs.
+
+    It takes knobs and returns what the script prints.
+    """
     lm = [plan.of_lm(plan.language_model("embedded", layer, 256)[0]) for layer in range(3)]
     measured = {
-        "threads": 2, "matmul": 3e11, "memory": 1e10, "lm": [{"features": row, "seconds": 1e-12 * row[0] + 1e-8 * row[1]} for row in lm],
+        "threads": 2, "matmul": 3e11, "memory": 1e10,
+        "lm": [{"features": row, "seconds": 1e-12 * row[0] + 1e-8 * row[1]} for row in lm],
         "steps": [{"sizes": sizes, "seconds": float(np.dot(plan.of_step(*sizes), PLANTED))} for sizes in plan.STEPS],
     }  # fmt: skip
     (tmp_path / "cost.json").write_text(json.dumps(measured))
 
     def run(**knobs: object) -> str:
         words = [word for name, value in knobs.items() for word in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["plan.py", "--measured", str(tmp_path / "cost.json"), "--model", "embedded", *words])
+        monkeypatch.setattr(
+            sys, "argv", ["plan.py", "--measured", str(tmp_path / "cost.json"), "--model", "embedded", *words]
+        )
         plan.main()
         return capsys.readouterr().out
 
@@ -86,7 +95,10 @@ def planned(plan: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_a_sweep_needs_devices_for_all_its_states_at_once(planned):
-    """Weights, gradients and Adam of n = 2^20, d = 256 take 2·d·n·16 bytes, 8.6 GB: eight fit into the usable part of an H100."""
+    """Weights, gradients and Adam of n = 2^20, d = 256 take 2·d·n·16 bytes, 8.6 GB.
+
+    Eight fit into the usable part of an H100.
+    """
     told = planned(widths=2**20, k=",".join(map(str, range(1, 21))), tokens=1e6, hours=1e6)
     assert "20 SAEs" in told
     assert "take 8.6 GB" in told
@@ -96,18 +108,27 @@ def test_a_sweep_needs_devices_for_all_its_states_at_once(planned):
 
 
 def test_what_a_step_costs_however_small(planned):
-    """Nearly all that a step of a small SAE on a single token takes: 1e-4 s as planted here, and 7e-4 s on every GPU."""
+    """A fixed cost takes nearly all of a small SAE's step on a single token.
+
+    It is 1e-4 s as planted here, and 7e-4 s on every GPU.
+    """
     for device, right in (("here", 10_000), ("h100", 1 / 7e-4), ("a100", 1 / 7e-4)):
         rate = planned(widths=64, k=4, batch=1, device=device).split("n =        64:")[1].split("tokens/s")[0]
         assert float(rate.replace(",", "")) == pytest.approx(right, rel=0.1)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "milliseconds"), [((2304, 65536, 64, 8192), 9.79), ((2304, 65536, 64, 32768), 26.2), ((768, 24576, 32, 8192), 2.12)]
+    ("sizes", "milliseconds"),
+    [((2304, 65536, 64, 8192), 9.79), ((2304, 65536, 64, 32768), 26.2), ((768, 24576, 32, 8192), 2.12)],
 )
-def test_the_cost_of_a_step_on_a_gpu_is_what_was_measured(plan: ModuleType, planned, tmp_path: Path, sizes, milliseconds):
-    """By benchmarks/gpu_steps.py on an H200; elsewhere each part is by the rate that it depends on."""
-    planned(widths=64, k=4, device="here")  # writes the measurements
+def test_the_cost_of_a_step_on_a_gpu_is_what_was_measured(
+    plan: ModuleType, planned, tmp_path: Path, sizes, milliseconds
+):
+    """benchmarks/gpu_steps.py measured it on an H200.
+
+    On other devices each term scales with the rate that it depends on.
+    """
+    planned(widths=64, k=4, device="here")  # Writes the measurements
     measured = json.loads((tmp_path / "cost.json").read_text())
     here, _ = plan.fitted(measured, None, 0.5)
     assert here.step == pytest.approx(PLANTED, rel=1e-6, abs=1e-15)
@@ -161,7 +182,9 @@ def test_one_of_a_thing_is_told_as_one(planned):
         ({"measured": "FOLDER/absent.json"}, "absent.json is not there: begin with --measure"),
     ],
 )
-def test_what_is_wrong_is_told_in_a_sentence(planned, tmp_path: Path, capsys: pytest.CaptureFixture[str], knobs: dict, sentence: str):
+def test_what_is_wrong_is_told_in_a_sentence(
+    planned, tmp_path: Path, capsys: pytest.CaptureFixture[str], knobs: dict, sentence: str
+):
     (tmp_path / "other.json").write_text('{"threads": 2, "lm": []}')
     with pytest.raises(SystemExit) as refused:
         planned(**{name: str(value).replace("FOLDER", str(tmp_path)) for name, value in knobs.items()})

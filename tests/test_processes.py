@@ -46,9 +46,11 @@ if __name__ == "__main__":
 
 def test_when_interrupted_the_function_tidies_up(tmp_path):
     (tmp_path / "job.py").write_text(INTERRUPTED)
-    job = subprocess.Popen([sys.executable, tmp_path / "job.py", str(tmp_path)], start_new_session=True, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        [sys.executable, tmp_path / "job.py", str(tmp_path)], start_new_session=True, stderr=subprocess.DEVNULL
+    )
     while not (tmp_path / "begun").exists():
         assert job.poll() is None
-    os.killpg(job.pid, signal.SIGINT)  # as Ctrl-C does
+    os.killpg(job.pid, signal.SIGINT)  # Ctrl-C sends the same
     assert job.wait(30) != 0
     assert (tmp_path / "tidied").exists()

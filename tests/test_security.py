@@ -1,4 +1,4 @@
-"""Nothing that is read is executed, and nobody but this machine reaches what is started. See docs/security.md."""
+"""Nothing that is read is executed. Only this machine reaches what is started. See docs/security.md."""
 
 from __future__ import annotations
 
@@ -42,22 +42,29 @@ from tests.train.synthetic import D, config
 ROOT = Path(__file__).parents[1]
 CODE = sorted(path for folder in ("raysae", "jobs", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
-# What executes what it reads, and the argument that must be there, with its value, to make it safe (None: nothing does).
+# Calls that execute what they read. The value is the argument that must be there to make the call safe, and its value.
+# None means that nothing makes it safe.
 DANGEROUS = {
-    "pickle.load": None, "pickle.loads": None, "pickle.Unpickler": None, "dill.load": None, "dill.loads": None, "joblib.load": None,
-    "cloudpickle.load": None, "cloudpickle.loads": None, "ray.cloudpickle.load": None, "ray.cloudpickle.loads": None, "pandas.read_pickle": None,
-    "yaml.load": None, "yaml.unsafe_load": None, "yaml.full_load": None, "eval": None, "exec": None, "os.system": None, "shelve.open": None,
+    "pickle.load": None, "pickle.loads": None, "pickle.Unpickler": None, "dill.load": None, "dill.loads": None,
+    "joblib.load": None, "cloudpickle.load": None, "cloudpickle.loads": None, "ray.cloudpickle.load": None,
+    "ray.cloudpickle.loads": None, "pandas.read_pickle": None, "yaml.load": None, "yaml.unsafe_load": None,
+    "yaml.full_load": None, "eval": None, "exec": None, "os.system": None, "shelve.open": None,
     "torch.load": ("weights_only", True),
 }  # fmt: skip
 FORBIDDEN_ARGUMENTS = {"allow_pickle": True, "trust_remote_code": True, "shell": True, "weights_only": False}
 EXCEPTIONS = {
-    ("raysae/stream/producer.py", "ray.cloudpickle.loads"),  # a reference that came through Ray, which runs whatever code it is sent anyway
-    ("raysae/analysis/lab/tasks.py", "pickle.loads"),  # an analysis's own unfinished work, in its own folder
+    # The reference came through Ray, which runs whatever code it is sent anyway
+    ("raysae/stream/producer.py", "ray.cloudpickle.loads"),
+    # The file is an analysis's own unfinished work, in its own folder
+    ("raysae/analysis/parts.py", "pickle.loads"),
 }
 
 
 def imported(tree: ast.AST) -> dict[str, str]:
-    """What the names that a file imports stand for, wherever it imports them: `{"pd": "pandas", "loads": "pickle.loads"}`."""
+    """What the imported names of a file stand for: `{"pd": "pandas", "loads": "pickle.loads"}`.
+
+    Imports anywhere in the file count.
+    """
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -68,13 +75,17 @@ def imported(tree: ast.AST) -> dict[str, str]:
 
 
 def calls(code: str) -> Iterator[tuple[str, dict[str, ast.expr], int]]:
-    """Every call in some code: dotted name as from its module, keyword arguments, line."""
+    """Every call in some code: its dotted name as from its module, its keyword arguments, its line."""
     tree = ast.parse(code)
     names = imported(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             first, dot, rest = ast.unparse(node.func).partition(".")
-            yield names.get(first, first) + dot + rest, {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}, node.lineno
+            yield (
+                names.get(first, first) + dot + rest,
+                {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg},
+                node.lineno,
+            )
 
 
 def dangers(code: str, exceptions: set[str] = frozenset()) -> list[str]:
@@ -129,7 +140,7 @@ class Bomb:
 
 @pytest.fixture
 def bomb(tmp_path: Path) -> Iterator[bytes]:
-    """A pickle that makes a folder when it is loaded, and the check that nothing has loaded it."""
+    """A pickle that makes a folder when it is loaded. Afterwards nothing may have loaded it."""
     flag = tmp_path / "it went off"
     content = pickle.dumps(Bomb(flag))
     pickle.loads(content)
@@ -139,7 +150,9 @@ def bomb(tmp_path: Path) -> Iterator[bytes]:
     assert not flag.exists()
 
 
-def test_a_pickle_in_place_of_a_checkpoint_is_refused_even_with_a_right_checksum(bomb: bytes, tmp_path: Path, caplog) -> None:
+def test_a_pickle_in_place_of_a_checkpoint_is_refused_even_with_a_right_checksum(
+    bomb: bytes, tmp_path: Path, caplog
+) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / f"000000001.{hashlib.sha256(bomb).hexdigest()}.safetensors").write_bytes(bomb)
@@ -161,7 +174,9 @@ def test_a_pickle_in_place_of_an_saes_files_is_refused_even_with_right_checksums
         load_sae(folder)
 
 
-def test_a_pickle_in_place_of_an_outcome_or_of_cached_activations_is_not_loaded(bomb: bytes, tmp_path: Path, caplog) -> None:
+def test_a_pickle_in_place_of_an_outcome_or_of_cached_activations_is_not_loaded(
+    bomb: bytes, tmp_path: Path, caplog
+) -> None:
     outcome = tmp_path / "saes" / "a" / "outcome.json"
     outcome.parent.mkdir(parents=True)
     outcome.write_bytes(bomb)
@@ -204,7 +219,9 @@ def test_a_pickle_in_place_of_a_probe_or_of_recorded_activations_is_not_loaded(b
     for name in ("probe.safetensors", "context.npy", "token.npy"):
         (tmp_path / name).write_bytes(bomb)
     with pytest.raises(UserError, match="which is no probe"):
-        ErrorOf("resid_post.0.error", ErrorsConfig(sae=str(tmp_path / "sae"), probe=str(tmp_path / "probe.safetensors")), D)
+        ErrorOf(
+            "resid_post.0.error", ErrorsConfig(sae=str(tmp_path / "sae"), probe=str(tmp_path / "probe.safetensors")), D
+        )
     with pytest.raises(SafetensorError):
         load_linear(tmp_path / "probe.safetensors")
     with pytest.raises(ValueError, match=r"[Mm]agic|pickle"):
@@ -244,7 +261,8 @@ import json, os
 import psutil, ray
 from raysae.cluster.connect import _stay_on_loopback
 _stay_on_loopback()
-ray.init("local", include_dashboard=False, num_cpus=1, object_store_memory=80 * 2**20, log_to_driver=False, logging_level="error")
+quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
+ray.init("local", num_cpus=1, object_store_memory=80 * 2**20, **quiet)
 @ray.remote
 class Actor:
     def pid(self):
@@ -254,12 +272,15 @@ pid = ray.get(actor.pid.remote())
 me = psutil.Process()
 processes = [me, *me.children(recursive=True)]
 assert pid in [process.pid for process in processes]
-print(json.dumps(sorted({(p.name(), c.laddr.ip) for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN})))
+connections = [(p.name(), c) for p in processes for c in p.net_connections("inet")]
+print(json.dumps(sorted({(name, c.laddr.ip) for name, c in connections if c.status == psutil.CONN_LISTEN})))
 """
 
 
 def test_a_local_ray_listens_on_the_loopback_address_alone() -> None:
-    done = subprocess.run([sys.executable, "-c", LISTENING], cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING], cwd=ROOT, capture_output=True, text=True, timeout=250, check=False
+    )
     assert done.returncode == 0, done.stderr
     listening = json.loads(done.stdout.splitlines()[-1])
     assert any(name.startswith("gcs_server") for name, _ in listening)

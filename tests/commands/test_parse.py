@@ -1,4 +1,4 @@
-"""The command line: what is read, and the one sentence that every mistake gets."""
+"""The command line: what it reads, and the one sentence that every mistake gets."""
 
 from __future__ import annotations
 
@@ -41,12 +41,18 @@ def test_no_arguments_give_the_defaults():
 
 def test_overrides_of_every_kind():
     read = config(
-        "--train.tokens", "2e6", "--train.batch=1_024", "--widths", "256,512", "--k", "8", "16", "--stream.cache", "off", "--text.max-documents", "7",
-        "--model.trust_remote_code", "--model.modules", "blocks=transformer.h,attn=attn", "--sparsities", "1e-3", "--text.separator", "",
+        "--train.tokens", "2e6", "--train.batch=1_024", "--widths", "256,512", "--k", "8", "16",
+        "--stream.cache", "off", "--text.max-documents", "7", "--model.trust_remote_code",
+        "--model.modules", "blocks=transformer.h,attn=attn", "--sparsities", "1e-3", "--text.separator", "",
         "--hook_points", "resid_post.1", "--hook_points", "mlp_out.2", "--study", "none", "--train.warmup", "1e-2",
     )  # fmt: skip
     assert (read.train.tokens, read.train.batch, read.train.warmup) == (2_000_000, 1024, 0.01)
-    assert (read.widths, read.k, read.sparsities, read.hook_points) == ([256, 512], [8, 16], [1e-3], ["resid_post.1", "mlp_out.2"])
+    assert (read.widths, read.k, read.sparsities, read.hook_points) == (
+        [256, 512],
+        [8, 16],
+        [1e-3],
+        ["resid_post.1", "mlp_out.2"],
+    )
     assert read.model.trust_remote_code
     assert read.model.modules == {"blocks": "transformer.h", "attn": "attn"}
     assert (read.stream.cache, read.text.max_documents, read.text.separator, read.study) == ("off", 7, "", None)
@@ -54,12 +60,26 @@ def test_overrides_of_every_kind():
 
 def test_yaml_lies_between_defaults_and_command_line(tmp_path: Path):
     file = tmp_path / "sweep.yaml"
-    file.write_text("widths: 128, 256\nk: [4]\ntrain:\n  tokens: 1e5\n  batch: 64\nstream.seed: 3\nstream: {cache: off}\nmodel:\n")
-    read, flags = parse(SweepConfig, ["--config", str(file), "--train.batch", "32", "--resume", "x"], "", {"--resume": {"metavar": "STUDY"}})
+    file.write_text(
+        "widths: 128, 256\nk: [4]\ntrain:\n  tokens: 1e5\n  batch: 64\nstream.seed: 3\nstream: {cache: off}\nmodel:\n"
+    )
+    read, flags = parse(
+        SweepConfig,
+        ["--config", str(file), "--train.batch", "32", "--resume", "x"],
+        "",
+        {"--resume": {"metavar": "STUDY"}},
+    )
     assert (read.widths, read.k, read.stream.seed, read.stream.cache) == ([128, 256], [4], 3, "off")
     assert (read.train.tokens, read.train.batch) == (100_000, 32)
     assert flags.resume == "x"
-    assert flags.given == {"widths": [128, 256], "k": [4], "train.tokens": 100_000, "train.batch": 32, "stream.seed": 3, "stream.cache": "off"}
+    assert flags.given == {
+        "widths": [128, 256],
+        "k": [4],
+        "train.tokens": 100_000,
+        "train.batch": 32,
+        "stream.seed": 3,
+        "stream.cache": "off",
+    }
 
 
 @pytest.mark.parametrize(
@@ -79,7 +99,10 @@ def test_yaml_lies_between_defaults_and_command_line(tmp_path: Path):
         (["--widths", "big"], "widths contains big: each must be a whole number"),
         (["--widths"], "widths is empty: give at least one value, or leave the flag out"),
         (["--stream.lag", "wait"], "stream.lag is wait: it must be one of stall, detach"),
-        (["--architectures", "topp"], "architectures contains topp: each must be one of topk, batchtopk, relu, tied, jumprelu"),
+        (
+            ["--architectures", "topp"],
+            "architectures contains topp: each must be one of topk, batchtopk, relu, tied, jumprelu",
+        ),
         (["--stream.block_mib", "inf"], "stream.block_mib is inf: it must be a finite number"),
         (["--model.trust_remote_code", "maybe"], "model.trust_remote_code is maybe: it must be true or false"),
         (["--model.modules", "x"], "model.modules is x: it must be pairs such as blocks=transformer.h,attn=attn"),
@@ -132,7 +155,7 @@ def test_help_is_instant_and_tells_every_knob():
         assert f"--{name} " in process.stdout
         assert " ".join(field.description.split()[:3]) in process.stdout
     assert "[default 1_000_000; > 0]" in process.stdout
-    assert seconds < 5  # 0.4 s on an idle machine
+    assert seconds < 5  # An idle machine takes 0.4 s
 
 
 def test_parsing_imports_nothing_slow():

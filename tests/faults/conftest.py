@@ -1,4 +1,4 @@
-"""The cluster, the materials and the undisturbed run that the tests which kill processes share."""
+"""Fixtures of the tests that kill processes: the cluster, the materials and the undisturbed run."""
 
 from __future__ import annotations
 
@@ -22,14 +22,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """The address of a local Ray that outlives drivers."""
-    ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="error")
+    ray.init(
+        "local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        logging_level="error",
+    )
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
 
 @pytest.fixture(scope="session")
 def undisturbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Sweep]:
-    """`undisturbed(**knobs)`: the finished sweep with these knobs that nobody disturbed, on a Ray of its own; each is run once."""
+    """`undisturbed(**knobs)`: the finished sweep with these knobs that nobody disturbed.
+
+    It runs on a Ray of its own. Each set of knobs runs once.
+    """
     done: dict[tuple, Sweep] = {}
 
     def run(**knobs: object) -> Sweep:
@@ -38,7 +48,7 @@ def undisturbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
             sweep = Sweep("local", made, tmp_path_factory.mktemp("undisturbed"), knobs)
             sweep.start()
             try:
-                sweep.finish(3 * PATIENCE)  # a soak's is long
+                sweep.finish(3 * PATIENCE)  # A soak's run is long
             finally:
                 sweep.close()
             done[key] = sweep
@@ -49,7 +59,7 @@ def undisturbed(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 @pytest.fixture
 def sweep(cluster: str, made: Path, tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
-    """`sweep(**knobs)` starts one on the cluster; what is left of it is gone after the test."""
+    """`sweep(**knobs)` starts a sweep on the cluster. The test's end kills what is left of it."""
     started: list[Sweep] = []
 
     def start(**knobs: object) -> Sweep:

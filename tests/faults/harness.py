@@ -1,5 +1,8 @@
-"""A small sweep as a user runs it, a driver process on a Ray cluster of the tests' own, with ways to kill what belongs to it and to compare what
-comes out. The language model is random and the text made up: both are made here, in a second."""
+"""A small sweep as a user runs it: a driver process on a Ray cluster of the tests' own.
+
+Here are ways to kill its processes and to compare what comes out. The language model is random and the text made up.
+Both are made here, in a second.
+"""
 
 from __future__ import annotations
 
@@ -27,29 +30,51 @@ from safetensors.torch import load_file
 from raysae.lm.facts import EMBEDDED
 
 REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+ENVIRONMENT = os.environ | {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "160",
+}
 CONTEXT, SKIPPED, BATCH = 64, 8, 64
 SHARD_ROWS = 256 * (CONTEXT - SKIPPED)
-JOB = (str(REPOSITORY / "jobs" / "scaling_sweep.py"),)  # what a driver runs
-ACTORS = {  # kind of process → class of its Ray actor
+JOB = (str(REPOSITORY / "jobs" / "scaling_sweep.py"),)  # Arguments of a driver's interpreter
+ACTORS = {  # Kind of process → class of its Ray actor
     "producer": "Producer", "trainer": "Trainer", "queue": "StreamQueue", "relay": "Relay", "trial": "ImplicitFunc",
 }  # fmt: skip
-MEASURED = ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")  # in seconds: no two runs agree
-WORK = (  # metrics of a study that count the work done, repeated work included
-    "stream/contexts_forwarded", "stream/evaluation_contexts_forwarded", "stream/shards_from_cache", "stream/consumer_wait_seconds",
-    "stream/producer_wait_seconds", "stream/evaluation_seconds", "stream/peak_mib_in_flight", "minutes",
+# Values that depend on the clock: no two runs agree
+MEASURED = ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")
+# Metrics of a study that count the work done, repeated work included
+WORK = (
+    "stream/contexts_forwarded", "stream/evaluation_contexts_forwarded", "stream/shards_from_cache",
+    "stream/consumer_wait_seconds", "stream/producer_wait_seconds", "stream/evaluation_seconds",
+    "stream/peak_mib_in_flight", "minutes",
 )  # fmt: skip
-SAME = ("stream/contexts_needed", "stream/shards_skipped", "stream/rows_consumed")  # the stream's counters that are the same whatever dies
-LONG = {"train__tokens": 36 * SHARD_ROWS, "stream__epochs": 4}  # knobs of a sweep that lasts for several faults, on a fast machine too
-PATIENCE = 600.0  # on a machine that is busy with other things; nothing takes nearly as long on a quiet one
+# Counters of the stream that are the same whatever dies
+SAME = ("stream/contexts_needed", "stream/shards_skipped", "stream/rows_consumed")
+# Knobs of a sweep that outlasts several faults, also on a fast machine
+LONG = {"train__tokens": 36 * SHARD_ROWS, "stream__epochs": 4}
+# Seconds that a busy machine may need. Nothing takes nearly as long on a quiet one.
+PATIENCE = 600.0
 
 
 def materials(folder: Path) -> None:
-    """`model` and `text.txt` in `folder`: a random two-layer language model with the embedded one's tokenizer, and documents of random words."""
+    """Makes `model` and `text.txt` in `folder`.
+
+    The model is a random two-layer language model with the embedded one's tokenizer. The text is documents of random
+    words.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shutil.copytree(EMBEDDED, folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
     config = AutoConfig.from_pretrained(folder / "model", **small, dtype="float32")
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
@@ -61,7 +86,10 @@ def materials(folder: Path) -> None:
 
 @dataclass
 class Sweep:
-    """One study in `folder`, run by driver processes on the cluster at `address`. Knobs may have `__` for their dot."""
+    """One study in `folder`, run by driver processes on the cluster at `address`.
+
+    Names of knobs may have `__` for their dot.
+    """
 
     address: str
     materials: Path
@@ -110,20 +138,22 @@ class Sweep:
         return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
     def start(self) -> None:
-        """Start a driver, or another one that goes on."""
+        """Starts a driver. If the study has begun already, the driver resumes it."""
         resume = (self.place / "config.yaml").exists()
         words = ["--output", str(self.folder / "runs"), "--resume", self.study] if resume else self.arguments()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.drivers += 1
         with (self.folder / f"driver-{self.study}-{self.drivers}.log").open("w") as log:
             command = [sys.executable, *JOB, *words]
-            self.driver = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            self.driver = subprocess.Popen(
+                command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def log(self) -> str:
         return (self.folder / f"driver-{self.study}-{self.drivers}.log").read_text()
 
     def finish(self, seconds: float = PATIENCE) -> None:
-        """Wait for the driver's good end."""
+        """Waits for the driver to end well."""
         try:
             code = self.driver.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -138,7 +168,7 @@ class Sweep:
     # ---------------------------------------------------------------- its processes
 
     def pids(self, kind: str) -> list[int]:
-        """Process ids of the sweep's live processes of a kind, `driver` or one of ACTORS."""
+        """Process ids of the sweep's live processes of a kind: `driver` or one of ACTORS."""
         if kind == "driver":
             return [self.driver.pid] if self.driver.poll() is None else []
         return sorted(actor["Pid"] for actor in self._actors(kind))
@@ -146,48 +176,60 @@ class Sweep:
     def _actors(self, kind: str) -> list[dict]:
         jobs = {job["JobID"] for job in state.jobs() if job["DriverPid"] == self.driver.pid and not job["IsDead"]}
         alive = (a for a in state.actors().values() if a["JobID"] in jobs and a["State"] == "ALIVE")
-        return [a for a in alive if a["ActorClassName"].rpartition(".")[2] == ACTORS[kind]]  # a trial's may be "wrap_function.<locals>.ImplicitFunc"
+        # A trial's class may be "wrap_function.<locals>.ImplicitFunc"
+        return [a for a in alive if a["ActorClassName"].rpartition(".")[2] == ACTORS[kind]]
 
     def nodes(self, kind: str) -> set[str]:
-        """Machines (hexadecimal ids) of the sweep's live processes of a kind."""
+        """Ids (hexadecimal) of the machines of the sweep's live processes of a kind."""
         return {actor["Address"]["NodeID"] for actor in self._actors(kind)}
 
     def wait_for(self, kind: str, other_than: set[int] = frozenset(), seconds: float = PATIENCE) -> int:
-        """The process id of a live process of the kind, once there is one that is none of the others."""
-        return self.until(lambda: next((pid for pid in self.pids(kind) if pid not in other_than), None), seconds, f"there is no {kind}")
+        """Waits for a live process of the kind that is none of the others. Returns its process id."""
+        return self.until(
+            lambda: next((pid for pid in self.pids(kind) if pid not in other_than), None),
+            seconds,
+            f"there is no {kind}",
+        )
 
     def kill(self, kind: str, pid: int | None = None) -> int:
-        """SIGKILL to a process of the kind; for the driver, waits for its end. The process id."""
+        """Sends SIGKILL to a process of the kind and returns its process id. Waits for the end of a driver."""
         pid = pid or self.wait_for(kind)
         os.kill(pid, signal.SIGKILL)
         if kind == "driver":
             self.driver.wait()
         return pid
 
-    def until(self, true: Callable[[], object], seconds: float = PATIENCE, otherwise: str = "nothing happened") -> object:
+    def until(
+        self, true: Callable[[], object], seconds: float = PATIENCE, otherwise: str = "nothing happened"
+    ) -> object:
         give_up = time.monotonic() + seconds
         while not (value := true()):
-            assert self.driver.poll() is None, f"the driver has ended with {self.driver.returncode} before that:\n{self.log()[-3000:]}"
+            assert self.driver.poll() is None, (
+                f"the driver has ended with {self.driver.returncode} before that:\n{self.log()[-3000:]}"
+            )
             assert time.monotonic() < give_up, f"{otherwise} after {seconds:g} s:\n{self.log()[-3000:]}"
             time.sleep(0.02)
         return value
 
     def progress(self) -> dict[str, int]:
-        """Per SAE the step of its newest number in the outbox."""
+        """The step of each SAE's newest number in the outbox."""
         if not (self.place / "outbox.db").exists():
             return {}
-        with suppress(sqlite3.OperationalError):  # it is being made
+        with suppress(sqlite3.OperationalError):  # The database is still being made
             return dict(self.numbers("SELECT run, max(step) FROM metrics WHERE run != '' AND key = 'fvu' GROUP BY run"))
         return {}
 
     def until_share(self, share: float) -> None:
-        """Wait until every SAE has reported from beyond this share of its tokens."""
+        """Waits until every SAE has reported from beyond this share of its tokens."""
         rows = int(self.knobs.get("train.tokens", 6 * SHARD_ROWS))
         saes = len(str(self.knobs.get("widths", "64,128")).split(",")) * len(str(self.knobs.get("k", "4,8")).split(","))
-        self.until(lambda: len(steps := self.progress()) == saes and min(steps.values()) >= share * rows, otherwise=f"not at {share:.0%}")
+        self.until(
+            lambda: len(steps := self.progress()) == saes and min(steps.values()) >= share * rows,
+            otherwise=f"not at {share:.0%}",
+        )
 
     def number(self, key: str) -> float:
-        """The largest value of a metric, of whatever run at whatever step."""
+        """The largest value of a metric over all runs and steps."""
         return self.numbers(f"SELECT max(value) FROM metrics WHERE key = '{key}'")[0][0]
 
     def numbers(self, query: str) -> list[tuple]:
@@ -203,13 +245,13 @@ class Sweep:
 
 @dataclass
 class Result:
-    """All that a finished study leaves: nothing of it may depend on what died."""
+    """All that a finished study leaves. None of it may depend on what died."""
 
     saes: dict[str, dict[str, torch.Tensor]]
-    descriptions: dict[str, dict]  # cfg.json
-    outcomes: dict[str, dict]  # tokens, mean of the rows trained on, every report
+    descriptions: dict[str, dict]  # Contents of cfg.json
+    outcomes: dict[str, dict]  # Tokens, mean of the rows trained on, every report
     outbox: set[tuple]  # (run, key, step, value)
-    mlflow: dict[str, dict]  # run → status, parameters, metrics by key as lists of (step, value)
+    mlflow: dict[str, dict]  # Run → status, parameters, and metrics as lists of (step, value)
     summary: pd.DataFrame
 
 
@@ -219,19 +261,28 @@ def result_of(sweep: Sweep) -> Result:
     for folder in folders:
         outcome = json.loads((folder / "outcome.json").read_text())
         outcome.pop("sha256")
-        outcome["reports"] = [{key: value for key, value in report.items() if key not in MEASURED} for report in outcome["reports"]]
+        outcome["reports"] = [
+            {key: value for key, value in report.items() if key not in MEASURED} for report in outcome["reports"]
+        ]
         outcomes[folder.name] = outcome
     outbox = {row for row in sweep.numbers("SELECT run, key, step, value FROM metrics") if not _varies(row[1])}
     client = mlflow.MlflowClient(f"sqlite:///{sweep.folder}/mlflow.db")
     runs = {}
-    found = client.search_runs([client.get_experiment_by_name("raysae").experiment_id], f"tags.`raysae.study` = '{sweep.study}'")
+    found = client.search_runs(
+        [client.get_experiment_by_name("raysae").experiment_id], f"tags.`raysae.study` = '{sweep.study}'"
+    )
     assert len(found) == len({run.info.run_name for run in found}), "a run was created twice"
     for run in found:
-        histories = {key: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)] for key in run.data.metrics}
+        histories = {
+            key: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+            for key in run.data.metrics
+        }
         kept = {key: sorted(history) for key, history in histories.items() if not _varies(key)}
         runs[run.info.run_name] = {"status": run.info.status, "params": run.data.params, "metrics": kept}
     summary = (
-        pd.read_csv(sweep.place / "summary" / "summary.csv").drop(columns=list(MEASURED), errors="ignore").sort_values("name", ignore_index=True)
+        pd.read_csv(sweep.place / "summary" / "summary.csv")
+        .drop(columns=list(MEASURED), errors="ignore")
+        .sort_values("name", ignore_index=True)
     )
     return Result(
         saes={folder.name: load_file(folder / "sae_weights.safetensors") for folder in folders},
@@ -241,7 +292,10 @@ def result_of(sweep: Sweep) -> Result:
 
 
 def _without_own(params: dict[str, str]) -> dict[str, str]:
-    """Without what no bit of an SAE depends on: where things lie and run, and how often they are saved or tried."""
+    """The parameters that the bits of an SAE depend on.
+
+    Left out are where things lie and run, and how often they are saved or tried.
+    """
     own = ("output", "tracking.", "study", "faults.", "resources.", "train.checkpoint_seconds", "stream.cache")
     return {key: value for key, value in params.items() if not key.startswith(own)}
 
@@ -251,13 +305,16 @@ def _varies(key: str) -> bool:
 
 
 def assert_same(disturbed: Sweep, undisturbed: Sweep) -> None:
-    """The same SAEs bit for bit, from the same rows; the same numbers in the outbox and in MLflow, each once, and all of them sent."""
+    """Asserts that both have the same SAEs bit for bit, from the same rows.
+
+    The outbox and MLflow must hold the same numbers, each once. All of them must have been sent.
+    """
     ours, theirs = result_of(disturbed), result_of(undisturbed)
     assert ours.saes.keys() == theirs.saes.keys()
     for name, bits in theirs.saes.items():
         assert bits.keys() == ours.saes[name].keys()
         assert all(torch.equal(bits[key], ours.saes[name][key]) for key in bits), f"{name} differs"
-        assert ours.outcomes[name] == theirs.outcomes[name]  # tokens, mean of the rows, reports
+        assert ours.outcomes[name] == theirs.outcomes[name]  # Tokens, mean of the rows, reports
         tokens = [report["tokens"] for report in ours.outcomes[name]["reports"]]
         assert tokens == sorted(set(tokens))
     assert ours.descriptions == theirs.descriptions
@@ -273,15 +330,20 @@ def assert_same(disturbed: Sweep, undisturbed: Sweep) -> None:
         assert _without_own(mine["params"]) == _without_own(run["params"])
     pd.testing.assert_frame_equal(ours.summary, theirs.summary, check_exact=True)
     for table in ("metrics", "params", "tags", "artifacts", "runs"):
-        assert disturbed.numbers(f"SELECT count(*) FROM {table} WHERE state != 1") == [(0,)], f"not all {table} were sent"
+        assert disturbed.numbers(f"SELECT count(*) FROM {table} WHERE state != 1") == [(0,)], (
+            f"not all {table} were sent"
+        )
 
 
 # ---------------------------------------------------------------- the killer
 
 
 class Killer(threading.Thread):
-    """Strikes `sweep` every few seconds until it ends or `seconds` are over: kinds, victims and pauses are drawn from `seed`, so that a failure can
-    be replayed as far as the machine lets it. A driver that was killed is started again; a stopped producer stays silent until it is replaced."""
+    """Strikes `sweep` every few seconds until it ends or `seconds` are over.
+
+    It draws kinds, victims and pauses from `seed`, so a failure can be replayed as well as the machine allows. It
+    starts a killed driver again. A stopped producer stays silent until it is replaced.
+    """
 
     KINDS = ("producer", "trainer", "queue", "trial", "producer hangs", "driver")
     WEIGHTS = (4, 4, 3, 2, 2, 1)
@@ -291,7 +353,7 @@ class Killer(threading.Thread):
         self.sweep, self.seed, self.seconds, self.pauses = sweep, seed, seconds, pauses
         self.random = random.Random(seed)
         self.strikes: list[tuple[float, str, int]] = []
-        self.outlived = False  # whether the sweep was still running when the time was over
+        self.outlived = False  # Whether the sweep still ran when the time was over
         self.error: BaseException | None = None
 
     def run(self) -> None:
@@ -315,10 +377,14 @@ class Killer(threading.Thread):
             self.error = error
 
     def check(self) -> None:
-        """Wait for the end of the strikes, and tell them."""
+        """Waits for the end of the strikes and prints them."""
         self.join(self.seconds + PATIENCE)
         assert not self.is_alive()
         kinds = [kind for _, kind, _ in self.strikes]
-        print(f"seed {self.seed}: {len(kinds)} strikes: " + ", ".join(f"{kinds.count(kind)} × {kind}" for kind in self.KINDS), flush=True)
+        print(
+            f"seed {self.seed}: {len(kinds)} strikes: "
+            + ", ".join(f"{kinds.count(kind)} × {kind}" for kind in self.KINDS),
+            flush=True,
+        )
         if self.error:
             raise self.error

@@ -1,4 +1,7 @@
-"""A text on which the language model gives NaN: the sweep stops and names shard and contexts, or every SAE passes over the shard, whatever dies."""
+"""A text on which the language model gives NaN.
+
+Either the sweep stops and names shard and contexts, or every SAE passes over the shard, whatever dies.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,13 @@ from raysae.text.contexts import is_held_out
 from tests.faults.harness import BATCH, SHARD_ROWS, Sweep, assert_same, materials
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
-BAD = 2  # the shard
+BAD = 2  # Index of the bad shard
 KNOBS = {"evaluation.predicted_tokens": 0, "text.max_documents": 1200, "stream.bad_shards": "skip"}
 
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Materials whose first document has a token that the language model knows only as NaN."""
+    """Materials whose first document has a token with a NaN embedding."""
     folder = tmp_path_factory.mktemp("poisoned")
     materials(folder)
     tokens = AutoTokenizer.from_pretrained(folder / "model").get_vocab()
@@ -34,7 +37,11 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     embedding = next(weights[key] for key in weights if key.endswith("embed_tokens.weight"))
     embedding[[number for token, number in tokens.items() if "7" in token]] = float("nan")
     save_file(weights, folder / "model" / "model.safetensors", {"format": "pt"})
-    document = next(text for n in itertools.count() if not is_held_out(text := "7" + " oh" * n, SweepConfig().text.evaluation_fraction))
+    document = next(
+        text
+        for n in itertools.count()
+        if not is_held_out(text := "7" + " oh" * n, SweepConfig().text.evaluation_fraction)
+    )
     text = folder / "text.txt"
     text.write_text(f"{document}\n<|end|>\n{text.read_text()}")
     return folder
@@ -42,7 +49,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def knobs(poisoned: Path) -> dict[str, object]:
-    """With the seed that puts the document's context, the first one, into the shard `BAD`."""
+    """KNOBS with a seed that puts context 0, the document's, into the shard `BAD`."""
     settled = plan(parse(SweepConfig, Sweep("local", poisoned, poisoned / "plan", KNOBS).arguments(), "")[0])
     specs = ((seed, settled.training.model_copy(update={"seed": seed})) for seed in itertools.count())
     return KNOBS | {"stream.seed": next(seed for seed, spec in specs if 0 in spec.contexts_of(BAD))}
@@ -68,7 +75,7 @@ def test_skipped_by_every_sae_alike_whatever_dies(sweep: Callable[..., Sweep]) -
     stormy = sweep()
     stormy.until((stormy.place / "skipped.json").exists)
     stormy.kill("queue")
-    stormy.until_share(0.5)  # beyond the bad shard
+    stormy.until_share(0.5)  # Every SAE is beyond the bad shard
     stormy.kill("driver")
     stormy.start()
     stormy.kill("trainer")
@@ -91,7 +98,13 @@ def test_stops_with_a_sentence(sweep: Callable[..., Sweep]) -> None:
     ours = sweep(stream__bad_shards="stop")
     assert ours.driver.wait(240) == 1, ours.log()
     words = " ".join(ours.log().split())
-    found = re.search(rf"at step \d+: shard {BAD} of the train stream .*?NaN or infinite in contexts 0; its contexts are \d+, .* and 248 more", words)
+    found = re.search(
+        rf"at step \d+: shard {BAD} of the train stream .*?NaN or infinite in contexts 0; "
+        r"its contexts are \d+, .* and 248 more",
+        words,
+    )
     assert found, words[-3000:]
-    assert re.search(r"SAEs that have not come to their end go on with: \S*python jobs/scaling_sweep.py .*--resume study ", words)
+    assert re.search(
+        r"SAEs that have not come to their end go on with: \S*python jobs/scaling_sweep.py .*--resume study ", words
+    )
     assert list((ours.place / "checkpoints").glob("*/*.safetensors"))

@@ -1,6 +1,7 @@
-"""The clock of one process is moved backwards while it trains, checkpoints and tracks, and is further behind when it is restarted after a SIGKILL.
+"""The clock of one process goes backwards while it trains, checkpoints and tracks.
 
-The machine's clock stays as it is: a few lines of C do it within the process. (libfaketime 0.9.10 does too, but breaks Python's `time.sleep`.)
+After a SIGKILL the process restarts with a clock that is further behind. The machine's clock stays as it is: a few
+lines of C change it within the process. libfaketime 0.9.10 does that too, but it breaks Python's `time.sleep`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ print("opened", loop.source.opened, flush=True)
 
 
 class Clock:
-    """The clock of processes started with `environment`, `seconds` beside the machine's."""
+    """The clock of processes started with `environment`: the machine's, moved by some seconds."""
 
     def __init__(self, folder: Path):
         if shutil.which("gcc") is None:
@@ -101,12 +102,12 @@ def steps_in(checkpoint: Path) -> int:
 
 
 def newest(folder: Path) -> int:
-    """Steps in the checkpoint of the highest number; 0 where there is none."""
+    """Steps in the checkpoint with the highest number, or 0 where there is none."""
     while True:
         paths = sorted((folder / "checkpoints" / SAE.name).glob("*.safetensors"))
         try:
             return steps_in(paths[-1]) if paths else 0
-        except FileNotFoundError:  # replaced by a newer one meanwhile
+        except FileNotFoundError:  # A newer one has replaced it meanwhile
             continue
 
 
@@ -118,7 +119,9 @@ def test_the_clock_goes_backwards(tmp_path: Path, migrated: Path) -> None:  # no
 
     def start() -> subprocess.Popen:
         command = [sys.executable, "-c", PROGRAM, str(folder), str(database)]
-        return subprocess.Popen(command, cwd=ROOT, env=clock.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=clock.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     process = start()
     first = [line for line in (process.stdout.readline() for _ in range(5)) if line]
@@ -154,7 +157,9 @@ def test_the_clock_goes_backwards(tmp_path: Path, migrated: Path) -> None:  # no
     told = set(box.execute("SELECT key, step, value, time FROM metrics WHERE run = ?", (SAE.name,)))
     assert box.execute("SELECT count(*) FROM metrics WHERE state != ?", (SENT,)).fetchone() == (0,)
     assert {step for key, step, *_ in told if key == "fvu"} == {report["tokens"] for report in reports}
-    assert {(step, value) for key, step, value, _ in told if key == "fvu"} == {(report["tokens"], report["fvu"]) for report in reports}
+    assert {(step, value) for key, step, value, _ in told if key == "fvu"} == {
+        (report["tokens"], report["fvu"]) for report in reports
+    }
     arrived = sqlite3.connect(database).execute("SELECT key, step, value, timestamp FROM metrics").fetchall()
     assert len(arrived) == len(told)
     assert set(arrived) == told

@@ -1,4 +1,8 @@
-"""Damaged files of a study, and a full disk. Damage is found by a checksum and named; what is before it is used, or the same made anew."""
+"""Damaged files of a study, and a full disk.
+
+A checksum finds the damage, and a message names the file. The state before the damage is used, or the same is made
+anew.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +45,7 @@ def torn(content: bytes) -> bytes:
 
 
 def flipped(content: bytes) -> bytes:
-    """One bit, in the middle."""
+    """Flips one bit in the middle."""
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
 
@@ -57,7 +61,10 @@ def harm(path: Path, damage: Callable[[bytes], bytes]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The bits depend on the threads: as many here as in the processes that are started. And threads in each other's way spin."""
+    """Bits depend on the number of threads. Here it is one, as in the processes that are started.
+
+    More threads would also get in each other's way and spin.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -78,7 +85,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
 @DAMAGES
 @pytest.mark.parametrize("how_many", [1, 2])
 def test_checkpoint(undisturbed, tmp_path, caplog, damage, how_many):
-    """The newest, or both: training goes on from the one before, or from row 0, and comes to the same."""
+    """The newest checkpoint is damaged, or both are.
+
+    Training goes on from the one before, or from row 0. The result is the same.
+    """
     for row in (256, 640):
         loop = loop_on(tmp_path, killed_at(row))
         loop.add(A)
@@ -100,7 +110,10 @@ def test_checkpoint(undisturbed, tmp_path, caplog, damage, how_many):
 @DAMAGES
 @pytest.mark.parametrize("file", ["outcome.json", "sae_weights.safetensors", "cfg.json", "raysae.json"])
 def test_ended_sae(undisturbed, tmp_path, caplog, damage, file):
-    """Whichever of its files it is: the SAE is trained anew, the other one is only shown, and both are as before."""
+    """Any file of an ended SAE is damaged: that SAE is trained anew.
+
+    The other SAE is only shown. Both are as before.
+    """
     trained(tmp_path, A, B)
     path = tmp_path / "saes" / A.name / file
     harm(path, damage)
@@ -121,11 +134,13 @@ def test_ended_sae(undisturbed, tmp_path, caplog, damage, file):
 
 @DAMAGES
 def test_wish_to_leave(undisturbed, tmp_path, caplog, damage):
-    """Of one SAE: it is trained to its end, the other one ends early as it was told."""
+    """The wish of one SAE is damaged: it is trained to its end. The other one ends early as told."""
     loop = loop_on(tmp_path, killed_at(640))
     for c in (A, B):
         loop.add(c)
-    loop.on_change = lambda: [loop.leave(c.name, "worse than others", tokens=960) for c in (A, B) if loop.progress[c.name].tokens == 320]
+    loop.on_change = lambda: [
+        loop.leave(c.name, "worse than others", tokens=960) for c in (A, B) if loop.progress[c.name].tokens == 320
+    ]
     with pytest.raises(KilledError):
         loop.run()
     path = tmp_path / "checkpoints" / A.name / "leave.json"
@@ -137,14 +152,16 @@ def test_wish_to_leave(undisturbed, tmp_path, caplog, damage):
 
 
 def test_a_config_that_was_cut_short(tmp_path):
-    """What is missing is not taken from the defaults: another sweep would be trained."""
+    """Defaults do not replace missing knobs. They would train another sweep."""
     config = SweepConfig(study="s", widths=[64], faults={"hang_seconds": 5})
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     (tmp_path / "s").mkdir()
     file = tmp_path / "s" / "config.yaml"
     file.write_text(text)
     assert saved_config(str(tmp_path), "s") == config
-    assert saved_config(str(tmp_path), "s", {"start_seconds": 7}).faults.model_dump() == config.faults.model_dump() | {"start_seconds": 7}
+    assert saved_config(str(tmp_path), "s", {"start_seconds": 7}).faults.model_dump() == config.faults.model_dump() | {
+        "start_seconds": 7
+    }
     for lines in range(1, len(text.splitlines())):
         file.write_text("".join(text.splitlines(keepends=True)[:lines]))
         with pytest.raises(UserError, match=rf"^{file} is damaged, or of another version of raysae"):
@@ -153,7 +170,7 @@ def test_a_config_that_was_cut_short(tmp_path):
 
 @DAMAGES
 def test_skipped_shards(tmp_path, damage):
-    """The study cannot be gone on with: refused by name, before anything starts."""
+    """The study cannot be resumed. It is refused by name, before anything starts."""
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "config.yaml").write_text(yaml.safe_dump(SweepConfig(study="s").model_dump()))
     record = tmp_path / "s" / "skipped.json"
@@ -165,7 +182,10 @@ def test_skipped_shards(tmp_path, damage):
 
 
 def test_killed_while_an_sae_is_saved(undisturbed, tmp_path):
-    """A real process, killed between the files of an SAE: nobody takes the torso for an SAE, nothing of it is left, and nothing is missing."""
+    """A real process is killed between two files of an SAE.
+
+    Nobody takes the incomplete folder for an SAE. Afterwards nothing of it is left and nothing is missing.
+    """
     program = f"""
 import os, signal
 from raysae.train import outcome
@@ -174,7 +194,7 @@ from tests.train.test_loop import trained
 write = outcome.write_atomically
 def write_and_die(files, path, content, *rest):
     if path.endswith("sae_weights.safetensors"):
-        open(path.rpartition("/")[0] + "/.0.partial", "wb").write(content[:99])  # as if in the midst of it
+        open(path.rpartition("/")[0] + "/.0.partial", "wb").write(content[:99])  # The write is half done
         os.kill(os.getpid(), signal.SIGKILL)
     write(files, path, content, *rest)
 outcome.write_atomically = write_and_die
@@ -187,7 +207,12 @@ trained({str(tmp_path)!r}, config(seed=0))
     with pytest.raises(UserError, match=r"sae_weights\.safetensors is missing"):
         load_sae(folder)
     trained(tmp_path, A)
-    assert sorted(path.name for path in folder.iterdir()) == ["cfg.json", "outcome.json", "raysae.json", "sae_weights.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cfg.json",
+        "outcome.json",
+        "raysae.json",
+        "sae_weights.safetensors",
+    ]
     assert_same_sae(undisturbed[0], tmp_path, A.name)
 
 
@@ -207,7 +232,9 @@ def test_cached_activations(tmp_path, damage):
     with pytest.warns(RuntimeWarning, match=f"cached activations in {path} are damaged"):
         meta, again = maker.make(1)
     assert not meta["from_cache"]
-    assert all(np.array_equal(one, other) for hook in WIDTHS for one, other in zip(whole[hook], again[hook], strict=True))
+    assert all(
+        np.array_equal(one, other) for hook in WIDTHS for one, other in zip(whole[hook], again[hook], strict=True)
+    )
     assert path.read_bytes() == content
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -222,7 +249,9 @@ def test_cached_contexts(tmp_path, damage):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
 
     def built() -> dict[str, np.ndarray]:
-        return {split: contexts.tokens for split, contexts in build_contexts(settings, lambda: tokenizer, "t", 32).items()}
+        return {
+            split: contexts.tokens for split, contexts in build_contexts(settings, lambda: tokenizer, "t", 32).items()
+        }
 
     whole = {split: tokens.copy() for split, tokens in built().items()}
     paths = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -241,12 +270,17 @@ def test_cached_contexts(tmp_path, damage):
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with 160 KiB: room for three checkpoints of A."""
+    """A separate file system of 160 KiB: room for three checkpoints of A."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
     if mounted.returncode:
-        pytest.skip(f"a file system cannot be mounted here ({mounted.stderr.strip()}): the test with a limit on file sizes remains")
+        pytest.skip(
+            f"a file system cannot be mounted here ({mounted.stderr.strip()}): "
+            "the test with a limit on file sizes remains"
+        )
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
@@ -261,14 +295,17 @@ def test_the_disk_is_full_while_a_checkpoint_is_written(undisturbed, tiny_disk, 
     with hoard.open("wb", buffering=0) as file, suppress(OSError):
         while file.write(bytes(4096)):
             pass
-    os.truncate(hoard, hoard.stat().st_size - len(content) // 2)  # room for half of the next one
+    # Leave room for half of the next one
+    os.truncate(hoard, hoard.stat().st_size - len(content) // 2)
     loop = loop_on(tiny_disk, killed_at(640))
     loop.add(A)
     with pytest.raises(UserError) as told:
         loop.run()
     sentence = str(told.value)
     assert sentence.startswith(str(tiny_disk / "checkpoints"))
-    assert f"cannot be written (No space left on device): the checkpoints before it in {kept.parent} are whole" in sentence
+    assert (
+        f"cannot be written (No space left on device): the checkpoints before it in {kept.parent} are whole" in sentence
+    )
     assert "\n" not in sentence
     assert list(kept.parent.iterdir()) == [kept], "nothing half-written is left"
     assert kept.read_bytes() == content
@@ -279,7 +316,10 @@ def test_the_disk_is_full_while_a_checkpoint_is_written(undisturbed, tiny_disk, 
 
 
 def test_a_process_that_may_write_no_more_says_so_and_keeps_what_was_there(undisturbed, tmp_path):
-    """The same without a file system of its own: the system refuses to write beyond a limit, in the middle of the file."""
+    """The same without a separate file system.
+
+    The operating system refuses to write beyond a limit, in the middle of the file.
+    """
     loop = loop_on(tmp_path, killed_at(256))
     loop.add(A)
     with pytest.raises(KilledError):
@@ -300,7 +340,15 @@ try:
 except UserError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=ONE_THREAD,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert "cannot be written (File too large): the checkpoints before it" in done.stdout, done.stderr
     assert list(kept.parent.iterdir()) == [kept]
     assert kept.read_bytes() == content

@@ -1,4 +1,7 @@
-"""The MLflow server stops answering, dies and comes back, or dies for good. Numbers wait on disk with their time stamps; none is lost or doubled."""
+"""The MLflow server stops answering, dies and comes back, or dies for good.
+
+Numbers wait on disk with their time stamps. None is lost or doubled.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ KEYS = ("fvu", "l0", "loss")
 
 
 class Server:
-    """A real MLflow server on a database, on a port of its own that it keeps. Its processes are a group, signalled together."""
+    """A real MLflow server on a database. It keeps its own port.
+
+    Its processes form a group and get signals together.
+    """
 
     def __init__(self, database: Path):
         self.database = database
@@ -39,8 +45,14 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.database}", "--workers", "1"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--artifacts-destination", str(self.database.parent / "artifacts")]
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.database}",
+            "--workers", "1",
+        ]  # fmt: skip
+        command += [
+            "--host", "127.0.0.1", "--port", str(self.port),
+            "--artifacts-destination", str(self.database.parent / "artifacts"),
+        ]  # fmt: skip
         environment = os.environ | ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.database.parent / "server.log").open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -68,14 +80,14 @@ def server(tmp_path: Path, migrated: Path) -> Iterator[Server]:  # noqa: F811
 
 
 class Told:
-    """What a study was told, with the time stamps it was told at."""
+    """The numbers that a study was told, with their time stamps."""
 
     def __init__(self, study: Study):
         self.study = study
         self.numbers: dict[str, list[tuple[int, float, int]]] = {key: [] for key in KEYS}
 
     def report(self, steps: range) -> float:
-        """A report of the SAE "a" per step; the longest time that one took."""
+        """Reports the SAE "a" once per step. Returns the longest time, in seconds, that a report took."""
         longest = 0.0
         for step in steps:
             began = time.monotonic()
@@ -88,13 +100,18 @@ class Told:
 
 
 def in_mlflow(database: Path) -> dict[str, list[tuple[int, float, int]]]:
-    """All that the database has of the SAE "a", read past MLflow, which might hide what is there twice."""
+    """All numbers that the database has of the SAE "a".
+
+    It reads them with SQL, because MLflow might hide what is there twice.
+    """
     db = sqlite3.connect(database)
     assert db.execute("SELECT count(*) FROM runs").fetchone() == (2,), "the study and its SAE, each once"
     (run,) = db.execute("SELECT run_uuid FROM runs WHERE name = 'a'").fetchone()
     found = {}
     for key in KEYS:
-        found[key] = db.execute("SELECT step, value, timestamp FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step", (run, key)).fetchall()
+        found[key] = db.execute(
+            "SELECT step, value, timestamp FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step", (run, key)
+        ).fetchall()
     db.close()
     return found
 
@@ -107,7 +124,7 @@ def test_silent_for_a_while_then_dead_for_a_while(server: Server, tmp_path: Path
     assert study.flush(240) == 0
     assert in_mlflow(server.database) == told.numbers
 
-    server.signal(signal.SIGSTOP)  # connections are taken and never answered
+    server.signal(signal.SIGSTOP)  # The server takes connections and never answers
     assert told.report(range(200, 400)) < 5, "nobody waits for the server"
     assert study.flush(2) >= 600
     server.signal(signal.SIGCONT)
@@ -115,7 +132,7 @@ def test_silent_for_a_while_then_dead_for_a_while(server: Server, tmp_path: Path
     assert in_mlflow(server.database) == told.numbers
 
     told.report(range(400, 450))
-    server.signal(signal.SIGKILL)  # in the midst of being sent to
+    server.signal(signal.SIGKILL)  # It dies while numbers are sent to it
     assert told.report(range(450, 600)) < 5
     assert study.flush(2) >= 450
     server.start()
@@ -130,7 +147,10 @@ def test_silent_for_a_while_then_dead_for_a_while(server: Server, tmp_path: Path
 
 
 def test_dead_for_good(server: Server, migrated: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:  # noqa: F811
-    """The sweep ends without it and says what to do: that sends everything, and doing it again sends nothing."""
+    """The sweep ends without the server and says what to do.
+
+    Doing it sends everything. Doing it again sends nothing.
+    """
     box = tmp_path / "outbox.db"
     study = Study(box, TrackingConfig(uri=server.uri), "s", {"a": 1})
     study.child("a", {"k": 8})
@@ -157,7 +177,8 @@ def test_dead_for_good(server: Server, migrated: Path, tmp_path: Path, caplog: p
     assert len(refused.stderr.splitlines()) == 1
     assert Outbox(box).unsent() >= 600, "and what could not be sent waits on"
     shutil.copy(migrated, other := tmp_path / "other.db")
-    sent = send("--uri", f"sqlite:///{other}")  # all of it, what the lost server had too
+    # Everything is sent, also what the lost server had
+    sent = send("--uri", f"sqlite:///{other}")
     assert sent.returncode == 0, sent.stderr
     assert in_mlflow(other) == told.numbers
     assert send().stdout == "0 entries sent\n"
@@ -165,4 +186,6 @@ def test_dead_for_good(server: Server, migrated: Path, tmp_path: Path, caplog: p
     client = MlflowClient(f"sqlite:///{other}")
     (run,) = (run for run in client.search_runs(["1"]) if run.info.run_name == "a")
     assert run.info.status == "FINISHED"
-    assert [artifact.path for artifact in client.list_artifacts(run.info.run_id, "source")] == ["source/test_mlflow_down.py"]
+    assert [artifact.path for artifact in client.list_artifacts(run.info.run_id, "source")] == [
+        "source/test_mlflow_down.py"
+    ]

@@ -1,4 +1,4 @@
-"""A trainer is killed in the midst of an evaluation, of writing a checkpoint, and of writing a finished SAE."""
+"""A trainer is killed while it evaluates, writes a checkpoint, or writes a finished SAE."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.train.synthetic import config
 from tests.train.test_actor import SPEC, ArrayQueue, array_queue, cluster, trainer_on, until_ended, wait_for  # noqa: F401 (cluster: a fixture)
 
 pytestmark = pytest.mark.fault
-WIDE = config(width=4096, seed=2)  # its checkpoints take long enough to be caught at
+WIDE = config(width=4096, seed=2)  # Its checkpoints take long enough to be hit while they are written
 TRIES = 6
 
 
@@ -46,7 +46,7 @@ def assert_undisturbed(trainer: ray.actor.ActorHandle, folder: Path, undisturbed
 
 
 def partial(folder: Path) -> list[str]:
-    """Files in `folder` that are being written, or that a dead process has left half written."""
+    """Files in `folder` that are being written, or that a dead process left half written."""
     try:
         return [name for name in os.listdir(folder) if name.endswith(PARTIAL)]
     except FileNotFoundError:
@@ -54,7 +54,7 @@ def partial(folder: Path) -> list[str]:
 
 
 def kill_while(true: Callable[[], object], pid: int, seconds: float = 60) -> None:
-    """SIGKILL at the first moment at which `true()`; no pause between two looks."""
+    """Sends SIGKILL at the first moment at which `true()`. It looks without pause."""
     give_up = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < give_up
@@ -62,7 +62,7 @@ def kill_while(true: Callable[[], object], pid: int, seconds: float = 60) -> Non
 
 
 class SlowEvaluation(ArrayQueue):
-    """Held-out blocks are withheld while `evaluations` is False."""
+    """Withholds held-out blocks while `evaluations` is False."""
 
     evaluations = False
 
@@ -93,12 +93,13 @@ def test_while_a_checkpoint_is_written(tmp_path: Path, undisturbed: Path) -> Non
     for _ in range(TRIES):
         wait_for(lambda: ray.get(trainer.status.remote())[0]["tokens"] == SPEC.rows_per_shard)
         pid = ray.get(trainer.process.remote())
-        trainer.stop.remote()  # it writes a checkpoint
+        trainer.stop.remote()  # The trainer writes a checkpoint
         kill_while(lambda: partial(folder), pid)
         wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"))
         if partial(folder):
             break
-        pid = ray.get(trainer.process.remote())  # too late: once more, from the beginning
+        # Too late: try again from the beginning
+        pid = ray.get(trainer.process.remote())
         shutil.rmtree(folder)
         os.kill(pid, signal.SIGKILL)
     else:
@@ -108,7 +109,7 @@ def test_while_a_checkpoint_is_written(tmp_path: Path, undisturbed: Path) -> Non
 
 
 def test_while_the_finished_sae_is_written(tmp_path: Path, undisturbed: Path) -> None:
-    queue = array_queue()  # an actor lives as long as somebody knows it
+    queue = array_queue()  # Keep the handle: an actor lives only as long as somebody knows it
     trainer = trainer_on(tmp_path, queue, saes=(WIDE,))
     pid = ray.get(trainer.process.remote())
     kill_while((tmp_path / "saes" / WIDE.name).exists, pid)

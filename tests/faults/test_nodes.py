@@ -1,4 +1,4 @@
-"""Machines of a cluster die with what is on them, or are drained with a deadline, while a sweep runs."""
+"""Machines of a cluster die, or are drained with a deadline, while a sweep runs."""
 
 from __future__ import annotations
 
@@ -18,23 +18,33 @@ from ray.core.generated import autoscaler_pb2
 from tests.faults.harness import LONG, Sweep, assert_same
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
-QUICK = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 500, "failure_threshold": 6}  # the death of a machine is seen within seconds
+# Ray sees the death of a machine within seconds
+QUICK = {"initial_delay_ms": 0, "period_ms": 500, "timeout_ms": 500, "failure_threshold": 6}
 STORE = 150 * 2**20
-# GPUs in name alone: where there is none, trainers compute on the CPU. Ray keeps producers off a machine with GPUs while there is room on another.
+# The GPUs may exist in name alone: without one, trainers compute on the CPU. Ray keeps producers off a machine with
+# GPUs while there is room on another.
 NEEDS = {"resources__trainer_gpus": 0.5, "resources__trainer_cpus": 0.5, "resources__producer_cpus": 1}
-ROOM = {"trainers": {"num_cpus": 1, "num_gpus": 1}, "producers": {"num_cpus": 1}, "both": {"num_cpus": 2, "num_gpus": 1}}
+ROOM = {
+    "trainers": {"num_cpus": 1, "num_gpus": 1},
+    "producers": {"num_cpus": 1},
+    "both": {"num_cpus": 2, "num_gpus": 1},
+}
 
 
 class Machines:
-    """Machines of a cluster: `trainers` have what two trainers ask for, `producers` what a producer asks for, `both` both."""
+    """Machines of a cluster.
+
+    `trainers` have what two trainers ask for, `producers` have what a producer asks for, `both` have both.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.folders: list[str] = []
 
     def add(self, kind: str) -> str:
-        """The new machine's id."""
-        self.folders.append(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # its own, and short: sockets lie in it
+        """Adds a machine and returns its id."""
+        # Each machine has its own folder. The path is short because sockets lie in it.
+        self.folders.append(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
         node = self.cluster.add_node(**ROOM[kind], object_store_memory=STORE, temp_dir=self.folders[-1])
         return node.node_id
 
@@ -48,7 +58,9 @@ def machines_of() -> Iterator[Machines]:
     """A cluster with a head that takes no work."""
     kept = dict(os.environ)
     os.environ.update({f"RAY_health_check_{key}": str(value) for key, value in QUICK.items()})
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
+    )
     ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
     made = Machines(cluster)
     try:
@@ -84,7 +96,10 @@ def sweep(machines: Machines, made: Path, tmp_path: Path) -> Iterator[Callable[.
 
 
 def drain(node: str, seconds: float) -> None:
-    """A spot notice: the machine goes in so many seconds. Ray tells who asks; it neither moves nor kills anything."""
+    """Sends a spot notice: the machine goes in so many seconds.
+
+    Ray tells those who ask. It neither moves nor kills anything.
+    """
     client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     accepted, why = client.drain_node(node, reason, "spot", int(1000 * (time.time() + seconds)))
@@ -92,7 +107,10 @@ def drain(node: str, seconds: float) -> None:
 
 
 def test_machines_die(machines: Machines, sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep]) -> None:
-    """The one with the producers, then the one with the trainers, then the one that has taken up both; another stands ready each time."""
+    """First the machine with the producers dies, then the one with the trainers.
+
+    The machine that took up both dies last. Another stands ready each time.
+    """
     producers, trainers = machines.add("producers"), machines.add("trainers")
     machines.cluster.wait_for_nodes()
     ours = sweep(**LONG)
@@ -114,11 +132,16 @@ def test_machines_die(machines: Machines, sweep: Callable[..., Sweep], undisturb
 
 
 @pytest.mark.long
-def test_a_machine_is_drained(machines: Machines, sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep]) -> None:
-    """Before the deadline its trainers have written checkpoints and left, its producers have moved; then it dies, and nothing is on it."""
+def test_a_machine_is_drained(
+    machines: Machines, sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep]
+) -> None:
+    """Before the deadline its trainers write checkpoints and leave, and its producers move.
+
+    Then the machine dies, and nothing is on it.
+    """
     drained = machines.add("both")
     machines.cluster.wait_for_nodes()
-    ours = sweep(**LONG, train__checkpoint_seconds=10_000)  # no checkpoint but those of the leaving
+    ours = sweep(**LONG, train__checkpoint_seconds=10_000)  # Only leaving writes checkpoints
     ours.until_share(0.05)
     assert not list((ours.place / "checkpoints").glob("*/*.safetensors"))
     staying = machines.add("both")

@@ -1,4 +1,7 @@
-"""Each process of a sweep is killed, at a random moment and at nasty ones; what comes out is what the undisturbed run left, bit for bit."""
+"""Each process of a sweep is killed, at a random moment and at nasty ones.
+
+What comes out equals what the undisturbed run left, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ Start = Callable[..., Sweep]
 
 @pytest.fixture
 def moment(request: pytest.FixtureRequest) -> float:
-    """A random share of the run, by the name of the test: another name, another moment, and the same one when it is repeated."""
+    """A random share of the run, drawn from the test's name.
+
+    Another name gives another moment. A repeated test has the same one.
+    """
     return random.Random(request.node.name).uniform(0.05, 0.4)
 
 
@@ -31,8 +37,13 @@ def checkpoints(sweep: Sweep) -> int:
 
 
 def test_killed(sweep: Start, undisturbed: Start, moment: float) -> None:
-    """A producer at its first shard, a trainer before its first checkpoint; at a random moment the queue, and again while consumers rejoin; both
-    trials' handles, and the one that takes their place; then a producer and a trainer, and who takes their places as soon as it is there."""
+    """Kills every kind of process but the driver, in this order.
+
+    - A producer at its first shard, and a trainer before its first checkpoint.
+    - The queue at a random moment, and again while consumers rejoin.
+    - The handles of both trials, and the one that takes their place.
+    - A producer and a trainer, and their successors as soon as they are there.
+    """
     ours = sweep(**LONG, train__checkpoint_seconds=2)
     ours.kill("producer")
     trainer = ours.wait_for("trainer")
@@ -58,8 +69,11 @@ def test_killed(sweep: Start, undisturbed: Start, moment: float) -> None:
 
 @pytest.mark.long
 def test_hung(sweep: Start, undisturbed: Start, moment: float) -> None:
-    """Stopped, so that they are alive and silent: the producer is replaced and its process does not stay; the queue is restarted, and the trainer
-    from its checkpoints."""
+    """Stopped processes are alive and silent.
+
+    The producer is replaced and its process does not stay. The queue is restarted. The trainer restarts from its
+    checkpoints.
+    """
     ours = sweep(**LONG, faults__hang_seconds=8)
     ours.until_share(moment)
     hung = ours.wait_for("producer")
@@ -77,8 +91,11 @@ def test_hung(sweep: Start, undisturbed: Start, moment: float) -> None:
 
 
 def test_driver(sweep: Start, undisturbed: Start, moment: float) -> None:
-    """Before the first checkpoint, at a random moment, and its successor as soon as it trains; then when all SAEs have ended and their evaluation in
-    the language model begins. Each time `--resume` goes on, at once."""
+    """The driver is killed four times. Each time `--resume` goes on at once.
+
+    It dies before the first checkpoint and at a random moment. Its successor dies as soon as it trains. The last one
+    dies when all SAEs have ended and their evaluation in the language model begins.
+    """
     ours = sweep(train__checkpoint_seconds=1)
     ours.wait_for("trainer")
     ours.kill("driver")
@@ -98,10 +115,20 @@ def test_driver(sweep: Start, undisturbed: Start, moment: float) -> None:
 
 
 def test_a_trainer_dead_for_good_is_not_waited_for(sweep: Start, undisturbed: Start) -> None:
-    """Its SAEs have failed, the others are what they would have been. And while a study runs, nobody else can go on with it."""
+    """Its SAEs have failed, and the others are what they would have been.
+
+    While a study runs, nobody else can resume it.
+    """
     ours = sweep(**LONG, faults__trainer_restarts=0)
     ours.until_share(0.05)
-    command = [sys.executable, str(REPOSITORY / "jobs" / "scaling_sweep.py"), "--output", str(ours.folder / "runs"), "--resume", ours.study]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "jobs" / "scaling_sweep.py"),
+        "--output",
+        str(ours.folder / "runs"),
+        "--resume",
+        ours.study,
+    ]
     second = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert second.returncode == 2
     assert "study is 'study', which still runs: wait for its end, or stop it first" in " ".join(second.stderr.split())
@@ -115,10 +142,14 @@ def test_a_trainer_dead_for_good_is_not_waited_for(sweep: Start, undisturbed: St
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("kind", "sentence"), [("producer", "room for a language model"), ("trainer", "room for the trainer resid_post.0-")])
+@pytest.mark.parametrize(
+    ("kind", "sentence"), [("producer", "room for a language model"), ("trainer", "room for the trainer resid_post.0-")]
+)
 def test_no_room_is_said_within_bounded_time(kind: str, sentence: str, sweep: Start) -> None:
-    """Somebody else has taken the place that a producer or a trainer needs: the sweep ends and says what is missing. (What could never fit is
-    refused before anything starts.)"""
+    """Somebody else has taken the place that a producer or a trainer needs.
+
+    The sweep ends and says what is missing. (What could never fit is refused before anything starts.)
+    """
     blocker = ray.remote(num_cpus=3.5)(Blocker).remote()
     ray.get(blocker.here.remote())
     needs = {"resources__producer_cpus": 0.1, "resources__trainer_cpus": 0.1} | {f"resources__{kind}_cpus": 1.5}
@@ -133,7 +164,7 @@ def test_no_room_is_said_within_bounded_time(kind: str, sentence: str, sweep: St
 
 
 class Blocker:
-    """Takes the place of others."""
+    """Takes CPUs that others need."""
 
     def here(self) -> None:
         pass

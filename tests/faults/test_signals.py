@@ -1,4 +1,7 @@
-"""The driver is told to end: by SIGTERM, by Ctrl-C in a terminal, and by an impatient second Ctrl-C. What comes out in the end is the same."""
+"""The driver is told to end: by SIGTERM, by Ctrl-C in a terminal, by an impatient second Ctrl-C.
+
+What comes out in the end is the same.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ def statuses(sweep: Sweep) -> set[str]:
 
 
 def assert_interrupted(sweep: Sweep) -> None:
-    """The driver has ended and has said how to go on; every SAE has a checkpoint or has ended; nothing half-written is left; the runs are closed."""
+    """Asserts that the driver has ended and has said how to go on.
+
+    Every SAE has a checkpoint or has ended. Nothing half-written is left. The runs are closed.
+    """
     assert sweep.driver.wait(PATIENCE) == INTERRUPTED, sweep.log()
     assert f"--resume {sweep.study}" in sweep.log()
     assert "Traceback" not in sweep.log()
@@ -43,13 +49,13 @@ def test_sigterm_and_a_second_ctrl_c(sweep: Callable[..., Sweep], undisturbed: C
     one.start()
     one.until_share(0.5)
     silent = one.wait_for("trainer")
-    os.kill(silent, signal.SIGSTOP)  # its checkpoint does not come: the driver waits for it
+    os.kill(silent, signal.SIGSTOP)  # No checkpoint comes, and the driver waits for it
     try:
         one.driver.send_signal(signal.SIGINT)
         time.sleep(8)
         assert one.driver.poll() is None, one.log()
         one.driver.send_signal(signal.SIGINT)
-        assert_interrupted(one)  # in less time than trainers have
+        assert_interrupted(one)  # This takes less time than trainers have
     finally:
         with suppress(ProcessLookupError):  # Ray has ended it with its driver
             os.kill(silent, signal.SIGKILL)
@@ -61,9 +67,14 @@ def test_sigterm_and_a_second_ctrl_c(sweep: Callable[..., Sweep], undisturbed: C
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_whole_group_hears_it(number: signal.Signals, made: Path, tmp_path: Path, undisturbed: Callable[..., Sweep]) -> None:
-    """A terminal sends SIGINT, `timeout` and batch systems send SIGTERM to the driver and to all that it has started and that is still in its group
-    of processes: a Ray of its own is not."""
+def test_the_whole_group_hears_it(
+    number: signal.Signals, made: Path, tmp_path: Path, undisturbed: Callable[..., Sweep]
+) -> None:
+    """The driver and all that it has started in its group of processes get the signal.
+
+    A terminal sends SIGINT. `timeout` and batch systems send SIGTERM. A Ray that the driver started is not in the
+    group.
+    """
     one = Sweep("local", made, tmp_path, LONG)
     one.start()
     try:

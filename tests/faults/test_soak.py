@@ -1,6 +1,8 @@
-"""A sweep under a killer that strikes at random for as long as it is told to: at the end all is as if nothing had happened.
+"""A killer strikes a sweep at random for a given time. At the end all is as if nothing had happened.
 
-`make faults` runs it for ten minutes with each of three seeds. `SOAK_SECONDS=600 SOAK_SEEDS=2 pytest tests/faults/test_soak.py -s` replays one.
+`make faults` runs it for ten minutes with each of three seeds. This replays one:
+
+    SOAK_SECONDS=600 SOAK_SEEDS=2 pytest tests/faults/test_soak.py -s
 """
 
 from __future__ import annotations
@@ -16,16 +18,20 @@ from tests.faults.harness import PATIENCE, SHARD_ROWS, Killer, Sweep, assert_sam
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(3600)]
 SECONDS = float(os.environ.get("SOAK_SECONDS", 30))
 SEEDS = [int(seed) for seed in os.environ.get("SOAK_SEEDS", "1").split(",")]
-STRIKES_PER_SHARD = 20  # that a killer may have on the same shard, and
-DEATHS = 1000  # that it may cause among producers: neither is what this test is about
-MARGIN = 0.4  # tokens that the sweep has, as a multiple of those it could train on in SECONDS if nobody disturbed it: struck, it gets half as far
-MOST_WORK = 3  # contexts forwarded since the queue's last start, as a multiple of those needed: trainers go back by a checkpoint's age at each death
+STRIKES_PER_SHARD = 20  # Attempts per shard. This test is not about their limit.
+DEATHS = 1000  # Deaths of producers. This test is not about their limit either.
+# Tokens of the sweep, as a multiple of those it could train on in SECONDS if nobody disturbed it. Under strikes it gets
+# half as far.
+MARGIN = 0.4
+# Most contexts forwarded since the queue's last start, as a multiple of those needed. At each death trainers go back by
+# a checkpoint's age.
+MOST_WORK = 3
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_soak(seed: int, sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep]) -> None:
     print(f"\nsoak: SOAK_SECONDS={SECONDS:g} SOAK_SEEDS={seed} replays it", flush=True)
-    pace = undisturbed().number("tokens_per_second")  # on this machine
+    pace = undisturbed().number("tokens_per_second")  # The pace of this machine
     tokens = math.ceil(max(16, MARGIN * SECONDS * pace / SHARD_ROWS)) * SHARD_ROWS
     knobs = {"train__tokens": tokens, "stream__epochs": 1 + tokens // (10 * SHARD_ROWS)}
     faults = {"faults__hang_seconds": 8, "faults__producer_deaths": DEATHS, "faults__shard_attempts": STRIKES_PER_SHARD}

@@ -1,4 +1,7 @@
-"""Ray's object store has less room than the blocks in flight take: they go to disk and come back, every bit of them."""
+"""Ray's object store has less room than the blocks in flight take.
+
+Blocks go to disk and come back, every bit of them.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +24,15 @@ from raysae.stream.spec import ActivationSpec
 
 pytestmark = pytest.mark.fault
 MIB = 2**20
-STORE = 80 * MIB  # the smallest that Ray takes is 75 MiB
+STORE = 80 * MIB  # Ray takes no less than 75 MiB
 HOOK, WIDTH, CONTEXTS = "resid_post.0", 2048, 256
 SPEC = ActivationSpec(
-    model="m", text="t", contexts=CONTEXTS * 24, context_length=10, skip_positions=2, dtype="float32", seed=0, epochs=1, shard_contexts=CONTEXTS,
-    batch_contexts=CONTEXTS,
+    model="m", text="t", contexts=CONTEXTS * 24, context_length=10, skip_positions=2, dtype="float32", seed=0, epochs=1,
+    shard_contexts=CONTEXTS, batch_contexts=CONTEXTS,
 )  # fmt: skip
 BLOCK_MIB = 4.0
 SHARD_MIB = SPEC.rows_per_shard * WIDTH * 4 / MIB  # 16
-IN_FLIGHT = 12  # shards: more than twice the store
+IN_FLIGHT = 12  # Shards that take more than twice the store
 
 
 def rows_of(stream: str, shard: int) -> np.ndarray:
@@ -44,13 +47,27 @@ class Producer:
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def produce(self, stream: str, shard: int, tolerant: bool) -> list:
-        meta = {"index": shard, "contexts_forwarded": CONTEXTS, "seconds": 0.1, "from_cache": False, "nonfinite": [], "numerics": {}}
+        meta = {
+            "index": shard,
+            "contexts_forwarded": CONTEXTS,
+            "seconds": 0.1,
+            "from_cache": False,
+            "nonfinite": [],
+            "numerics": {},
+        }
         return [meta, *cut(rows_of(stream, shard), "float32", BLOCK_MIB)]
 
 
 @pytest.fixture
 def small_store() -> Iterator[None]:
-    ray.init("local", include_dashboard=False, num_cpus=2, object_store_memory=STORE, log_to_driver=False, logging_level="error")
+    ray.init(
+        "local",
+        include_dashboard=False,
+        num_cpus=2,
+        object_store_memory=STORE,
+        log_to_driver=False,
+        logging_level="error",
+    )
     yield
     ray.shutdown()
 
@@ -80,7 +97,8 @@ def test_blocks_beyond_the_stores_room_are_spilled_and_not_lost(small_store: Non
         return ray.get(queue.stats.remote())
 
     give_up = time.monotonic() + 120
-    while stats()["shards_produced"] < IN_FLIGHT and time.monotonic() < give_up:  # all that may be in flight, before anybody reads
+    # All that may be in flight is produced before anybody reads
+    while stats()["shards_produced"] < IN_FLIGHT and time.monotonic() < give_up:
         time.sleep(0.2)
     held = stats()
     assert held["bytes_in_flight"] == IN_FLIGHT * SHARD_MIB * MIB > 2 * STORE

@@ -1,4 +1,7 @@
-"""Two sweeps at once on one cluster and one activation cache, one of them disturbed: both are what they are alone."""
+"""Two sweeps run at once on one cluster and one activation cache. One of them is disturbed.
+
+Both leave what they leave alone.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ pytestmark = [pytest.mark.fault, pytest.mark.timeout(900)]
 
 
 @pytest.mark.long
-def test_two_sweeps_share_cluster_and_cache(sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep], tmp_path: Path) -> None:
+def test_two_sweeps_share_cluster_and_cache(
+    sweep: Callable[..., Sweep], undisturbed: Callable[..., Sweep], tmp_path: Path
+) -> None:
     knobs = {"stream__cache": "on", "stream__cache_dir": tmp_path / "cache"}
     one = sweep(**knobs)
     other = sweep(**knobs, widths=96)
@@ -26,7 +31,8 @@ def test_two_sweeps_share_cluster_and_cache(sweep: Callable[..., Sweep], undistu
     assert_same(one, undisturbed())
     assert_same(other, undisturbed(widths=96))
     cached = sorted((tmp_path / "cache").rglob("*.safetensors"))
-    # Six shards of the training stream and one of the held-out one, each once although four language models wrote them
+    # Six shards of the training stream and one of the held-out one. Each is there once although four language models
+    # wrote them.
     assert len(cached) == 7
     for path in cached:
         with safe_open(path, "np") as file:

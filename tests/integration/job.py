@@ -1,4 +1,4 @@
-"""Runs the main job as a user would: a process of its own, on the small real language model."""
+"""Runs the main job as a user would: a separate process, on the small real language model."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+ENVIRONMENT = os.environ | {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "160",
+}
 
 
 def arguments(shared_data: Path, folder: Path, **knobs: object) -> list[str]:
-    """Command-line overrides of a sweep that takes seconds; `knobs` override them, with `__` for a dot."""
+    """Command-line overrides of a sweep that takes seconds.
+
+    `knobs` override them in turn, with `__` for a dot.
+    """
     defaults = {
         "model.name": shared_data / "models" / "stories260K",
         "text.source": shared_data / "text" / "tinystories" / "train*.txt",

@@ -1,4 +1,7 @@
-"""Every mistake of a user's gets one sentence that names the field, the value and what would be right, and exit code 2, before anything starts."""
+"""Every mistake of a user gets one sentence and exit code 2, before anything starts.
+
+The sentence names the field, the value and what would be right.
+"""
 
 from __future__ import annotations
 
@@ -24,26 +27,36 @@ CASES = {
     "one shard too large": ({"stream__mib_in_flight": "1"}, ["stream.mib_in_flight", "1"]),
     "context too long": ({"stream__context_length": "100000"}, ["stream.context_length", "100000", "512"]),
     "an error of no SAE": ({"hook_points": "resid_post.2.nonlinear"}, ["resid_post.2.nonlinear", "errors.sae"]),
-    "a probe that is not there": ({"hook_points": "resid_post.2.linear", "errors.sae": "/nowhere/sae"}, ["errors.sae", "/nowhere/sae"]),
+    "a probe that is not there": (
+        {"hook_points": "resid_post.2.linear", "errors.sae": "/nowhere/sae"},
+        ["errors.sae", "/nowhere/sae"],
+    ),
     "no such study": ({"study": None, "resume": "nothing"}, ["nothing"]),
     "no such fact": ({"allow": "torch,weather"}, ["--allow weather", "device", "producer.attention"]),
 }
 
 
 def test_a_study_goes_on_with_its_own_config_but_for_faults(tmp_path: Path) -> None:
-    words = ["--output", str(tmp_path), "--resume", "s", "--faults.hang_seconds", "5", "--train.tokens", "9", "--k", "3"]
-    assert run(words).stderr == "error: --resume s keeps the study's own config. Leave out --k, --train.tokens: only --faults.* can be changed\n"
+    words = f"--output {tmp_path} --resume s --faults.hang_seconds 5 --train.tokens 9 --k 3".split()
+    sentence = "--resume s keeps the study's own config. Leave out --k, --train.tokens: only --faults.* can be changed"
+    assert run(words).stderr == f"error: {sentence}\n"
     assert "there is no such study" in run(words[:6]).stderr
 
 
 def test_an_output_that_is_nowhere() -> None:
-    assert run(["--output", "s3://"]).stderr == "error: output: 's3://' names no folder: runs, say, or s3://bucket/runs\n"
+    assert (
+        run(["--output", "s3://"]).stderr == "error: output: 's3://' names no folder: runs, say, or s3://bucket/runs\n"
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_sentence_and_exit_code_two(case: str, shared_data: Path, tmp_path: Path) -> None:
     knobs, words = CASES[case]
-    given = ["--output", str(tmp_path / "runs"), "--resume", "nothing"] if "resume" in knobs else arguments(shared_data, tmp_path, **knobs)
+    given = (
+        ["--output", str(tmp_path / "runs"), "--resume", "nothing"]
+        if "resume" in knobs
+        else arguments(shared_data, tmp_path, **knobs)
+    )
     done = run(given, timeout=120)
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

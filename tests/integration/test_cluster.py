@@ -28,10 +28,17 @@ def free_port() -> int:
 @pytest.fixture
 def dashboard() -> Iterator[str]:
     port = free_port()
-    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": port, "dashboard_host": "127.0.0.1", "object_store_memory": 400_000_000}
+    head = {
+        "num_cpus": 1,
+        "include_dashboard": True,
+        "dashboard_port": port,
+        "dashboard_host": "127.0.0.1",
+        "object_store_memory": 400_000_000,
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    # Of its own, as on a machine of its own: nodes that share a folder unpack the job's files over each other's.
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short, because sockets lie in it
+    # The node has its own folder, as on a machine of its own. Nodes that share a folder unpack the job's files over
+    # each other's.
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # The path is short because sockets lie in it
     cluster.add_node(num_cpus=1, object_store_memory=400_000_000, temp_dir=folder)
     cluster.wait_for_nodes()
     yield f"http://127.0.0.1:{port}"
@@ -43,8 +50,21 @@ def dashboard() -> Iterator[str]:
 def test_ray_job_submit_on_two_nodes(dashboard: str, shared_data: Path, tmp_path: Path) -> None:
     words = arguments(shared_data, tmp_path, **{"resources.trainer_cpus": 0.5, "resources.producer_cpus": 0.5})
     ray = Path(sys.executable).parent / "ray"
-    job = ["job", "submit", "--address", dashboard, "--working-dir", str(REPOSITORY), "--submission-id", "sweep", "--no-wait", "--"]
-    subprocess.run([ray, *job, sys.executable, "jobs/scaling_sweep.py", *words], env=ENVIRONMENT, check=True, timeout=120)
+    job = [
+        "job",
+        "submit",
+        "--address",
+        dashboard,
+        "--working-dir",
+        str(REPOSITORY),
+        "--submission-id",
+        "sweep",
+        "--no-wait",
+        "--",
+    ]
+    subprocess.run(
+        [ray, *job, sys.executable, "jobs/scaling_sweep.py", *words], env=ENVIRONMENT, check=True, timeout=120
+    )
     client = JobSubmissionClient(dashboard)
     give_up = time.monotonic() + 240
     while not client.get_job_status("sweep").is_terminal() and time.monotonic() < give_up:

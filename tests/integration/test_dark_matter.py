@@ -1,4 +1,7 @@
-"""All analyses of a small sweep, as a user runs them: processes of their own, on the small real language model."""
+"""All analyses of a small sweep, as a user runs them.
+
+They are separate processes, on the small real language model.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,14 @@ def test_the_report_has_every_figure_and_a_verdict_per_claim(analysed: Path) -> 
     verdicts = re.findall(r'class="verdict"[^>]*>([^<]+)<', page)
     assert len(verdicts) == 11
     assert set(verdicts) <= {"holds", "does not hold", "cannot be told here"}
-    assert not re.search(r"(src|href)=.https?:", page), "it needs nothing from elsewhere"
+    assert not re.search(r"(src|href)=.https?:", page), "the page loads something from elsewhere"
     assert "was not measured" not in page
-    for number in ("nonlinear FVU", "cross-entropy recovered", "encoder error", "Estimates on the synthetic model beside their closed form"):
+    for number in (
+        "nonlinear FVU",
+        "cross-entropy recovered",
+        "encoder error",
+        "Estimates on the synthetic model beside their closed form",
+    ):
         assert number in page
 
 
@@ -53,7 +61,9 @@ def test_the_numbers_agree_with_the_sweep_and_among_themselves(analysed: Path) -
     regressions = pd.read_parquet(results / "error_regression/regressions.parquet").set_index("sae")
     swept = pd.read_csv(analysed / "runs/test/summary/summary.csv").set_index("name")
     assert set(regressions.index) == set(swept.index)
-    assert (regressions["fvu"] / swept["fvu"].reindex(regressions.index)).between(0.9, 1.1).all(), "other held-out rows of the same text"
+    assert (regressions["fvu"] / swept["fvu"].reindex(regressions.index)).between(0.9, 1.1).all(), (
+        "both read held-out rows of the same text, but other ones"
+    )
     assert (regressions["nonlinear_fvu"] < regressions["fvu"]).all()
     assert regressions["r2_error_weighted"].between(0, 1).all()
     pursuit = pd.read_parquet(results / "pursuit/pursuit.parquet").set_index("sae")
@@ -79,9 +89,22 @@ def test_the_numbers_agree_with_the_sweep_and_among_themselves(analysed: Path) -
 def test_mlflow_has_a_run_per_analysis_and_one_per_sae_it_read(analysed: Path) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{analysed}/mlflow.db")
     experiment = client.get_experiment_by_name("raysae")
-    runs = [run for run in client.search_runs([experiment.experiment_id]) if run.data.tags["raysae.kind"].startswith("analys")]
+    runs = [
+        run
+        for run in client.search_runs([experiment.experiment_id])
+        if run.data.tags["raysae.kind"].startswith("analys")
+    ]
     parents = {run.data.params["analysis"]: run for run in runs if run.data.tags["raysae.kind"] == "analysis"}
-    names = {"error_regression", "per_token_scaling", "introduced_error", "downstream_loss", "error_saes", "pursuit", "earlier_layers", "dark_matter"}
+    names = {
+        "error_regression",
+        "per_token_scaling",
+        "introduced_error",
+        "downstream_loss",
+        "error_saes",
+        "pursuit",
+        "earlier_layers",
+        "dark_matter",
+    }
     assert set(parents) == names
     assert all(run.info.status == "FINISHED" for run in runs)
     regression = parents["error_regression"]
@@ -103,5 +126,5 @@ def test_another_job_reads_what_is_there_and_the_latest_sweep_is_the_users(analy
     more = ["--tokens", "45000", "--predicted_tokens", "2000", "--target_l0", "16", "--replicates", "30"]
     done = analyse("downstream_loss", analysed, *more)
     assert done.returncode == 0, done.stderr
-    assert "Study test:" in done.stdout, "not one of those that the analyses have trained"
+    assert "Study test:" in done.stdout, "a sweep that an analysis trained is not the user's"
     assert {file: file.stat().st_mtime_ns for file in parts.iterdir()} == before

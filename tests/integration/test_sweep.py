@@ -1,4 +1,4 @@
-"""The main job, end to end, on the small real language model, with real Ray and real MLflow."""
+"""The main job, end to end: the small real language model, real Ray and real MLflow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ def runs_of(folder: Path) -> pd.DataFrame:
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     experiment = client.get_experiment_by_name("raysae")
     found = client.search_runs([experiment.experiment_id])
-    return pd.DataFrame([{"name": r.info.run_name, "status": r.info.status, "id": r.info.run_id, **r.data.params, **r.data.metrics} for r in found])
+    return pd.DataFrame(
+        [
+            {"name": r.info.run_name, "status": r.info.status, "id": r.info.run_id, **r.data.params, **r.data.metrics}
+            for r in found
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +73,31 @@ def test_mlflow_holds_every_sae_under_the_study(swept: Path) -> None:
         assert runs.loc[name, "ce_recovered"] == pytest.approx(row["ce_recovered"], abs=1e-12)
         assert runs.loc[name, "width"] == str(row["width"])
         history = mlflow.MlflowClient(f"sqlite:///{swept}/mlflow.db").get_metric_history(runs.loc[name, "id"], "fvu")
-        assert [m.step for m in history] == sorted({m.step for m in history})  # tokens seen, none twice
+        assert [m.step for m in history] == sorted({m.step for m in history})  # Steps are tokens seen, none twice
         assert len(history) == 4
         assert history[-1].step == 118 * 1024
 
 
 def test_saved_saes_reconstruct_raw_activations_as_reported(swept: Path, shared_data: Path) -> None:
-    """Held-out contexts through plain transformers: neither the stream nor the loop has a part in it."""
+    """Held-out contexts go through plain transformers. Neither the stream nor the loop takes part."""
     settled = plan(parse(SweepConfig, arguments(shared_data, swept / "plan"), "")[0])
     lm = AutoModelForCausalLM.from_pretrained(settled.config.model.name, dtype=torch.float32)
     with torch.no_grad():
-        hidden = lm(torch.from_numpy(settled.contexts["evaluation"][:400]), output_hidden_states=True).hidden_states[3]  # after block 2
+        # Activations after block 2
+        hidden = lm(torch.from_numpy(settled.contexts["evaluation"][:400]), output_hidden_states=True).hidden_states[3]
         x = hidden[:, settled.evaluation.skip_positions :].flatten(0, 1).double()
         for name, row in pd.read_csv(swept / "runs/test/summary/summary.csv").set_index("name").iterrows():
             sae = load_sae(swept / "runs/test/saes" / name)
             error = x - sae(x.float()).double()
             fvu = error.square().sum() / (x - x.mean(0)).square().sum()
-            assert float(fvu) == pytest.approx(row["fvu"], rel=0.03), name  # other held-out rows, as many
+            assert float(fvu) == pytest.approx(row["fvu"], rel=0.03), name  # Other held-out rows, equally many
             norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
             torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-5, rtol=0)
 
 
-def test_resuming_after_the_driver_was_killed_gives_the_same_bits(swept: Path, shared_data: Path, tmp_path: Path) -> None:
+def test_resuming_after_the_driver_was_killed_gives_the_same_bits(
+    swept: Path, shared_data: Path, tmp_path: Path
+) -> None:
     process = start(arguments(shared_data, tmp_path, train__checkpoint_seconds=0.2))
     checkpoints = tmp_path / "runs/test/checkpoints"
     give_up = time.monotonic() + 240
@@ -99,11 +107,14 @@ def test_resuming_after_the_driver_was_killed_gives_the_same_bits(swept: Path, s
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert killed_early, process.stderr.read()
-    time.sleep(3)  # Ray's processes follow their driver
+    time.sleep(3)  # Ray's processes end after their driver
     resumed = run(["--output", str(tmp_path / "runs"), "--resume", "test"])
     assert resumed.returncode == 0, resumed.stderr
     for folder in sorted((swept / "runs/test/saes").iterdir()):
-        ours, theirs = (load_file(root / folder.name / "sae_weights.safetensors") for root in (swept / "runs/test/saes", tmp_path / "runs/test/saes"))
+        ours, theirs = (
+            load_file(root / folder.name / "sae_weights.safetensors")
+            for root in (swept / "runs/test/saes", tmp_path / "runs/test/saes")
+        )
         assert all(torch.equal(ours[key], theirs[key]) for key in ours | theirs), folder.name
     runs = runs_of(tmp_path)
     assert len(runs) == 5
@@ -127,7 +138,8 @@ def test_an_sae_that_diverges_is_named_and_the_others_go_on(shared_data: Path, t
 
 def test_ctrl_c_leaves_checkpoints_and_closed_runs(shared_data: Path, tmp_path: Path) -> None:
     process = start(arguments(shared_data, tmp_path, train__tokens=10_000_000, train__reports=1000, stream__epochs=8))
-    assert any("best FVU" in line for line in process.stdout), process.stderr.read()  # in the midst of the training
+    # Training has begun
+    assert any("best FVU" in line for line in process.stdout), process.stderr.read()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
@@ -138,7 +150,9 @@ def test_ctrl_c_leaves_checkpoints_and_closed_runs(shared_data: Path, tmp_path: 
 
 
 def test_asha_stops_the_worse_saes_early(shared_data: Path, tmp_path: Path) -> None:
-    done = run(arguments(shared_data, tmp_path, widths="64,128,512,1024", k="4,16", scheduler="asha", train__tokens=200_000))
+    done = run(
+        arguments(shared_data, tmp_path, widths="64,128,512,1024", k="4,16", scheduler="asha", train__tokens=200_000)
+    )
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "runs/test/summary/summary.csv")
     stopped, finished = table[table["status"] == "stopped"], table[table["status"] == "done"]

@@ -13,7 +13,15 @@ from raysae.kernels import codes as codes_module
 from raysae.kernels import products
 from raysae.kernels.buffers import MAXIMUM_BYTES, Workspace, chunk_rows
 from raysae.kernels.codes import ByFeature, Nonzeros, order_of, starts_of
-from raysae.kernels.products import DenseCodes, SparseCodes, code_matrix, decode_rows, plain_residuals, pre_activation_chunks, residuals
+from raysae.kernels.products import (
+    DenseCodes,
+    SparseCodes,
+    code_matrix,
+    decode_rows,
+    plain_residuals,
+    pre_activation_chunks,
+    residuals,
+)
 from raysae.kernels.rows import geometric_median
 
 

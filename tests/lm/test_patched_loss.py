@@ -42,7 +42,7 @@ def make_sae(width: int, latents: int = 32, seed: int = 0):
 
 
 def patched_logits(lm: LanguageModel, tokens: Tensor, hook_point: str, function) -> Tensor:
-    """Logits in float64 of one whole forward pass with `function` on the activations from position SKIP on."""
+    """Float64 logits of one whole forward pass. `function` replaces the activations from position SKIP on."""
 
     def patch(activation: Tensor) -> Tensor:
         return torch.cat([activation[:, :SKIP], function(activation[:, SKIP:])], 1)
@@ -81,7 +81,7 @@ def brute_force(lm: LanguageModel, tokens: Tensor, hook_point: str, sae, mean: T
 
 @pytest.mark.parametrize("hook_point", HOOK_POINTS)
 def test_every_metric_equals_brute_force(lm, tokens, hook_point, monkeypatch):
-    monkeypatch.setattr(patched_loss, "ROWS_AT_ONCE", 3 * LENGTH)  # batches of 3, 3 and 1 contexts
+    monkeypatch.setattr(patched_loss, "ROWS_AT_ONCE", 3 * LENGTH)  # Batches of 3, 3 and 1 contexts
     width = hook_width(hook_point, lm.facts)
     mean = lm.activations(tokens, [hook_point])[hook_point][:, SKIP:].mean((0, 1))
     saes = {"a": make_sae(width), "b": make_sae(width, seed=1)}
@@ -104,10 +104,10 @@ def test_shards_add_up(lm, tokens):
 
 
 def test_threads_take_batches_side_by_side(lm, tokens, monkeypatch):
-    monkeypatch.setattr(patched_loss, "ROWS_AT_ONCE", LENGTH)  # a context each
+    monkeypatch.setattr(patched_loss, "ROWS_AT_ONCE", LENGTH)  # One context per batch
     sae = build(SAEConfig(hook_point="resid_post.2", width=128, k=8, learning_rate=1e-3), 64, TrainConfig())
     sae.initialise(lm.activations(tokens, ["resid_post.2"])["resid_post.2"].flatten(0, 1))
-    seen: dict[int, int] = {}  # by thread: torch's threads in it
+    seen: dict[int, int] = {}  # Thread id → number of torch's threads in it
     meeting = threading.Barrier(1)
 
     def reconstruct(rows: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def test_threads_take_batches_side_by_side(lm, tokens, monkeypatch):
 
     def found(threads: int, workers: int) -> DownstreamSums:
         nonlocal meeting
-        meeting = threading.Barrier(workers)  # no thread goes on before all have begun
+        meeting = threading.Barrier(workers)  # No thread goes on before all have begun
         torch.set_num_threads(threads)
         seen.clear()
         try:
@@ -134,7 +134,8 @@ def test_threads_take_batches_side_by_side(lm, tokens, monkeypatch):
     together = found(3, workers=3)
     assert list(seen.values()) == [1, 1, 1]
     assert together == alone, "the same batches, added up in the same order"
-    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 1)  # too many logits to have them several times
+    # Too many logits to hold them several times
+    monkeypatch.setattr(model, "LOGITS_AT_ONCE", 1)
     found(2, workers=1)
     assert seen == {threading.get_ident(): 2}
 
@@ -163,7 +164,9 @@ def test_saes_see_raw_rows_of_replaced_positions_once(lm, tokens):
 def test_bfloat16_model(stories_model, tokens):
     lm = LanguageModel.load(ModelConfig(name=str(stories_model), dtype="bfloat16"))
     dtypes = []
-    sums = downstream_metrics(lm, tokens, "resid_post.2", {"a": lambda x: dtypes.append(x.dtype) or x}, torch.zeros(64), SKIP)
+    sums = downstream_metrics(
+        lm, tokens, "resid_post.2", {"a": lambda x: dtypes.append(x.dtype) or x}, torch.zeros(64), SKIP
+    )
     assert set(dtypes) == {torch.float32}
     assert sums.finish()["a"]["ce_recovered"] == pytest.approx(1, abs=1e-6)
 
@@ -171,10 +174,10 @@ def test_bfloat16_model(stories_model, tokens):
 def test_undefined_where_there_is_nothing_to_recover():
     sums = DownstreamSums(tokens=100, clean=200.0, mean=200.9, zero=202.0, sae={"a": 200.5}, kl={"a": 1.0})
     metrics = sums.finish()["a"]
-    assert metrics["ce_recovered"] is None  # 0.009 nats
-    assert metrics["ce_recovered_zero"] == pytest.approx(0.75)  # of 0.02 nats
+    assert metrics["ce_recovered"] is None  # Only 0.009 nats can be recovered
+    assert metrics["ce_recovered_zero"] == pytest.approx(0.75)  # 0.015 of 0.02 nats are recovered
     harmless = DownstreamSums(tokens=100, clean=200.0, mean=190.0, zero=190.0, sae={"a": 195.0}, kl={"a": 1.0})
-    assert harmless.finish()["a"]["ce_recovered"] is None  # ablation that lowers the loss
+    assert harmless.finish()["a"]["ce_recovered"] is None  # Ablation lowers the loss here
 
 
 def test_sums_of_different_saes_do_not_add_up():

@@ -1,7 +1,9 @@
-"""Saved autoencoders against SAELens itself, which has an environment of its own.
+"""Compares saved autoencoders with SAELens itself, which has its own environment.
 
-python check_saelens.py write FOLDER      with raysae: one saved SAE of each architecture, activations, and their reconstructions
-python check_saelens.py compare FOLDER    with sae_lens: loads each, reconstructs, and finds the same to 1e-5; exit code 1 where not
+python check_saelens.py write FOLDER      with raysae: saves an SAE of each architecture, activations, reconstructions
+python check_saelens.py compare FOLDER    with sae_lens: loads each SAE, reconstructs and compares
+
+`compare` exits with code 1 where a reconstruction differs by more than 1e-5 of its largest value.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-TOLERANCE = 1e-5  # of the largest activation
+TOLERANCE = 1e-5  # Relative to the largest value of a reconstruction
 ARCHITECTURES = ["topk", "batchtopk", "relu", "tied", "jumprelu"]
 D, WIDTH = 48, 192
 
@@ -29,8 +31,12 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "x.npy", x.numpy())
     for architecture in ARCHITECTURES:
-        level = {"k": 8} if architecture in ("topk", "batchtopk") else {"sparsity": 0.05 if architecture == "tied" else 0.5}
-        config = SAEConfig(architecture=architecture, hook_point="resid_post.2", width=WIDTH, learning_rate=1e-3, **level)
+        level = (
+            {"k": 8} if architecture in ("topk", "batchtopk") else {"sparsity": 0.05 if architecture == "tied" else 0.5}
+        )
+        config = SAEConfig(
+            architecture=architecture, hook_point="resid_post.2", width=WIDTH, learning_rate=1e-3, **level
+        )
         sae = build(config, D, TrainConfig(bandwidth=0.3))
         sae.initialise(x)
         optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
@@ -57,8 +63,15 @@ def compare(folder: Path) -> None:
         ours = np.load(folder / f"{architecture}.npy")
         worst[architecture] = float(np.abs(theirs - ours).max() / np.abs(ours).max())
         metadata = sae.cfg.metadata
-        assert (metadata.model_name, metadata.hook_name, metadata.context_size) == ("embedded", "blocks.2.hook_resid_post", 256), metadata
-        print(f"{architecture:10} loads as {type(sae).__name__:12} {active:6.2f} active latents   largest difference {worst[architecture]:.1e}")
+        assert (metadata.model_name, metadata.hook_name, metadata.context_size) == (
+            "embedded",
+            "blocks.2.hook_resid_post",
+            256,
+        ), metadata
+        print(
+            f"{architecture:10} loads as {type(sae).__name__:12} {active:6.2f} active latents   "
+            f"largest difference {worst[architecture]:.1e}"
+        )
     equal = sum(difference <= TOLERANCE for difference in worst.values())
     print(f"sae_lens {sae_lens.__version__}: {equal} of {len(worst)} architectures reconstruct equally, to {TOLERANCE}")
     if equal < len(worst):

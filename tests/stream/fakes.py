@@ -1,4 +1,4 @@
-"""A language model whose activations are a plain function of the tokens, with the interface that shards are made through."""
+"""A language model whose activations are a plain function of the tokens. It has the interface that makes shards."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ CONTEXTS, LENGTH, WIDTHS = 900, 12, {"resid_post.0": 6, "mlp_act.1": 10}
 
 
 class FakeLanguageModel:
-    """Activation (c, t, w) = token + position / 100 + column · 1000 (· -1 at mlp_act); counts the contexts it forwards and whom it was asked for."""
+    """Activation (context, position, column) = token + position / 100 + column · 1000, negated at mlp_act.
+
+    It counts the contexts that it forwards. It notes the batch size and the hook points of each call.
+    """
 
     device = torch.device("cpu")
     attention = "none"
 
     def __init__(self, dtype: torch.dtype = torch.float32, poison: dict[str, float] | None = None):
         self.dtype = dtype
-        self.poison = poison or {}  # hook point → value at the last position of the batch's second context
+        # Hook point → value at column 3 of the last position of each batch's second context
+        self.poison = poison or {}
         self.forwarded = 0
         self.asked: list[tuple[int, tuple[str, ...]]] = []
 
-    def activations(self, tokens: torch.Tensor, hook_points: list[str], token_loss: bool = False) -> dict[str, torch.Tensor]:
+    def activations(
+        self, tokens: torch.Tensor, hook_points: list[str], token_loss: bool = False
+    ) -> dict[str, torch.Tensor]:
         assert tokens.dtype == torch.int64
         self.forwarded += len(tokens)
         self.asked.append((len(tokens), tuple(hook_points)))
@@ -53,7 +59,7 @@ def fake_contexts() -> Contexts:
 
 def fake_spec(text: Contexts, **changes) -> ActivationSpec:
     fields = {
-        "model": "fake", "text": text.digest, "contexts": CONTEXTS, "context_length": LENGTH, "skip_positions": 3, "dtype": "float32", "seed": 5,
-        "epochs": 2, "shard_contexts": 256, "batch_contexts": 48,
+        "model": "fake", "text": text.digest, "contexts": CONTEXTS, "context_length": LENGTH, "skip_positions": 3,
+        "dtype": "float32", "seed": 5, "epochs": 2, "shard_contexts": 256, "batch_contexts": 48,
     }  # fmt: skip
     return ActivationSpec(**fields | changes)

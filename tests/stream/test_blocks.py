@@ -10,7 +10,16 @@ from raysae.stream.blocks import as_array, as_tensor, blocks_per_shard, bytes_pe
 from raysae.stream.spec import ActivationSpec
 
 SPEC = ActivationSpec(
-    model="m", text="t", contexts=600, context_length=128, skip_positions=8, dtype="bfloat16", seed=0, epochs=1, shard_contexts=256, batch_contexts=32
+    model="m",
+    text="t",
+    contexts=600,
+    context_length=128,
+    skip_positions=8,
+    dtype="bfloat16",
+    seed=0,
+    epochs=1,
+    shard_contexts=256,
+    batch_contexts=32,
 )
 
 
@@ -39,7 +48,8 @@ def test_blocks_hold_the_rows_in_order():
 
 
 def test_bfloat16_survives_bit_for_bit():
-    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(256, 256)  # every bfloat16 there is, NaNs included
+    # Every bfloat16 value, NaNs included
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(256, 256)
     wire = as_array(bits.view(torch.bfloat16))
     assert wire.dtype == np.int16
     back = as_tensor(wire, "bfloat16")
@@ -55,7 +65,8 @@ def test_float32_is_shared_and_read_only_blocks_do_not_warn():
     wire.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # as the module sets it
+        # The module sets the same filter
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         back = as_tensor(wire, "float32")
     assert torch.equal(back, rows)
     assert back.data_ptr() == rows.data_ptr()

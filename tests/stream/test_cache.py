@@ -1,4 +1,4 @@
-"""The activation cache: equal bits, a prefix of the pass, damage found and made good."""
+"""The activation cache returns equal bits, keeps a prefix of the pass and replaces damaged files."""
 
 import os
 import struct
@@ -185,7 +185,8 @@ def test_what_killed_writers_have_left_goes_after_a_day(tmp_path):
     cache = BlockCache(str(tmp_path), SPEC, WIDTHS, 6 * SHARD)
     maker(cache).make(0)
     folder = Path(cache.path("mlp_act.1", 0)).parent
-    old, new = folder / ".000001.safetensors-0a", folder / ".000002.safetensors-0b"  # the second may still be being written, on another machine
+    # Another machine may still be writing the second file
+    old, new = folder / ".000001.safetensors-0a", folder / ".000002.safetensors-0b"
     for path, age in ((old, 25), (new, 23), (folder / "000000.safetensors", 25)):
         path.touch()
         os.utime(path, (time.time() - 3600 * age,) * 2)
@@ -196,7 +197,9 @@ def test_what_killed_writers_have_left_goes_after_a_day(tmp_path):
 
 def test_when_a_pass_is_cached(tmp_path):
     def opened(mode: str, gib: float) -> BlockCache | None:
-        return open_cache(StreamConfig(cache=mode, cache_gib=gib, cache_dir=str(tmp_path)), SPEC, WIDTHS, {"torch": "x"})
+        return open_cache(
+            StreamConfig(cache=mode, cache_gib=gib, cache_dir=str(tmp_path)), SPEC, WIDTHS, {"torch": "x"}
+        )
 
     whole = 6 * SHARD / 2**30
     assert opened("auto", whole).shards == 6

@@ -1,4 +1,4 @@
-"""The pool with producers that are coroutines of this process: no Ray, no job is lost."""
+"""The pool without Ray: its producers are coroutines of this process. No job may be lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHARDS = 40
 
 
 class Method:
-    """An actor's method."""
+    """Stands for an actor's method."""
 
     def __init__(self, function):
         self.function = function
@@ -51,7 +51,9 @@ class Stream:
         Producer.started = 0
         self.state, self.changed, self.trouble = StreamState(SHARDS, cap=4), asyncio.Event(), set()
         self.state.join("a", 0)
-        self.pool = ProducerPool(Producer, self.take, 1, 2, {}, FaultsConfig(**limits), lambda seconds: None, self.notify)
+        self.pool = ProducerPool(
+            Producer, self.take, 1, 2, {}, FaultsConfig(**limits), lambda seconds: None, self.notify
+        )
 
     def notify(self):
         self.changed.set()
@@ -60,7 +62,14 @@ class Stream:
     async def take(self):
         while (shard := self.state.lease()) is None:
             await self.changed.wait()
-        return Job("produce", (shard,), 1, lambda *_: self.produced(shard), lambda error, died: self.failed(shard, error), seconds=5)
+        return Job(
+            "produce",
+            (shard,),
+            1,
+            lambda *_: self.produced(shard),
+            lambda error, died: self.failed(shard, error),
+            seconds=5,
+        )
 
     def produced(self, shard):
         if shard in self.trouble:
@@ -97,7 +106,7 @@ def run(stream_and_more):
 
 
 def test_a_producer_whose_machine_goes_takes_no_shard_with_it(killed):
-    """Another is there at once, and shards to be produced at any moment."""
+    """A replacement starts at once. At any moment there are shards to produce."""
 
     async def scenario():
         stream = Stream()

@@ -1,4 +1,4 @@
-"""The real producer behind the queue: a language model's activations, as made in this process, and metrics in the model."""
+"""The real producer behind the queue. Its activations equal those made in this process, and its metrics agree."""
 
 from __future__ import annotations
 
@@ -39,13 +39,21 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
     tokens = np.random.default_rng(0).integers(3, 512, (512, 16)).astype(np.uint16)
     contexts = Contexts("digest", tokens)
     spec = ActivationSpec(
-        model=model_facts(model).digest, text="digest", contexts=512, context_length=16, skip_positions=4, dtype="float32", seed=3, epochs=1,
-        shard_contexts=256, batch_contexts=64,
+        model=model_facts(model).digest, text="digest", contexts=512, context_length=16, skip_positions=4,
+        dtype="float32", seed=3, epochs=1, shard_contexts=256, batch_contexts=64,
     )  # fmt: skip
-    common = {"model": model, "resources": ResourcesConfig(), "contexts": {"train": contexts, "evaluation": contexts}, "widths": HOOKS, "threads": 1}
+    common = {
+        "model": model,
+        "resources": ResourcesConfig(),
+        "contexts": {"train": contexts, "evaluation": contexts},
+        "widths": HOOKS,
+        "threads": 1,
+    }
     stream = StreamConfig(block_mib=BLOCK_MIB, cache_dir=str(tmp_path / "cache"))
     other = spec.model_copy(update={"model": "of other weights"})
-    refused = start_stream(stream=stream, training=other, evaluation=other, faults=FaultsConfig(start_attempts=1), **common)
+    refused = start_stream(
+        stream=stream, training=other, evaluation=other, faults=FaultsConfig(start_attempts=1), **common
+    )
     with pytest.raises(StreamError, match=r"it is not what the driver has .* put the same files there"):
         StreamClient(refused, "a", "resid_post.2", other, 64, BLOCK_MIB).open(0, 1).next()
     ray.kill(refused)
@@ -71,7 +79,8 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
     found = ray.get(queue.evaluate.remote("resid_post.2", {"a": str(tmp_path / "sae")}, mean, 300 * 11 - 3, 8))
     chosen = torch.from_numpy(np.concatenate([contexts[spec.contexts_of(i)] for i in range(2)])[:300])
     expected = downstream_metrics(lm, chosen, "resid_post.2", {"a": sae.folded()}, torch.from_numpy(mean), 4).finish()
-    for metric in ("kl", "ce_clean", "ce_sae", "ce_mean", "ce_zero"):  # of random tokens nothing is to be recovered
+    # Random tokens leave nothing to recover, so `ce_recovered` is left out
+    for metric in ("kl", "ce_clean", "ce_sae", "ce_mean", "ce_zero"):
         assert found["a"][metric] == pytest.approx(expected["a"][metric], rel=1e-5)
     ray.kill(queue)
 

@@ -31,7 +31,8 @@ TIMEOUT = 60
 def local_ray():
     ray.init("local", include_dashboard=False, num_cpus=2, object_store_memory=128 * 2**20, log_to_driver=False)
     yield
-    for thread in threading.enumerate():  # one that called Ray after its end would end this process
+    # A thread that calls Ray after its shutdown would end this process
+    for thread in threading.enumerate():
         if isinstance(thread, Trainer) or thread.name.startswith("fetch"):
             thread.join(TIMEOUT)
             assert not thread.is_alive(), thread.name
@@ -40,10 +41,18 @@ def local_ray():
 
 @pytest.fixture
 def stream():
-    """Starts queues, and takes them down after the test."""
+    """Starts queues and kills them after the test."""
     queues = []
 
-    def start(model="plain", shards_of_room=3, faults=None, skipped=None, held_out=0, resources=ResourcesConfig(producer_cpus=0.5), **config):  # noqa: B008
+    def start(
+        model="plain",
+        shards_of_room=3,
+        faults=None,
+        skipped=None,
+        held_out=0,
+        resources=ResourcesConfig(producer_cpus=0.5),  # noqa: B008
+        **config,
+    ):
         queue = start_stream(
             model=ModelConfig(name=model),
             stream=StreamConfig(block_mib=BLOCK_MIB, mib_in_flight=shards_of_room * SHARD_MIB, **config),
@@ -67,7 +76,7 @@ def stream():
 
 
 class Trainer(threading.Thread):
-    """A consumer that reads rows [row, end), as fast as `pause` seconds per batch let it."""
+    """A consumer of rows [row, end). It pauses for `pause` seconds after each batch."""
 
     def __init__(self, queue, name, hook_point="resid_post.0", row=0, end=SPEC.rows, batch=300, pause=0.0):
         super().__init__(daemon=True)
@@ -89,7 +98,7 @@ class Trainer(threading.Thread):
             self.client.leave()
 
     def check(self):
-        """Waits for the end; then all rows must have come, in order."""
+        """Waits for the end. All rows must then have come, in order."""
         self.join(TIMEOUT)
         assert not self.is_alive(), "the consumer still waits"
         if self.error:
@@ -107,7 +116,11 @@ def stats(queue) -> dict:
 def test_consumers_of_different_speeds_share_one_pass_within_the_bound(stream):
     queue = stream(shards_of_room=2)
     ray.get(queue.expect.remote(["fast", "slow", "other"]))
-    trainers = [Trainer(queue, "fast"), Trainer(queue, "slow", pause=0.1), Trainer(queue, "other", "mlp_out.1", batch=512)]
+    trainers = [
+        Trainer(queue, "fast"),
+        Trainer(queue, "slow", pause=0.1),
+        Trainer(queue, "other", "mlp_out.1", batch=512),
+    ]
     most = 0
     while any(t.is_alive() for t in trainers):
         most = max(most, stats(queue)["bytes_in_flight"])
@@ -141,7 +154,9 @@ def test_a_shard_is_one_call_and_no_reference_outlives_its_reader(stream):
     queue = stream()
     trainer = Trainer(queue, "a", batch=ROWS // 2)
     trainer.check()
-    assert stats(queue)["blocks_served"] == SPEC.shards * len(cut(rows_of("train", "resid_post.0", 0), "float32", BLOCK_MIB))
+    assert stats(queue)["blocks_served"] == SPEC.shards * len(
+        cut(rows_of("train", "resid_post.0", 0), "float32", BLOCK_MIB)
+    )
     reader = trainer.client.open(0, 16)
     reader.next()
     assert trainer.client._refs, "the rest of the shard came with its first block"
@@ -154,7 +169,8 @@ def test_a_block_that_does_not_come_is_produced_again(stream, monkeypatch):
     real, late = ray.get, []
 
     def get(wanted, *, timeout=None):
-        if timeout == FaultsConfig().block_seconds and len(late) < 2:  # as Ray says of a block that never comes
+        # Ray raises this when a block never comes
+        if timeout == FaultsConfig().block_seconds and len(late) < 2:
             late.append(wanted)
             raise GetTimeoutError("late")
         return real(wanted, timeout=timeout)
@@ -174,7 +190,9 @@ def test_a_block_that_never_comes_ends_in_a_sentence(stream, monkeypatch):
         return real(wanted, timeout=timeout)
 
     monkeypatch.setattr(ray, "get", get)
-    with pytest.raises(StreamError, match="block 0 of shard 0 of the train stream could not be read by a: GetTimeoutError 4 times"):
+    with pytest.raises(
+        StreamError, match="block 0 of shard 0 of the train stream could not be read by a: GetTimeoutError 4 times"
+    ):
         Trainer(queue, "a", end=ROWS).check()
 
 
@@ -197,7 +215,8 @@ def test_killed_producers_lose_nothing(stream):
     trainer.check()
     total = stats(queue)
     assert total["shards_produced"] == SPEC.shards
-    while stats(queue)["producers_replaced"] < 3:  # the last one may have been at rest already
+    # The last killed producer may have been idle
+    while stats(queue)["producers_replaced"] < 3:
         time.sleep(0.02)
 
 
@@ -217,18 +236,24 @@ def test_a_shard_that_cannot_be_produced_is_named(stream):
 def test_nan_at_one_hook_point_stops_its_consumers_alone(stream):
     queue = stream(model="nan:2")
     sound, broken = Trainer(queue, "sound"), Trainer(queue, "broken", "mlp_out.1")
-    with pytest.raises(StreamError, match=r"shard 2 of the train stream .*mlp_out.1 are NaN or infinite in contexts 7; its contexts are"):
+    with pytest.raises(
+        StreamError,
+        match=r"shard 2 of the train stream .*mlp_out.1 are NaN or infinite in contexts 7; its contexts are",
+    ):
         broken.check()
     sound.check()
     assert len(broken.batches) == 2 * ROWS // 300
     assert stats(queue)["shards_failed"] == 4
-    assert StreamClient(queue, "a", "resid_post.0", SPEC, WIDTHS["resid_post.0"], BLOCK_MIB).evaluation_block(2, 0) is not None
+    assert (
+        StreamClient(queue, "a", "resid_post.0", SPEC, WIDTHS["resid_post.0"], BLOCK_MIB).evaluation_block(2, 0)
+        is not None
+    )
     with pytest.raises(StreamError, match=r"shard 2 of the evaluation stream .*mlp_out.1 are NaN"):
         StreamClient(queue, "b", "mlp_out.1", SPEC, WIDTHS["mlp_out.1"], BLOCK_MIB).evaluation_block(2, 0)
 
 
 class Passing(Trainer):
-    """A consumer that notes which batches it gets and which it passes over."""
+    """A consumer that notes which batches it gets and which it skips."""
 
     def run(self):
         try:
@@ -246,7 +271,9 @@ class Passing(Trainer):
         assert not self.is_alive(), "the consumer still waits"
         if self.error:
             raise self.error
-        everything = torch.from_numpy(np.concatenate([rows_of("train", self.hook_point, i) for i in range(SPEC.shards)]))
+        everything = torch.from_numpy(
+            np.concatenate([rows_of("train", self.hook_point, i) for i in range(SPEC.shards)])
+        )
         for number, batch in enumerate(self.batches):
             first = self.row + number * self.batch
             touches = first // ROWS <= 2 <= (first + self.batch - 1) // ROWS
@@ -267,7 +294,8 @@ def test_a_bad_shard_is_skipped_by_everyone_alike_also_after_a_restart(stream, t
     assert "ValueError: bad shard" in noted["train"]["2"]["reason"]
     assert stats(queue)["shards_skipped"] == noted
     assert stats(queue)["contexts_forwarded"] == 7 * CONTEXTS
-    again = stream(model="plain", bad_shards="skip", skipped=str(record))  # the shard would be fine now
+    # The shard would be fine now
+    again = stream(model="plain", bad_shards="skip", skipped=str(record))
     consumer = Passing(again, "late", row=ROWS)
     consumer.check()
     assert None in consumer.batches
@@ -275,7 +303,9 @@ def test_a_bad_shard_is_skipped_by_everyone_alike_also_after_a_restart(stream, t
 
 def test_more_bad_shards_than_a_tenth_are_not_skipped(stream, tmp_path):
     trainer = Passing(stream(model="poison", bad_shards="skip", skipped=str(tmp_path / "skipped.json")), "victim")
-    with pytest.raises(StreamError, match=r"shard 1 .*victim.*ValueError: bad shard; its contexts are \d+, .* and 248 more"):
+    with pytest.raises(
+        StreamError, match=r"shard 1 .*victim.*ValueError: bad shard; its contexts are \d+, .* and 248 more"
+    ):
         trainer.check()
 
 
@@ -292,13 +322,20 @@ def test_a_bad_held_out_shard_is_named_or_skipped(stream):
 def test_a_producer_that_has_no_place_is_told_to_consumers(stream):
     queue = stream(faults=FaultsConfig(start_seconds=1), resources=ResourcesConfig(producer_cpus=64))
     trainer = Trainer(queue, "a")
-    with pytest.raises(StreamError, match=r"no producers: no machine has had room .* 1 s: 64 CPUs on one machine are needed, free are 2 of 2 CPUs"):
+    with pytest.raises(
+        StreamError,
+        match=r"no producers: no machine has had room .* 1 s: 64 CPUs on one machine are needed, free are 2 of 2 CPUs",
+    ):
         trainer.check()
 
 
 def test_a_model_that_does_not_load_is_told_to_consumers(stream):
     trainer = Trainer(stream(model="broken"), "a")
-    with pytest.raises(StreamError, match=r"^the activation stream has no producers: .*could not be started in 3 attempts: OSError: no such weights"):
+    with pytest.raises(
+        StreamError,
+        match=r"^the activation stream has no producers: "
+        r".*could not be started in 3 attempts: OSError: no such weights",
+    ):
         trainer.check()
 
 
@@ -361,7 +398,10 @@ def test_the_held_out_stream_is_produced_once_and_kept(stream):
 
 
 def test_held_out_shards_are_produced_when_there_is_nothing_else_to_do(stream):
-    """The first once training has begun, where the window is full; the second when the training stream is there."""
+    """The first comes once training has begun and the window is full.
+
+    The second comes when the whole training stream has been produced.
+    """
     queue = stream(shards_of_room=2, held_out=2)
     trainer = StreamClient(queue, "a", "resid_post.0", SPEC, WIDTHS["resid_post.0"], BLOCK_MIB)
     while not stats(queue)["producers"]:
@@ -402,14 +442,16 @@ def test_held_out_shards_that_are_skipped_are_not_produced_ahead(stream, tmp_pat
 
 
 def test_a_consumer_gives_up_on_a_queue_that_stays_unknown_to_it(monkeypatch):
-    """As behind a relay whose queue is dead for good: every call says that the consumer has not joined."""
+    """Every call says that the consumer has not joined, as a relay does whose queue is dead for good."""
     calls = []
 
     def unknown(*arguments):
         calls.append(arguments)
         raise NotJoinedError("the stream's queue is being restarted")
 
-    queue = SimpleNamespace(**{method: SimpleNamespace(remote=lambda *arguments: arguments) for method in ("fetch", "join", "leave")})
+    queue = SimpleNamespace(
+        **{method: SimpleNamespace(remote=lambda *arguments: arguments) for method in ("fetch", "join", "leave")}
+    )
     monkeypatch.setattr(ray, "get", unknown)
     client = StreamClient(queue, "a", "mlp_out.1", SPEC, WIDTHS["mlp_out.1"], BLOCK_MIB, FaultsConfig(queue_seconds=1))
     client._joined = True
@@ -425,7 +467,9 @@ def test_evaluate_reaches_a_producer(stream):
     saes = {name: f"/saes/{name}" for name in "xyz"}
     found = ray.get(queue.evaluate.remote("mlp_out.1", saes, np.ones(4), 100, 2), timeout=TIMEOUT)
     common = {"sum": 4.0, "tokens": 100, "hook": "mlp_out.1"}
-    assert found == {name: common | {"folder": folder, "together": 1 if name == "z" else 2} for name, folder in saes.items()}
+    assert found == {
+        name: common | {"folder": folder, "together": 1 if name == "z" else 2} for name, folder in saes.items()
+    }
 
 
 def test_the_pool_grows_when_consumers_wait(stream):
@@ -433,15 +477,20 @@ def test_the_pool_grows_when_consumers_wait(stream):
     trainer = Trainer(queue, "a")
     while not trainer.batches:
         time.sleep(0.02)
-    ray.get(queue.__ray_call__.remote(lambda self: self.pool._pressure.extend([True] * 10)))  # as if consumers had waited for ten seconds
+    # Pretend that consumers have waited for ten seconds
+    ray.get(queue.__ray_call__.remote(lambda self: self.pool._pressure.extend([True] * 10)))
     trainer.check()
     assert ray.get(queue.__ray_call__.remote(lambda self: len(self.pool.producers))) == 2
 
 
 def test_the_queue_is_light():
-    """What its process imports: a language model's libraries would cost it a quarter of a GiB."""
-    heavy = "import sys, raysae.stream.queue; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    """Its process imports no library of a language model. They would cost it a quarter of a GiB."""
+    heavy = (
+        "import sys, raysae.stream.queue; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_a_bound_below_one_shard_is_refused():

@@ -17,8 +17,8 @@ from raysae.stream.spec import ActivationSpec
 
 def a_spec(rows_per_context: int, contexts: int, shards: int, dtype: str = "float32") -> ActivationSpec:
     return ActivationSpec(
-        model="m", text="t", contexts=contexts * shards, context_length=rows_per_context + 3, skip_positions=3, dtype=dtype, seed=0, epochs=1,
-        shard_contexts=contexts, batch_contexts=contexts,
+        model="m", text="t", contexts=contexts * shards, context_length=rows_per_context + 3, skip_positions=3,
+        dtype=dtype, seed=0, epochs=1, shard_contexts=contexts, batch_contexts=contexts,
     )  # fmt: skip
 
 
@@ -38,13 +38,14 @@ class FakeStream:
     def fetch(self, shard: int, block: int) -> np.ndarray:
         self.asked.append((shard, block))
         array = self.blocks[shard][block].copy()
-        array.flags.writeable = False  # as out of an object store
+        array.flags.writeable = False  # Arrays from an object store are read-only
         return array
 
 
 @given(
-    rows_per_context=st.integers(1, 5), contexts=st.integers(1, 6), shards=st.integers(1, 4), block_rows=st.integers(1, 40),
-    batch=st.integers(1, 50), dtype=st.sampled_from(["float32", "bfloat16"]), data=st.data(),
+    rows_per_context=st.integers(1, 5), contexts=st.integers(1, 6), shards=st.integers(1, 4),
+    block_rows=st.integers(1, 40), batch=st.integers(1, 50), dtype=st.sampled_from(["float32", "bfloat16"]),
+    data=st.data(),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
 def test_batches_are_the_rows_in_order(rows_per_context, contexts, shards, block_rows, batch, dtype, data):
@@ -87,11 +88,13 @@ def test_seek_to_any_row(batch, block_rows, seeks, steps):
 
 
 @given(
-    rows_per_context=st.integers(1, 5), contexts=st.integers(1, 6), shards=st.integers(1, 5), block_rows=st.integers(1, 40),
-    batch=st.integers(1, 50), skipped=st.sets(st.integers(0, 4)), data=st.data(),
+    rows_per_context=st.integers(1, 5), contexts=st.integers(1, 6), shards=st.integers(1, 5),
+    block_rows=st.integers(1, 40), batch=st.integers(1, 50), skipped=st.sets(st.integers(0, 4)), data=st.data(),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
-def test_skipped_shards_take_away_the_batches_they_touch_and_nothing_else(rows_per_context, contexts, shards, block_rows, batch, skipped, data):
+def test_skipped_shards_take_away_the_batches_they_touch_and_nothing_else(
+    rows_per_context, contexts, shards, block_rows, batch, skipped, data
+):
     spec = a_spec(rows_per_context, contexts, shards)
     stream = FakeStream(spec, 3, block_rows)
     row = first = data.draw(st.integers(0, spec.rows))
@@ -114,7 +117,7 @@ def test_skipped_shards_take_away_the_batches_they_touch_and_nothing_else(rows_p
 
 def test_each_block_is_fetched_once_and_none_beyond_the_end():
     spec = a_spec(4, 6, 4)  # 24 rows per shard
-    stream = FakeStream(spec, 2, 10)  # blocks of 10, 10, 4
+    stream = FakeStream(spec, 2, 10)  # Blocks of 10, 10 and 4 rows
     reader = BatchReader(stream.fetch, spec, 2, stream.block_mib, 6, end=48)
     for _ in range(8):
         reader.next()
@@ -172,7 +175,7 @@ def test_errors_of_fetch_are_raised_by_next():
 
 
 def test_a_shard_is_acknowledged_before_the_next_is_awaited():
-    """With room for a single shard, the next one is produced only after the acknowledgement."""
+    """The stream has room for one shard. It produces the next one only after the acknowledgement."""
     spec = a_spec(4, 6, 3)
     stream = FakeStream(spec, 2, 10)
     done = [0]

@@ -25,7 +25,7 @@ from tests.stream.test_queue import TIMEOUT, Passing, Trainer, local_ray, stats,
 
 @pytest.fixture
 def relays():
-    """Starts relays of a queue, and takes them down after the test."""
+    """Starts relays of a queue and kills them after the test."""
     started = []
 
     def start(queue, number: int = 1) -> list:
@@ -45,8 +45,9 @@ def test_every_consumer_gets_every_row_once_and_no_more_is_in_flight(stream, rel
     names = [f"{i}" for i in range(7)]
     ray.get(queue.expect.remote(names))
     trainers = [
-        Trainer(first, "0"), Trainer(first, "1", pause=0.05), Trainer(first, "2", batch=77), Trainer(first, "3", "mlp_out.1"),
-        Trainer(second, "4", "mlp_out.1", batch=512), Trainer(second, "5"), Trainer(queue, "6"),
+        Trainer(first, "0"), Trainer(first, "1", pause=0.05), Trainer(first, "2", batch=77),
+        Trainer(first, "3", "mlp_out.1"), Trainer(second, "4", "mlp_out.1", batch=512), Trainer(second, "5"),
+        Trainer(queue, "6"),
     ]  # fmt: skip
     most = 0
     while any(t.is_alive() for t in trainers):
@@ -75,9 +76,12 @@ def test_a_shard_is_asked_for_once_and_counted_for_everyone(stream, relays):
     ray.get(queue.expect.remote(names))
     for trainer in [Trainer(relay, name, batch=ROWS // 2, pause=0.02 * i) for i, name in enumerate(names)]:
         trainer.check()
-    assert [shard for _, _, shard in ray.get(relay.__ray_call__.remote(lambda self: self.asked))] == list(range(SPEC.shards))
+    assert [shard for _, _, shard in ray.get(relay.__ray_call__.remote(lambda self: self.asked))] == list(
+        range(SPEC.shards)
+    )
     blocks = SPEC.shards * len(cut(rows_of("train", "resid_post.0", 0), "float32", BLOCK_MIB))
-    while (total := stats(queue))["consumers"] or total["blocks_served"] < len(names) * blocks:  # the relay tells it with its next news
+    # The relay tells the queue with its next news
+    while (total := stats(queue))["consumers"] or total["blocks_served"] < len(names) * blocks:
         time.sleep(0.02)
     assert total["blocks_served"] == len(names) * blocks
     assert total["contexts_forwarded"] == SPEC.shards * CONTEXTS
@@ -87,7 +91,12 @@ def test_a_single_place_is_enough_for_consumers_of_two_relays(stream, relays):
     queue = stream(shards_of_room=1)
     first, second = relays(queue, 2)
     ray.get(queue.expect.remote(["a", "b", "c", "d"]))
-    for trainer in [Trainer(first, "a"), Trainer(first, "b", "mlp_out.1", pause=0.02), Trainer(second, "c", batch=512), Trainer(queue, "d")]:
+    for trainer in [
+        Trainer(first, "a"),
+        Trainer(first, "b", "mlp_out.1", pause=0.02),
+        Trainer(second, "c", batch=512),
+        Trainer(queue, "d"),
+    ]:
         trainer.check()
     assert stats(queue)["peak_bytes_in_flight"] == SHARD_MIB * 2**20
     assert stats(queue)["contexts_forwarded"] == SPEC.shards * CONTEXTS
@@ -100,7 +109,11 @@ def kill(actor) -> None:
 def test_relays_and_the_queue_die_and_consumers_go_on(stream, relays):
     queue = stream()
     first, second = relays(queue, 2)
-    trainers = [Trainer(first, "a", pause=0.1), Trainer(first, "b", "mlp_out.1", pause=0.12), Trainer(second, "c", pause=0.1)]
+    trainers = [
+        Trainer(first, "a", pause=0.1),
+        Trainer(first, "b", "mlp_out.1", pause=0.12),
+        Trainer(second, "c", pause=0.1),
+    ]
 
     def until(batches: int) -> None:
         while any(len(trainer.batches) < batches and trainer.is_alive() for trainer in trainers):
@@ -131,7 +144,7 @@ def test_a_restarted_queue_lets_go_of_what_relays_held(stream, relays):
 
 
 def held(relay) -> list[int]:
-    """Shards of whose blocks the relay has references."""
+    """The shards whose blocks the relay has references to."""
     return sorted(ray.get(relay.__ray_call__.remote(lambda self: [shard for _, shard in self._shards])))
 
 
@@ -143,11 +156,13 @@ def test_a_shard_that_all_here_have_consumed_is_let_go_of_before_the_queue_is_to
         reader.next()
     for client in clients:
         client.block(1, 0)
-    ray.get(relay.__ray_call__.remote(lambda self: self._exchanging.cancel()))  # it tells the queue nothing any more
+    # The relay tells the queue nothing any more
+    ray.get(relay.__ray_call__.remote(lambda self: self._exchanging.cancel()))
     readers[0].next()
     assert held(relay) == [0, 1]
     readers[1].next()
-    while 0 in held(relay):  # acknowledgements are not waited for
+    # Readers do not wait for acknowledgements
+    while 0 in held(relay):
         time.sleep(0.02)
     assert held(relay) == [1]
     for reader in readers:
@@ -163,7 +178,8 @@ def test_a_late_joiner_and_what_is_given_up_for_it(stream, relays):
     client.block(1, 0)
     assert held(first) == [0, 1]
     late = Trainer(second, "late", row=5 * ROWS)
-    while held(first) != [0]:  # the place of shard 1 is the late one's now
+    # The late consumer now has the place of shard 1
+    while held(first) != [0]:
         time.sleep(0.05)
     late.check()
     reader.close()
@@ -179,9 +195,15 @@ def test_a_late_joiner_and_what_is_given_up_for_it(stream, relays):
 
 
 def test_an_error_reaches_the_consumer_that_it_concerns(stream, relays):
-    queue = stream(shards_of_room=1)  # shard 1 is not produced before shard 0 is consumed
+    queue = stream(shards_of_room=1)  # Shard 1 is produced only once shard 0 is consumed
     (relay,) = relays(queue)
-    ray.get([relay.join.remote("short", "mlp_out.1", 0, 1), relay.join.remote("gone", "mlp_out.1", 0), relay.join.remote("long", "mlp_out.1", 0)])
+    ray.get(
+        [
+            relay.join.remote("short", "mlp_out.1", 0, 1),
+            relay.join.remote("gone", "mlp_out.1", 0),
+            relay.join.remote("long", "mlp_out.1", 0),
+        ]
+    )
     fetches = {name: relay.fetch.remote(name, 1, 0, 0) for name in ("short", "gone", "long", "stranger")}
     relay.leave.remote("gone")
     with pytest.raises(StreamError, match="consumer short asks for shard 1, outside its shards 0 to 1"):
@@ -202,14 +224,19 @@ def test_who_is_unknown_to_the_queue_alone_joins_again(stream, relays):
     trainers = [Trainer(relay, "a", pause=0.05), Trainer(relay, "b", pause=0.05)]
     while any(len(trainer.batches) < 5 for trainer in trainers):
         time.sleep(0.02)
-    ray.get(queue.leave.remote("a"))  # as the driver says of a trainer that seems dead
+    # The driver does so for a trainer that seems dead
+    ray.get(queue.leave.remote("a"))
     for trainer in trainers:
         trainer.check()
 
 
 def test_bad_shards_stop_those_that_come_to_them(stream, relays):
     (relay,) = relays(stream(model="nan:2"))
-    sound, broken, other = Trainer(relay, "sound"), Trainer(relay, "broken", "mlp_out.1"), Trainer(relay, "other", "mlp_out.1", end=2 * ROWS)
+    sound, broken, other = (
+        Trainer(relay, "sound"),
+        Trainer(relay, "broken", "mlp_out.1"),
+        Trainer(relay, "other", "mlp_out.1", end=2 * ROWS),
+    )
     with pytest.raises(StreamError, match=r"shard 2 of the train stream .*mlp_out.1 are NaN or infinite in contexts 7"):
         broken.check()
     sound.check()
@@ -277,5 +304,9 @@ def test_consumers_are_dealt_out_to_relays(stream):
 
 
 def test_a_relay_is_light():
-    heavy = "import sys, raysae.stream.relay; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    heavy = (
+        "import sys, raysae.stream.relay; print([m for m in ('torch', 'transformers', 'pandas') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

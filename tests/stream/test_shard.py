@@ -1,4 +1,4 @@
-"""Shards against their definition by brute force, on a fake model; purity on the real one."""
+"""Shards equal their definition, computed by brute force on a fake model. On a real model they are pure functions."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_a_shard_is_what_the_design_says(shard, batch_contexts):
     found = rows_of(maker(lm=lm, batch_contexts=batch_contexts), shard)
     order = spec.permutation_of(shard)
     for hook in HOOKS:
-        laid = []  # contexts laid end to end, one row at a time
+        laid = []  # Contexts laid end to end, one row at a time
         for index in spec.contexts_of(shard):
             states = activation(torch.from_numpy(CONTEXTS[[index]]), hook)[0]
             laid += [states[position].numpy() for position in range(spec.skip_positions, spec.context_length)]
@@ -40,7 +40,9 @@ def test_a_shard_is_what_the_design_says(shard, batch_contexts):
             assert np.array_equal(found[hook][row], laid[order[row]])
     assert lm.forwarded == 256
     sizes = [size for size, _ in lm.asked]
-    assert sizes[:-1] == [batch_contexts] * (len(sizes) - 1), "one pass of batch_contexts at a time, for all hook points at once"
+    assert sizes[:-1] == [batch_contexts] * (len(sizes) - 1), (
+        "one pass of batch_contexts at a time, for all hook points at once"
+    )
     assert {hooks for _, hooks in lm.asked} == {tuple(HOOKS)}
 
 
@@ -48,8 +50,10 @@ def test_meta():
     meta, blocks = maker().make(4)
     seconds = meta.pop("seconds")
     assert seconds > 0
-    assert meta == {"index": 4, "contexts_forwarded": 256, "from_cache": False, "nonfinite": [], "nonfinite_contexts": [],
-                    "numerics": numerics(FakeLanguageModel())}  # fmt: skip
+    assert meta == {
+        "index": 4, "contexts_forwarded": 256, "from_cache": False, "nonfinite": [], "nonfinite_contexts": [],
+        "numerics": numerics(FakeLanguageModel()),
+    }  # fmt: skip
     assert list(blocks) == HOOKS
     assert len(blocks["mlp_act.1"]) > len(blocks["resid_post.0"]) > 1
 
@@ -112,7 +116,8 @@ def test_activations_that_are_not_finite_are_reported_by_hook_point(value, dtype
     lm = FakeLanguageModel(poison={"mlp_act.1": value})
     meta, _ = maker(lm=lm, dtype=dtype).make(0)
     assert meta["nonfinite"] == ["mlp_act.1"]
-    batches = fake_spec(CONTEXTS).contexts_of(0).reshape(-1)[1::48]  # the second context of each forward pass
+    # The second context of each forward pass
+    batches = fake_spec(CONTEXTS).contexts_of(0).reshape(-1)[1::48]
     assert meta["nonfinite_contexts"] == sorted(batches)
     sound, _ = maker(["resid_post.0"], lm=lm).make(0)
     assert sound["nonfinite"] == sound["nonfinite_contexts"] == []
@@ -154,7 +159,9 @@ def test_a_real_model(stories_model):
     tokens[:, 0] = 1
     contexts = Contexts("real", tokens)
     hooks = ["resid_post.2", "mlp_act.0", "attn_z.1"]
-    spec = fake_spec(contexts, model=lm.facts.digest, contexts=300, context_length=24, skip_positions=8, batch_contexts=32)
+    spec = fake_spec(
+        contexts, model=lm.facts.digest, contexts=300, context_length=24, skip_positions=8, batch_contexts=32
+    )
 
     def rows(hook_points: list[str]) -> dict[str, np.ndarray]:
         return rows_of(ShardMaker(lm, contexts, spec, hook_points, 1), 0)

@@ -1,4 +1,4 @@
-"""StreamState against a simple model: who has read what, and what a pass of the stream costs."""
+"""StreamState against a simple model of who has read what. Also what a pass of the stream costs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ NAMES = ["a", "b", "c", "d"]
 
 
 class StreamMachine(RuleBasedStateMachine):
-    """The model: the list of shards each consumer has read. The stream must hand out start, start + 1, … and nothing else, within its bounds."""
+    """The model is the list of shards that each consumer has read.
+
+    The stream must hand out start, start + 1, … and nothing else, within its bounds.
+    """
 
     @initialize(cap=st.integers(1, 5), lag=st.sampled_from(["stall", "detach"]))
     def start(self, cap, lag):
@@ -67,7 +70,9 @@ class StreamMachine(RuleBasedStateMachine):
         if shard is not None:
             assert shard not in before, "a shard held or in production was leased again"
             wanting = [m for m in self.state.passes() if any(c.real and c.needs(shard) for c in m)]
-            assert any(m[0].position <= shard < m[0].position + self.state.window for m in wanting), "leased outside every window"
+            assert any(m[0].position <= shard < m[0].position + self.state.window for m in wanting), (
+                "leased outside every window"
+            )
 
     @precondition(lambda self: self.state.leased)
     @rule(data=st.data())
@@ -79,14 +84,18 @@ class StreamMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(self.failures.get(s, 0) < ATTEMPTS - 1 for s in self.state.leased))
     @rule(data=st.data())
     def producer_dies(self, data):
-        shard = data.draw(st.sampled_from(sorted(s for s in self.state.leased if self.failures.get(s, 0) < ATTEMPTS - 1)))
+        shard = data.draw(
+            st.sampled_from(sorted(s for s in self.state.leased if self.failures.get(s, 0) < ATTEMPTS - 1))
+        )
         assert not self.state.fail(shard, "died")
         self.failures[shard] = self.failures.get(shard, 0) + 1
 
     @precondition(lambda self: any(self.failures.get(s, 0) == ATTEMPTS - 1 for s in self.state.leased))
     @rule(data=st.data())
     def shard_is_skipped(self, data):
-        shard = data.draw(st.sampled_from(sorted(s for s in self.state.leased if self.failures.get(s, 0) == ATTEMPTS - 1)))
+        shard = data.draw(
+            st.sampled_from(sorted(s for s in self.state.leased if self.failures.get(s, 0) == ATTEMPTS - 1))
+        )
         assert self.state.fail(shard, "poisoned")
         self.state.skip(shard)
         assert all(self.state.ready(name, shard) for name in self.range)
@@ -114,13 +123,15 @@ class StreamMachine(RuleBasedStateMachine):
             return False
         self.read[name].append(shard)
         self.state.advance(name, shard + 1)
-        self.state.advance(name, shard)  # a late message changes nothing
+        self.state.advance(name, shard)  # A late message changes nothing
         self.stands_behind(name, shard + 1)
         return True
 
     @invariant()
     def never_more_than_the_cap(self):
-        assert len(self.state.leased | self.state.held) == len(self.state.leased) + len(self.state.held) <= self.state.cap
+        assert (
+            len(self.state.leased | self.state.held) == len(self.state.leased) + len(self.state.held) <= self.state.cap
+        )
 
     @invariant()
     def nothing_held_for_nobody(self):
@@ -133,13 +144,13 @@ class StreamMachine(RuleBasedStateMachine):
             self.stands_behind(name, self.next_of(name))
 
     def stands_behind(self, name, shard):
-        """At `shard`, or at the first one after it that is not skipped."""
+        """The consumer is at `shard`, or at the first later one that is not skipped."""
         while shard in self.state.skipped:
             shard += 1
         assert self.state.consumers[name].position == shard
 
     def teardown(self):
-        """With one producer and every consumer alive, all is read to the end, each shard in its order."""
+        """Every consumer reads to its end, in order, while all live and one producer works."""
         if not hasattr(self, "state"):
             return
         self.state.expire(float("inf"))
@@ -156,10 +167,15 @@ TestStream = StreamMachine.TestCase
 TestStream.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
-@given(cap=st.integers(1, 6), consumers=st.integers(1, 4), producers=st.integers(1, 3), seed=st.randoms(use_true_random=False))
+@given(
+    cap=st.integers(1, 6),
+    consumers=st.integers(1, 4),
+    producers=st.integers(1, 3),
+    seed=st.randoms(use_true_random=False),
+)
 @settings(max_examples=150, deadline=None)
 def test_a_pass_costs_each_shard_once(cap, consumers, producers, seed):
-    """Consumers that start together share every shard, whatever their speeds and the order of production."""
+    """Consumers that start together share every shard, at any speeds and in any order of production."""
     state = StreamState(SHARDS, cap)
     position = {f"c{i}": 0 for i in range(consumers)}
     state.expect(position, until=1.0)
@@ -183,7 +199,7 @@ def test_a_pass_costs_each_shard_once(cap, consumers, producers, seed):
 
 
 def produce_all(state: StreamState) -> list[int]:
-    """Produce what the state asks for until it asks for no more."""
+    """Produces what the state leases, until it leases no more."""
     shards = []
     while (shard := state.lease()) is not None:
         shards.append(shard)
@@ -286,7 +302,8 @@ def test_a_skipped_shard_is_passed_over_by_everyone_and_takes_no_place():
     for name in ("a", "b"):
         state.join(name, 0)
         assert state.ready(name, 0)
-    assert produce_all(state) == [1]  # whoever looks for the first rows finds them, even before passing over shard 0
+    # A consumer finds the first rows even before it passes over shard 0
+    assert produce_all(state) == [1]
     for name in ("a", "b"):
         state.advance(name, 2)
         assert state.ready(name, 2)
@@ -311,7 +328,7 @@ def test_going_back_keeps_what_is_within_the_window():
 )
 @settings(max_examples=200, deadline=None)
 def test_the_slowest_goes_on_while_the_others_are_dead(positions, room, lag, order):
-    """The others have filled all places before it comes; it must get as far as the next of them."""
+    """The others fill all places before it comes. It must get as far as the next of them."""
     slowest, *others = sorted(positions)
     state = StreamState(100, len(positions) + room, lag)
     order.shuffle(others)
@@ -329,5 +346,5 @@ def test_passes_that_all_lost_their_shards_do_not_block_each_other():
     state = StreamState(100, cap=4, lag="detach")
     for i, position in enumerate((0, 10, 20, 30)):
         state.join(f"c{i}", position)
-    state.held = {1, 11, 21, 31}  # as after the loss of a machine
+    state.held = {1, 11, 21, 31}  # The loss of a machine leaves such a state
     assert state.lease() is not None

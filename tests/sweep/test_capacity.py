@@ -1,4 +1,4 @@
-"""How SAEs are shared out over banks, and what a cluster is refused for."""
+"""How SAEs are dealt out to banks, and what a cluster is refused for."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ from raysae.config import ResourcesConfig, SAEConfig, SweepConfig, UserError
 from raysae.study.place import check_writable, with_absolute_paths
 from raysae.study.plan import plan
 from raysae.sweep import capacity
-from raysae.sweep.capacity import check_cluster, cost, pack
+from raysae.sweep.capacity import cost, pack
 
 WIDTH = {"resid_post.1": 64, "mlp_out.1": 64}
 
@@ -29,7 +29,8 @@ def test_every_sae_is_in_exactly_one_bank_of_its_hook_point() -> None:
         packed = pack(saes, banks, WIDTH)
         assert sorted(s.name for b in packed for s in b.saes) == sorted(s.name for s in saes)
         assert all(s.hook_point == b.hook_point for b in packed for s in b.saes)
-        assert len(packed) == min(max(banks, 2), len(saes))  # a bank per hook point at least, never an empty one
+        # Each hook point has a bank, and no bank is empty
+        assert len(packed) == min(max(banks, 2), len(saes))
         assert len({b.name for b in packed}) == len(packed)
 
 
@@ -51,46 +52,74 @@ def test_packing_is_deterministic(banks: int) -> None:
 
 
 class FakeRay:
-    """`ray` as `check_cluster` asks it, for machines of so many CPUs."""
+    """Stands for `ray` in `check_cluster`: a cluster of machines with so many CPUs each."""
 
     def __init__(self, *machines: float) -> None:
         self.machines = machines
 
     def nodes(self) -> list[dict]:
-        return [{"Alive": True, "NodeManagerHostname": f"m{i}", "Resources": {"CPU": cpus}} for i, cpus in enumerate(self.machines)]
+        return [
+            {"Alive": True, "NodeManagerHostname": f"m{i}", "Resources": {"CPU": cpus}}
+            for i, cpus in enumerate(self.machines)
+        ]
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": sum(self.machines)}
 
 
-def banks_on(monkeypatch: pytest.MonkeyPatch, machines: tuple[float, ...], limits: dict[str, float] | None = None, **resources: object) -> int:
+def banks_on(
+    monkeypatch: pytest.MonkeyPatch,
+    machines: tuple[float, ...],
+    limits: dict[str, float] | None = None,
+    **resources: object,
+) -> int:
     monkeypatch.setattr(capacity, "ray", FakeRay(*machines))
     monkeypatch.setattr(capacity, "_limits", lambda: limits or {})
     output = "s3://bucket/runs" if resources.pop("remote", False) else "runs"
     config = SweepConfig(output=output, resources=ResourcesConfig(**resources))
-    return check_cluster(SimpleNamespace(config=config, saes=grid("resid_post.1", [64, 128, 256, 512]), hook_points=["resid_post.1"]))
+    return capacity.check_cluster(
+        SimpleNamespace(config=config, saes=grid("resid_post.1", [64, 128, 256, 512]), hook_points=["resid_post.1"])
+    )
 
 
 def test_a_bank_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert banks_on(monkeypatch, (2,)) == 2
     assert banks_on(monkeypatch, (2, 2), remote=True) == 4
-    assert banks_on(monkeypatch, (64,)) == 4  # no more than there are SAEs
+    assert banks_on(monkeypatch, (64,)) == 4  # No more banks than SAEs
     assert banks_on(monkeypatch, (2,), banks=1) == 1
 
 
 @pytest.mark.parametrize(
     ("machines", "resources", "message"),
     [
-        ((2, 2), {}, "output is the local folder 'runs' but the cluster has 2 machines: name storage that all of them reach"),
+        (
+            (2, 2),
+            {},
+            "output is the local folder 'runs' but the cluster has 2 machines: name storage that all of them reach",
+        ),
         ((2,), {"limits": {"CPU": 64}}, "output is the local folder 'runs' but the cluster grows by further machines"),
         ((2,), {"trainer_gpus": 1}, "resources.trainer_gpus is 1 but this Ray cluster has no GPU"),
         ((2,), {"trainer_cpus": 1}, "the sweep needs 2.25 CPUs .* and the cluster can have 2"),
-        ((2,), {"trainer_cpus": 4, "limits": {"CPU": 8}, "remote": True, "banks": 4}, "the sweep needs 16.25 CPUs .* and the cluster can have 8"),
-        ((1, 1), {"producer_cpus": 1.5, "remote": True}, "resources.producer_cpus is 1.5 but no machine of the cluster has more than 1 CPUs"),
-        ((1, 1), {"trainer_cpus": 0.6, "banks": 2, "producer_cpus": 0.6, "remote": True}, "do not fit on machines of 1, 1 CPUs"),
+        (
+            (2,),
+            {"trainer_cpus": 4, "limits": {"CPU": 8}, "remote": True, "banks": 4},
+            "the sweep needs 16.25 CPUs .* and the cluster can have 8",
+        ),
+        (
+            (1, 1),
+            {"producer_cpus": 1.5, "remote": True},
+            "resources.producer_cpus is 1.5 but no machine of the cluster has more than 1 CPUs",
+        ),
+        (
+            (1, 1),
+            {"trainer_cpus": 0.6, "banks": 2, "producer_cpus": 0.6, "remote": True},
+            "do not fit on machines of 1, 1 CPUs",
+        ),
     ],
 )
-def test_what_the_cluster_can_never_give(monkeypatch: pytest.MonkeyPatch, machines: tuple, resources: dict, message: str) -> None:
+def test_what_the_cluster_can_never_give(
+    monkeypatch: pytest.MonkeyPatch, machines: tuple, resources: dict, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         banks_on(monkeypatch, machines, **resources)
 
@@ -103,11 +132,19 @@ def test_a_shared_folder_is_storage_for_several_machines(monkeypatch: pytest.Mon
     ("settings", "sentence"),
     [
         ({"stream": {"cache_dir": "nosuch://x"}}, "stream.cache_dir is 'nosuch://x', which cannot be opened"),
-        ({"train": {"precision": "bfloat16"}}, r"train.precision is bfloat16 but trainers run on CPUs \(resources.trainer_gpus is 0\)"),
-        ({"model": {"device_map": "auto"}}, r"model.device_map is auto, which needs the package accelerate: pip install 'raysae\[multi-gpu\]'"),
+        (
+            {"train": {"precision": "bfloat16"}},
+            r"train.precision is bfloat16 but trainers run on CPUs \(resources.trainer_gpus is 0\)",
+        ),
+        (
+            {"model": {"device_map": "auto"}},
+            r"model.device_map is auto, which needs the package accelerate: pip install 'raysae\[multi-gpu\]'",
+        ),
     ],
 )
-def test_what_would_fail_in_a_producer_is_refused_before_anything_starts(settings: dict, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_would_fail_in_a_producer_is_refused_before_anything_starts(
+    settings: dict, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("raysae.study.plan.find_spec", lambda name: None)
     with pytest.raises(UserError, match=sentence):
         plan(SweepConfig.model_validate(settings))
@@ -124,7 +161,9 @@ def test_an_address_where_nobody_listens_is_told_at_once() -> None:
 @pytest.mark.parametrize("place", ["file", "file/runs"])
 def test_an_output_that_cannot_be_written_is_refused_first(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=f"output is {tmp_path}/{place}, which cannot be written: {tmp_path}/file is a file"):
+    with pytest.raises(
+        UserError, match=f"output is {tmp_path}/{place}, which cannot be written: {tmp_path}/file is a file"
+    ):
         check_writable(SweepConfig(output=str(tmp_path / place)))
     check_writable(SweepConfig(output=str(tmp_path / "new/runs")))
 
@@ -149,7 +188,9 @@ def test_a_tracking_uri_that_mlflow_does_not_take_is_refused(uri: str) -> None:
         SweepConfig.model_validate({"tracking": {"uri": uri}})
 
 
-def test_paths_are_absolute_except_of_what_travels_with_a_ray_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_absolute_except_of_what_travels_with_a_ray_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = SweepConfig.model_validate({"model": {"name": "lm"}, "text": {"source": "a/*.txt, b.jsonl"}})
     here, job = tmp_path / "here", tmp_path / "_ray_pkg_1"
     for folder in (here, job):
@@ -167,7 +208,7 @@ def test_paths_are_absolute_except_of_what_travels_with_a_ray_job(tmp_path: Path
 
 
 def test_the_readmes_commands_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that need neither a hub, nor files, nor a study of the reader's own."""
+    """Plans the commands that need no hub, no files and no study of the reader's own."""
     readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^\.venv/bin/python jobs/scaling_sweep\.py (.*)$", readme, re.MULTILINE)
     assert len(commands) >= 4

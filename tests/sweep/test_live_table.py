@@ -16,7 +16,16 @@ STREAM = {"contexts_forwarded": 4123, "bytes_in_flight": 123 << 20, "producers":
 
 
 def status(name: str, state: str = "working", tokens: int = 500, **more: Any) -> dict[str, Any]:
-    return {"name": name, "state": state, "tokens": tokens, "tokens_per_second": 1234.5, "fvu": 0.12345, "l0": 16.0, "waited_share": 0.25, **more}
+    return {
+        "name": name,
+        "state": state,
+        "tokens": tokens,
+        "tokens_per_second": 1234.5,
+        "fvu": 0.12345,
+        "l0": 16.0,
+        "waited_share": 0.25,
+        **more,
+    }
 
 
 def text(renderable: RenderableType, width: int = 110) -> str:
@@ -37,13 +46,21 @@ def test_the_table_tells_every_sae_and_the_totals():
     rows = {row.split()[0] + row.split()[1]: row for row in shown.splitlines() if row.startswith("w")}
     assert len(rows) == 18
     assert "0/18 SAEs done, 1 failed · 1 min 15 s elapsed" in shown
-    for total in ("4,123 LM contexts", "123 MiB in flight", "2 producers", "all SAEs: topk resid_post.2 lr0.001 s0", "embedded"):
+    for total in (
+        "4,123 LM contexts",
+        "123 MiB in flight",
+        "2 producers",
+        "all SAEs: topk resid_post.2 lr0.001 s0",
+        "embedded",
+    ):
         assert total in shown
     assert rows["w256k8"].split() == ["w256", "k8", "━━━━━━━━━━━━", "50%", "1,234", "0.1235", "16.0", "25%", "working"]
     assert rows["w512k8"].split()[3:] == ["0%", "–", "–", "–", "25%", "waiting"]
 
 
-@pytest.mark.parametrize(("count", "height", "width"), [(1, 24, 80), (18, 24, 80), (36, 24, 80), (36, 60, 200), (40, 30, 100)])
+@pytest.mark.parametrize(
+    ("count", "height", "width"), [(1, 24, 80), (18, 24, 80), (36, 24, 80), (36, 60, 200), (40, 30, 100)]
+)
 def test_it_fits_the_terminal(count: int, height: int, width: int):
     saes = [status(name) for name in names("resid_post.2", "mlp_out.1", "attn_out.2")[:count]]
     shown = text(progress(saes, STREAM, 1000, 75, "embedded", height, width), width)
@@ -82,9 +99,12 @@ def test_names_lose_what_all_share():
 
 
 def test_time_left():
-    assert remaining([status("a", tokens=250), status("b", tokens=500)], 1000, 60) == pytest.approx(180)  # the slowest
-    assert remaining([status("a", tokens=750, tokens_before=500)], 1000, 60) == pytest.approx(60)  # resumed at 500
-    assert remaining([status("a", tokens=1000), status("b", tokens=0)], 1000, 60) == pytest.approx(60)  # b's turn comes
+    # The slowest SAE decides
+    assert remaining([status("a", tokens=250), status("b", tokens=500)], 1000, 60) == pytest.approx(180)
+    # The SAE resumed at 500 tokens
+    assert remaining([status("a", tokens=750, tokens_before=500)], 1000, 60) == pytest.approx(60)
+    # The turn of b is still to come
+    assert remaining([status("a", tokens=1000), status("b", tokens=0)], 1000, 60) == pytest.approx(60)
     assert remaining([status("a", tokens=0)], 1000, 60) is None
     assert remaining([status("a", "done"), status("b", "failed")], 1000, 60) == 0
     assert "left" not in header([status("a", "done", 1000)], STREAM, 1000, 60)
@@ -120,5 +140,5 @@ def test_in_a_terminal_the_table_is_redrawn_in_place():
         for tokens in (0, 1000):
             show([status("a", tokens=tokens)], STREAM)
     written = console.file.getvalue()
-    assert "\x1b[1A" in written  # moved up to draw over the former table
+    assert "\x1b[1A" in written  # The cursor moved up to draw over the former table
     assert "100%" in written

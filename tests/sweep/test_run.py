@@ -1,4 +1,4 @@
-"""How a sweep ends: what is said of SAEs that failed, and that nothing breaks off the end of its runs."""
+"""How a sweep ends: it says what to do about failed SAEs, and closes its runs without interruption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG = SweepConfig(output="out")
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    """Of a study whose SAE "nan" has failed for good."""
+    """The place of a study whose SAE "nan" has failed for good."""
     Outcomes(str(tmp_path / "saes")).save("nan", Outcome("failed", 640, [0.0], "nan: loss is nan at step 10"))
     return Place("s", str(tmp_path), tmp_path)
 
@@ -46,7 +46,7 @@ def test_what_can_be_done_about_what_failed_is_said_as_it_is(place: Place) -> No
 
 
 class ImpatientlyInterrupted:
-    """A study during whose end somebody presses Ctrl-C, and something sends SIGTERM."""
+    """A study during whose end somebody presses Ctrl-C and something sends SIGTERM."""
 
     def __init__(self) -> None:
         self.done: list[object] = []

@@ -24,8 +24,19 @@ def results_of(config: SweepConfig) -> pd.DataFrame:
     for sae in config.saes():
         level = sae.k or 3 / sae.sparsity**0.4
         fvu = 0.9 * level**-0.42 * sae.width**-0.14 * (1 + 30 * abs(sae.learning_rate - 1e-3)) * (1 + 0.01 * sae.seed)
-        knobs = {key: getattr(sae, key) for key in ("name", "architecture", "width", "k", "sparsity", "hook_point", "learning_rate", "seed")}
-        metrics = {"fvu": fvu, "l0": float(level), "dead_fraction": 0.1, "ce_recovered": 1 - fvu, "kl": fvu**2, "cosine": 0.9, "norm_ratio": 0.95}
+        knobs = {
+            key: getattr(sae, key)
+            for key in ("name", "architecture", "width", "k", "sparsity", "hook_point", "learning_rate", "seed")
+        }
+        metrics = {
+            "fvu": fvu,
+            "l0": float(level),
+            "dead_fraction": 0.1,
+            "ce_recovered": 1 - fvu,
+            "kl": fvu**2,
+            "cosine": 0.9,
+            "norm_ratio": 0.95,
+        }
         rows.append(knobs | metrics | {"tokens": 1_000_448, "status": "done", "reason": None})
     return pd.DataFrame(rows)
 
@@ -51,7 +62,20 @@ def test_the_table_has_what_varies_and_tells_the_rest_once(results: pd.DataFrame
     told = text(results)
     assert told.count("\n") == 1 + 1 + 6 + 1
     assert "kind topk · hook point resid_post.2 · lr 0.001 · seed 0 · tokens 1,000,448" in told
-    assert told.splitlines()[1].split() == ["width", "k", "FVU", "L0", "dead", "CE", "recovered", "KL,", "nats", "cosine", "norm", "ratio"]
+    assert told.splitlines()[1].split() == [
+        "width",
+        "k",
+        "FVU",
+        "L0",
+        "dead",
+        "CE",
+        "recovered",
+        "KL,",
+        "nats",
+        "cosine",
+        "norm",
+        "ratio",
+    ]
     assert told.splitlines()[2].split()[:5] == ["256", "8", f"{results['fvu'][0]:.4f}", "8.0", "10.0%"]
 
 
@@ -80,7 +104,8 @@ def test_files(results: pd.DataFrame, tmp_path: Path):
     results.loc[0, ["status", "reason"]] = ["failed", "why"]
     files = write_summary(results, tmp_path / "new", "embedded")
     assert [file.name for file in files] == [
-        "summary.csv", "summary.md", "frontier.png", "frontier.pdf", "fvu_width.png", "fvu_width.pdf", "ce_frontier.png", "ce_frontier.pdf",
+        "summary.csv", "summary.md", "frontier.png", "frontier.pdf", "fvu_width.png", "fvu_width.pdf",
+        "ce_frontier.png", "ce_frontier.pdf",
     ]  # fmt: skip
     assert all(file.stat().st_size for file in files)
     assert min(png_size(tmp_path / "new" / "frontier.png")) > 700
@@ -90,7 +115,9 @@ def test_files(results: pd.DataFrame, tmp_path: Path):
     assert "failed, why" in markdown
 
 
-@pytest.mark.parametrize("every", [pytest.param(SweepConfig(hook_points=["resid_post.2"], widths=[64], k=[8]), id="one SAE"), None])
+@pytest.mark.parametrize(
+    "every", [pytest.param(SweepConfig(hook_points=["resid_post.2"], widths=[64], k=[8]), id="one SAE"), None]
+)
 def test_nothing_to_draw(results: pd.DataFrame, tmp_path: Path, every: SweepConfig | None):
     table = results.assign(status="failed", reason="x", fvu=np.nan) if every is None else results_of(every)
     assert [file.name for file in write_summary(table, tmp_path, "embedded")] == ["summary.csv", "summary.md"]
@@ -98,7 +125,11 @@ def test_nothing_to_draw(results: pd.DataFrame, tmp_path: Path, every: SweepConf
 
 
 def test_a_line_per_width_through_the_best_of_the_learning_rates():
-    results = results_of(SweepConfig(hook_points=["resid_post.2"], widths=[256, 512], k=[8, 16, 32], learning_rates=[1e-3, 3e-3], seeds=[0, 1]))
+    results = results_of(
+        SweepConfig(
+            hook_points=["resid_post.2"], widths=[256, 512], k=[8, 16, 32], learning_rates=[1e-3, 3e-3], seeds=[0, 1]
+        )
+    )
     figure = _figure(results, "t", "l0", "fvu", "width", "embedded")
     axes = figure.axes[0]
     lines = {line.get_label(): line.get_xydata() for line in axes.get_lines() if not line.get_label().startswith("_")}
@@ -112,15 +143,25 @@ def test_a_line_per_width_through_the_best_of_the_learning_rates():
 
 
 def test_a_panel_per_hook_point_and_architecture():
-    config = SweepConfig(hook_points=["resid_post.2", "mlp_out.1"], architectures=["topk", "jumprelu"], widths=[256, 512])
+    config = SweepConfig(
+        hook_points=["resid_post.2", "mlp_out.1"], architectures=["topk", "jumprelu"], widths=[256, 512]
+    )
     figure = _figure(results_of(config), "t", "width", "fvu", "level", "embedded")
-    assert [ax.get_title() for ax in figure.axes] == ["mlp_out.1 · jumprelu", "mlp_out.1 · topk", "resid_post.2 · jumprelu", "resid_post.2 · topk"]
+    assert [ax.get_title() for ax in figure.axes] == [
+        "mlp_out.1 · jumprelu",
+        "mlp_out.1 · topk",
+        "resid_post.2 · jumprelu",
+        "resid_post.2 · topk",
+    ]
     labels = [label.get_text() for label in figure.legends[0].get_texts()]
     assert labels == ["k = 8", "k = 16", "k = 32", "coefficient 0.03", "coefficient 0.3", "coefficient 3"]
 
 
 def test_importing_the_summary_imports_no_matplotlib():
-    code = "import sys, raysae.sweep.summary, raysae.sweep.live_table; assert not {'matplotlib', 'torch', 'ray', 'mlflow'} & set(sys.modules)"
+    code = (
+        "import sys, raysae.sweep.summary, raysae.sweep.live_table; "
+        "assert not {'matplotlib', 'torch', 'ray', 'mlflow'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
@@ -129,9 +170,13 @@ def test_short_numbers():
 
 
 def test_a_sweep_of_which_no_sae_has_a_number(tmp_path: Path) -> None:
-    """Its activation stream never began, say."""
+    """For example, the activation stream of the sweep never began."""
     metrics = ["fvu", "l0", "dead_fraction", "ce_recovered", "kl", "cosine", "norm_ratio"]
-    results = results_of(SweepConfig(hook_points=["resid_post.2"])).drop(columns=metrics).assign(status="failed", reason="no producers")
+    results = (
+        results_of(SweepConfig(hook_points=["resid_post.2"]))
+        .drop(columns=metrics)
+        .assign(status="failed", reason="no producers")
+    )
     files = write_summary(results, tmp_path, "m")
     assert [file.name for file in files] == ["summary.csv", "summary.md"]
     console = Console(record=True, width=200, file=io.StringIO())

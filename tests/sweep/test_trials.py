@@ -1,4 +1,4 @@
-"""What ASHA decides is written down, once for each SAE at each rung."""
+"""ASHA's decisions are written down, once for each SAE at each rung."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def test_a_line_for_each_sae_at_each_rung(tmp_path: Path) -> None:
     assert decisions == [TrialScheduler.CONTINUE] * 3 + [TrialScheduler.STOP] + [TrialScheduler.CONTINUE] * 2
     lines = [json.loads(line) for line in (tmp_path / "rungs.jsonl").read_text().splitlines()]
     assert [(line["sae"], line["rung"], line["tokens"], line["decision"]) for line in lines] == [
-        ("good", 1, 100, "CONTINUE"), ("bad", 1, 110, "STOP"), ("good", 2, 200, "CONTINUE"), ("good", 3, 410, "CONTINUE"),
+        ("good", 1, 100, "CONTINUE"), ("bad", 1, 110, "STOP"), ("good", 2, 200, "CONTINUE"),
+        ("good", 3, 410, "CONTINUE"),
     ]  # fmt: skip
     assert lines[1]["fvu"] == 0.5

@@ -13,7 +13,7 @@ from raysae.config import TrackingConfig
 
 @pytest.fixture(scope="session")
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables: making them takes seconds, copying them does not."""
+    """A database with MLflow's tables. Making them takes seconds, and copying them does not."""
     path = tmp_path_factory.mktemp("migrated") / "mlflow.db"
     MlflowClient(f"sqlite:///{path}").search_experiments()
     return path

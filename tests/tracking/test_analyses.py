@@ -1,4 +1,7 @@
-"""Runs of analyses beside those of sweeps: told apart, found by their tags, never mistaken for SAEs."""
+"""Runs of analyses beside those of sweeps.
+
+They are told apart, found by their tags, and never mistaken for SAEs.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +38,18 @@ def test_the_latest_sweep_is_never_one_that_an_analysis_has_trained(tracking: Tr
     assert study_params(found)["model.name"] == "mine"
     (named,) = find_saes(tracking, "mine-errors")
     assert named.study == "mine-errors", "it is found by its name"
-    assert client.get_experiment_by_name(tracking.experiment).tags[f"{VIEWS}raysae-latest"] == views[f"{VIEWS}raysae-latest"]
+    assert (
+        client.get_experiment_by_name(tracking.experiment).tags[f"{VIEWS}raysae-latest"]
+        == views[f"{VIEWS}raysae-latest"]
+    )
 
 
 def test_an_analysis_has_runs_of_its_own_kind(tracking: TrackingConfig, tmp_path: Path) -> None:
     swept(tracking, tmp_path, "mine")
-    for _ in range(2):  # the second time everything is there
-        analysis = Study(tmp_path / "analysis.db", tracking, "mine pursuit 0123", {"analysis": "pursuit"}, analysis=True)
+    for _ in range(2):  # The second time everything is there already
+        analysis = Study(
+            tmp_path / "analysis.db", tracking, "mine pursuit 0123", {"analysis": "pursuit"}, analysis=True
+        )
         analysis.metrics(None, {"median/encoder_error": 0.1}, step=0)
         analysis.child("an SAE", {"width": 8})
         analysis.metrics("an SAE", {"nonlinear_fvu": 0.2}, step=100)

@@ -1,4 +1,4 @@
-"""The outbox on its own: the first write wins, and everything is still there after the process has died."""
+"""The outbox on its own: the first write wins, and everything survives the process's death."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def test_first_write_of_a_metric_wins(outbox: Outbox):
     outbox.add_metrics("a", {"fvu": 0.7, "kl": 1}, 100, 3000)
     outbox.add_metrics("a", {"fvu": 0.4}, 200, 3000)
     assert set(outbox.unsent_metrics("a", 10)) == {
-        Metric("fvu", 100, 0.5, 2000), Metric("l0", 100, 8.0, 2000), Metric("kl", 100, 1.0, 3000), Metric("fvu", 200, 0.4, 3000),
+        Metric("fvu", 100, 0.5, 2000), Metric("l0", 100, 8.0, 2000), Metric("kl", 100, 1.0, 3000),
+        Metric("fvu", 200, 0.4, 3000),
     }  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def test_what_is_sent_or_refused_waits_no_longer(outbox: Outbox):
     for run in outbox.runs():
         outbox.mark_run(run, SENT)
     assert outbox.unsent() == 0
-    outbox.add_metrics("a", {"fvu": 0.9}, 1, 5)  # replayed
+    outbox.add_metrics("a", {"fvu": 0.9}, 1, 5)  # A replayed metric changes nothing
     outbox.add_params("a", {"k": "9"})
     outbox.add_tags("a", {"t": "1"})
     assert outbox.unsent() == 0
@@ -74,10 +75,18 @@ def test_the_studys_end_closes_what_is_open_and_a_start_opens_what_has_not_finis
     outbox.start("b", 1002)
     outbox.end("b", FINISHED, 2000)
     outbox.end(STUDY, KILLED, 3000)
-    assert [(run.run, run.status, run.ended) for run in outbox.runs()] == [(STUDY, KILLED, 3000), ("a", KILLED, 3000), ("b", FINISHED, 2000)]
+    assert [(run.run, run.status, run.ended) for run in outbox.runs()] == [
+        (STUDY, KILLED, 3000),
+        ("a", KILLED, 3000),
+        ("b", FINISHED, 2000),
+    ]
     for run in (STUDY, "a", "b"):
         outbox.start(run, 4000)
-    assert [(run.status, run.ended, run.started) for run in outbox.runs()] == [(RUNNING, None, 1000), (RUNNING, None, 1001), (FINISHED, 2000, 1002)]
+    assert [(run.status, run.ended, run.started) for run in outbox.runs()] == [
+        (RUNNING, None, 1000),
+        (RUNNING, None, 1001),
+        (FINISHED, 2000, 1002),
+    ]
 
 
 def test_threads_write_at_once(outbox: Outbox):
@@ -102,7 +111,9 @@ for step in range(10**9):
     box.add_metrics("a", {{"fvu": 1.0}}, step, 0)
     if step == 200: print("go", flush=True)
 """
-    with subprocess.Popen([sys.executable, "-c", writer], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", writer], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
+    ) as process:
         process.stdout.readline()
         os.kill(process.pid, signal.SIGKILL)
     metrics = Outbox(tmp_path / "o.db").unsent_metrics("a", 10**9)

@@ -44,7 +44,9 @@ def all_runs(tracking: TrackingConfig) -> dict[str, Run]:
 
 
 def history(tracking: TrackingConfig, run: Run, key: str) -> list[tuple[int, float, int]]:
-    return sorted((m.step, m.value, m.timestamp) for m in MlflowClient(tracking.uri).get_metric_history(run.info.run_id, key))
+    return sorted(
+        (m.step, m.value, m.timestamp) for m in MlflowClient(tracking.uri).get_metric_history(run.info.run_id, key)
+    )
 
 
 def closed(study: Study) -> None:
@@ -58,7 +60,7 @@ def test_a_study_arrives_whole(tracking: TrackingConfig, box: Path, tmp_path: Pa
     (tmp_path / "frontier.png").write_bytes(b"png")
     study = Study(box, tracking, "s1", CONFIG)
     study.child("a", {"architecture": "topk", "width": 256, "k": 8, "sparsity": None, "hook_point": "resid_post.2"})
-    for step in range(1500):  # more than one batch
+    for step in range(1500):  # More than one batch
         study.metrics("a", {"fvu": 1 / (step + 1), "l0": 8}, step * 1024, time=1.7e9 + step)
     study.metrics("a", {"fvu": math.nan, "kl": math.inf, "cosine": 0.9}, 10**7)
     study.artifact("a", tmp_path / "sae", "sae")
@@ -77,7 +79,9 @@ def test_a_study_arrives_whole(tracking: TrackingConfig, box: Path, tmp_path: Pa
     assert parent.data.params["train.tokens"] == "1000000"
     assert parent.data.params["widths"] == "256, 512, 1024, 2048, 4096, 8192"
     assert parent.data.metrics == {"best_fvu": 0.1}
-    assert history(tracking, child, "fvu") == [(step * 1024, 1 / (step + 1), round(1000 * (1.7e9 + step))) for step in range(1500)]
+    assert history(tracking, child, "fvu") == [
+        (step * 1024, 1 / (step + 1), round(1000 * (1.7e9 + step))) for step in range(1500)
+    ]
     assert "kl" not in child.data.metrics
     assert child.data.metrics["cosine"] == 0.9
     assert child.data.tags["raysae.nonfinite.kl"] == "inf at step 10000000"
@@ -87,7 +91,13 @@ def test_a_study_arrives_whole(tracking: TrackingConfig, box: Path, tmp_path: Pa
     assert parent.data.tags["mlflow.user"]
 
     (found,) = find_saes(tracking)
-    assert (found.name, found.study, found.run_id, found.params["k"], found.metrics["cosine"]) == ("a", "s1", child.info.run_id, "8", 0.9)
+    assert (found.name, found.study, found.run_id, found.params["k"], found.metrics["cosine"]) == (
+        "a",
+        "s1",
+        child.info.run_id,
+        "8",
+        0.9,
+    )
     assert (found.folder / "cfg.json").read_text() == "{}"
     assert found.folder.is_relative_to(tmp_path / "mlartifacts")
 
@@ -104,14 +114,22 @@ def test_a_resumed_study_replays_without_doubling(tracking: TrackingConfig, box:
     study.end("b", "FINISHED")
     study.end(None, "KILLED")
     closed(study)
-    assert {name: run.info.status for name, run in all_runs(tracking).items()} == {"s1": "KILLED", "a": "KILLED", "b": "FINISHED"}
+    assert {name: run.info.status for name, run in all_runs(tracking).items()} == {
+        "s1": "KILLED",
+        "a": "KILLED",
+        "b": "FINISHED",
+    }
 
     study = Study(box, tracking, "s1", CONFIG)
     assert study.flush(60) == 0
     assert all_runs(tracking)["s1"].info.status == "RUNNING"
     report(study, range(30, 80), 500)
     study.flush(60)
-    assert {name: run.info.status for name, run in all_runs(tracking).items()} == {"s1": "RUNNING", "a": "RUNNING", "b": "FINISHED"}
+    assert {name: run.info.status for name, run in all_runs(tracking).items()} == {
+        "s1": "RUNNING",
+        "a": "RUNNING",
+        "b": "FINISHED",
+    }
     study.end("a", "FINISHED")
     study.end(None, "FINISHED")
     closed(study)
@@ -134,11 +152,17 @@ def test_a_lost_outbox_neither_doubles_runs_nor_numbers(tracking: TrackingConfig
             study.end(None, "FINISHED")
         closed(study)
     runs = all_runs(tracking)
-    assert {name: run.info.status for name, run in runs.items()} == {"s1": "FINISHED", "a": "FINISHED", "left": "KILLED"}
+    assert {name: run.info.status for name, run in runs.items()} == {
+        "s1": "FINISHED",
+        "a": "FINISHED",
+        "left": "KILLED",
+    }
     assert [step for step, _, _ in history(tracking, runs["a"], "fvu")] == list(range(30))
 
 
-def test_a_batch_whose_answer_was_lost_is_stored_once(tracking: TrackingConfig, box: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_batch_whose_answer_was_lost_is_stored_once(
+    tracking: TrackingConfig, box: Path, monkeypatch: pytest.MonkeyPatch
+):
     original, failures = MlflowClient.log_batch, []
 
     def lossy(client, *arguments, **named):
@@ -171,7 +195,10 @@ def test_what_mlflow_refuses_does_not_hold_up_the_rest(
     assert run.data.metrics == {"fvu": 0.1}
     assert "bad{key}" in caplog.text
     assert "/no/such/file" in caplog.text
-    told = "3 entries for good, kept in .* alone: metrics bad{key} of a, params bad{key} of a, artifacts /no/such/file of a$"
+    told = (
+        "3 entries for good, kept in .* alone: "
+        "metrics bad{key} of a, params bad{key} of a, artifacts /no/such/file of a$"
+    )
     assert re.search(told, refusal(Outbox(box)))
     assert send(box) == 2, "the ends of both runs"
     Outbox(box).add_metrics("a", {"also bad{key}": 1.0, "l0": 8.0}, 2, 1000)
@@ -202,7 +229,9 @@ def test_a_deleted_experiment_is_told_in_a_sentence(tracking: TrackingConfig, bo
     closed(study)
     client = MlflowClient(tracking.uri)
     client.delete_experiment(client.get_experiment_by_name(tracking.experiment).experiment_id)
-    with pytest.raises(UserError, match=r"^the experiment .* was deleted in MLflow: restore it there, or name another one$"):
+    with pytest.raises(
+        UserError, match=r"^the experiment .* was deleted in MLflow: restore it there, or name another one$"
+    ):
         send(box)
     assert send(box, experiment="another") > 0
 
@@ -215,7 +244,9 @@ def silent_server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["refused", "silent"])
-def test_a_dead_server_blocks_nothing_and_loses_nothing(kind: str, silent_server: str, tracking: TrackingConfig, box: Path):
+def test_a_dead_server_blocks_nothing_and_loses_nothing(
+    kind: str, silent_server: str, tracking: TrackingConfig, box: Path
+):
     uri = "http://127.0.0.1:9" if kind == "refused" else silent_server
     start = time.monotonic()
     study = Study(box, TrackingConfig(uri=uri, experiment=tracking.experiment), "s1", CONFIG)
@@ -227,13 +258,15 @@ def test_a_dead_server_blocks_nothing_and_loses_nothing(kind: str, silent_server
         study.metrics("a", {"fvu": 0.5, "l0": 8.0}, step, time=1000 + step)
         slowest = max(slowest, time.monotonic() - before)
     study.end("a", "FINISHED")
-    assert slowest < 2  # milliseconds on an idle machine; seconds would be the server's timeout
+    # Takes milliseconds on an idle machine. Seconds would be the server's timeout.
+    assert slowest < 2
     assert study.flush(1) >= 600
     study.close(timeout=1)
     assert time.monotonic() - start < 15
 
     if kind == "silent":
-        return  # its thread holds the lock until the request times out
+        # The study's thread holds the lock until the request times out
+        return
     wait_until_unlocked(box)
     assert send(box, uri=tracking.uri) >= 600
     runs = all_runs(tracking)
@@ -266,7 +299,9 @@ for step in range(10**9):
             for _ in range(8):
                 process.stdout.readline()
             os.kill(process.pid, signal.SIGKILL)
-    process = subprocess.run([sys.executable, "-m", "raysae.commands.send", str(box)], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    process = subprocess.run(
+        [sys.executable, "-m", "raysae.commands.send", str(box)], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout.endswith("entries sent\n")
     kept = sqlite3.connect(box).execute("SELECT count(*) FROM metrics").fetchone()[0]
@@ -345,10 +380,15 @@ def test_a_server_that_does_not_answer_does_not_become_the_outbox_s_own(tracking
 
 def test_a_driver_killed_while_a_database_is_made_leaves_none_or_a_whole_one(tmp_path: Path):
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
-    command = [sys.executable, "-c", f"from raysae.tracking.client import connect; connect({uri!r}).search_experiments()"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from raysae.tracking.client import connect; connect({uri!r}).search_experiments()",
+    ]
     process = subprocess.Popen(command, cwd=ROOT)
-    while process.poll() is None and not any(path.stat().st_size > 300_000 for path in tmp_path.glob("new/*[!l]")):  # a journal comes and goes
-        time.sleep(0.001)  # until some of the tables are there
+    # Wait until some of the tables are there. The pattern leaves out the journal, which comes and goes.
+    while process.poll() is None and not any(path.stat().st_size > 300_000 for path in tmp_path.glob("new/*[!l]")):
+        time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "it was too fast for this test"
     assert connect(uri).get_experiment_by_name("Default")

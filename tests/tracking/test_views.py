@@ -1,4 +1,4 @@
-"""The saved views are in MLflow, as its UI reads them, and the UI's command refuses what cannot work."""
+"""MLflow has the saved views as its UI reads them. The UI's command refuses what cannot work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ KNOBS = set(SweepConfig().model_dump()) | {"architecture", "hook_point", "width"
 
 
 def state(tag: str) -> dict:
-    """As the UI does it: an envelope with a name and times, in it the page's state as base64 of zlib's format."""
+    """Reads a view's state as the UI does.
+
+    An envelope has a name and times. In it is the page's state, as base64 of zlib's format.
+    """
     envelope = json.loads(tag)
     assert isinstance(envelope["name"], str)
     assert isinstance(envelope["createdAt"], int)
@@ -38,11 +41,19 @@ def state(tag: str) -> dict:
 def test_columns_and_charts_show_what_is_tracked():
     tags = view_tags("it's s1")
     assert set(tags) == {ALL, LATEST}
-    assert max(map(len, tags.values())) < 5000  # what every MLflow server takes as an experiment's tag
+    # Every MLflow server takes this much as an experiment's tag
+    assert max(map(len, tags.values())) < 5000
     every, latest = state(tags[ALL]), state(tags[LATEST])
     assert every["searchFilter"] == "tags.`raysae.kind` = 'sae'"
     assert latest["searchFilter"] == "tags.`raysae.kind` = 'sae' and tags.`raysae.study` = \"it's s1\""
-    expected = {"params.`width`", "params.`k`", "metrics.`fvu`", "metrics.`l0`", "metrics.`ce_recovered`", "metrics.`kl`"}
+    expected = {
+        "params.`width`",
+        "params.`k`",
+        "metrics.`fvu`",
+        "metrics.`l0`",
+        "metrics.`ce_recovered`",
+        "metrics.`kl`",
+    }
     assert expected < set(latest["selectedColumns"])
     assert set(every["selectedColumns"]) - set(latest["selectedColumns"]) == {"tags.`raysae.study`"}
     metrics = set(re.findall(r"metrics\.`(\w+)`", " ".join(WIDTHS)))
@@ -75,7 +86,9 @@ def test_a_new_study_saves_the_views_and_leaves_a_changed_one_alone(tracking: Tr
     tags = tags_after("s1")
     assert "'s1'" in state(tags[LATEST])["searchFilter"]
     experiment = client.get_experiment_by_name(tracking.experiment).experiment_id
-    assert len(client.search_runs([experiment], state(tags[ALL])["searchFilter"].replace("'sae'", "'study'"))) == 1, "MLflow takes the filter"
+    assert len(client.search_runs([experiment], state(tags[ALL])["searchFilter"].replace("'sae'", "'study'"))) == 1, (
+        "MLflow takes the filter"
+    )
     for key in (ALL, LATEST):
         client.set_experiment_tag(experiment, key, changed)
     assert tags_after("s1")[LATEST] == changed, "no new study"
@@ -87,7 +100,11 @@ def test_a_new_study_saves_the_views_and_leaves_a_changed_one_alone(tracking: Tr
 def test_the_url_names_the_view():
     parts = urlsplit(urlsplit(view_url("http://h:1", "7", "raysae-all", "CHART")).fragment)
     assert parts.path == "/experiments/7/runs"
-    assert parse_qs(parts.query) == {"workflowType": ["machine_learning"], "compareRunsMode": ["CHART"], "viewStateShareKey": ["raysae-all"]}
+    assert parse_qs(parts.query) == {
+        "workflowType": ["machine_learning"],
+        "compareRunsMode": ["CHART"],
+        "viewStateShareKey": ["raysae-all"],
+    }
 
 
 def test_ui_refuses_what_cannot_work(tmp_path: Path):

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from raysae.analysis.instruments.activations import SPLITS, Activity, ArrayActivations, encoded, reconstruct, split_contexts
+from raysae.analysis.instruments.activations import (
+    SPLITS,
+    Activity,
+    ArrayActivations,
+    encoded,
+    reconstruct,
+    split_contexts,
+)
 from raysae.analysis.lab.recording import collect
 from raysae.config import UserError
 from raysae.stream.shard import ShardMaker

@@ -6,7 +6,16 @@ import torch
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 
-from raysae.analysis.instruments.regression import ContextSums, Estimate, Linear, Moments, add_target, load_linear, r2, save_linear
+from raysae.analysis.instruments.regression import (
+    ContextSums,
+    Estimate,
+    Linear,
+    Moments,
+    add_target,
+    load_linear,
+    r2,
+    save_linear,
+)
 
 
 def data(n: int, d: int = 20, m: int = 7, seed: int = 0, offset: float = 100.0):
