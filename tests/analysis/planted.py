@@ -16,7 +16,9 @@ D, PER_CONTEXT = 12, 20
 def sae(width: int = 32, k: int | None = 4, d: int = D, seed: int = 0, bias: float = 0.3) -> SAE:
     """An untrained topk SAE, or a relu one where k is None, with biases that matter."""
     kind = {"architecture": "topk", "k": k} if k else {"architecture": "relu", "sparsity": 1.0}
-    made = SAE.build(SAEConfig(hook_point=HOOK, width=width, learning_rate=1e-3, seed=seed, **kind), d, TrainConfig()).requires_grad_(False)
+    made = SAE.build(
+        SAEConfig(hook_point=HOOK, width=width, learning_rate=1e-3, seed=seed, **kind), d, TrainConfig()
+    ).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed + 1)
     made.b_dec.copy_(bias * torch.randn(d, generator=generator))
     made.b_enc.copy_(0.1 * torch.randn(width, generator=generator))
@@ -41,7 +43,9 @@ def rows(n: int, d: int = D, seed: int = 0) -> Tensor:
     return (torch.rand(n, d, generator=generator) ** 2 @ mixing) + 3 * torch.randn(d, generator=generator)
 
 
-def activations(contexts: int = 150, d: int = D, seed: int = 0, x: Tensor | None = None, chunk_rows: int = 500) -> ArrayActivations:
+def activations(
+    contexts: int = 150, d: int = D, seed: int = 0, x: Tensor | None = None, chunk_rows: int = 500
+) -> ArrayActivations:
     """Contexts of PER_CONTEXT rows, with tokens and losses."""
     n = contexts * PER_CONTEXT
     generator = torch.Generator().manual_seed(seed + 7)

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from raysae.analysis.activations import SPLITS, Activity, ArrayActivations, collect, encoded, reconstruct, split_contexts
+from raysae.analysis.activations import (
+    SPLITS,
+    Activity,
+    ArrayActivations,
+    collect,
+    encoded,
+    reconstruct,
+    split_contexts,
+)
 from raysae.config import UserError
 from raysae.stream.shard import ShardMaker
 from raysae.text.contexts import Contexts
@@ -112,9 +120,13 @@ def test_recorded_activations_are_the_models(tmp_path, shards):
         tokens = torch.from_numpy(CONTEXTS[context[:, 0].numpy()])
         assert torch.equal(torch.cat([chunk.token for chunk in chunks]), tokens[:, 3:].flatten())
         assert torch.equal(torch.cat([chunk.position for chunk in chunks]), torch.arange(3, 12).repeat(len(tokens)))
-        torch.testing.assert_close(torch.cat([chunk.token_loss for chunk in chunks]), (tokens.float() / 7)[:, 3:].flatten())
+        torch.testing.assert_close(
+            torch.cat([chunk.token_loss for chunk in chunks]), (tokens.float() / 7)[:, 3:].flatten()
+        )
         for hook in WIDTHS:
-            assert torch.equal(torch.cat([chunk.x[hook] for chunk in chunks]), activation(tokens, hook)[:, 3:].flatten(0, 1))
+            assert torch.equal(
+                torch.cat([chunk.x[hook] for chunk in chunks]), activation(tokens, hook)[:, 3:].flatten(0, 1)
+            )
     assert list(found.select(["mlp_act.1"]).widths) == ["mlp_act.1"]
 
 
@@ -150,7 +162,14 @@ def test_recording_that_is_broken_off_leaves_nothing(tmp_path):
 
 def test_activations_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"mlp_act.1 has activations that are not finite in shard 0"):
-        collect(tmp_path, fake_spec(CONTEXTS), CONTEXTS, list(WIDTHS), Recorder(CONTEXTS, poison={"mlp_act.1": float("nan")}), 1)
+        collect(
+            tmp_path,
+            fake_spec(CONTEXTS),
+            CONTEXTS,
+            list(WIDTHS),
+            Recorder(CONTEXTS, poison={"mlp_act.1": float("nan")}),
+            1,
+        )
 
 
 @pytest.mark.parametrize("k", [4, None])

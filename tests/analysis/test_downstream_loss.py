@@ -88,7 +88,10 @@ def test_every_number_equals_brute_force(lm, tokens, hook_point, monkeypatch):
             linear = r @ weight + bias
             return (made + {"sae": 0, "linear": linear, "nonlinear": r - made - linear}[part]).view_as(rows)
 
-        loss = {part: patched_loss(lm, tokens, hook_point, lambda rows, part=part: with_part(rows, part)) for part in ("sae", "linear", "nonlinear")}
+        loss = {
+            part: patched_loss(lm, tokens, hook_point, lambda rows, part=part: with_part(rows, part))
+            for part in ("sae", "linear", "nonlinear")
+        }
         loss["clean"] = patched_loss(lm, tokens, hook_point, lambda rows: rows)
         mean = {part: float(values.mean()) for part, values in loss.items()}
         e = (x - sae(x)).double().numpy()
@@ -132,7 +135,11 @@ def test_a_probe_that_knows_everything_recovers_everything(lm, tokens):
 
 def test_undefined_where_nothing_is_lost(lm, tokens):
     width = lm.facts.d_model
-    sae = SAE.build(SAEConfig(architecture="relu", hook_point="resid_post.3", width=2 * width, sparsity=0, learning_rate=1), width, TrainConfig())
+    sae = SAE.build(
+        SAEConfig(architecture="relu", hook_point="resid_post.3", width=2 * width, sparsity=0, learning_rate=1),
+        width,
+        TrainConfig(),
+    )
     sae.requires_grad_(False)
     for matrix in (sae.W_enc, sae.W_dec):
         matrix.copy_(torch.cat([torch.eye(width), -torch.eye(width)]))

@@ -46,14 +46,22 @@ def test_every_number_equals_least_squares():
     parts: dict[str, dict[tuple[str, str], np.ndarray]] = {"B": {}, "C": {}}
     for hook in x:
         if hook in saes:
-            made = {name: saes[hook](torch.from_numpy(values[hook]).float()).double().numpy() for name, values in split.items()}
+            made = {
+                name: saes[hook](torch.from_numpy(values[hook]).float()).double().numpy()
+                for name, values in split.items()
+            }
             probe = fitted(split["A"][hook], split["A"][hook] - made["A"])
         for name in "BC":
             values = split[name][hook]
             parts[name][hook, "activation"] = values
             if hook in saes:
                 e, linear = values - made[name], applied(values, probe)
-                named = {"reconstruction": made[name], "error": e, "linear error": linear, "nonlinear error": e - linear}
+                named = {
+                    "reconstruction": made[name],
+                    "error": e,
+                    "linear error": linear,
+                    "nonlinear error": e - linear,
+                }
                 parts[name] |= {(hook, part): value for part, value in named.items()}
     for (hook, part), source in parts["B"].items():
         for target, its_part in {"e": "error", "ê": "linear error", "ε": "nonlinear error"}.items():
@@ -84,7 +92,9 @@ def test_planted_answers():
     assert table[MLP, "error", "e"] == pytest.approx(1, abs=1e-6)
     assert table[PREVIOUS, "activation", "e"] == pytest.approx(0, abs=0.02)
     assert table[TARGET, "reconstruction", "e"] == pytest.approx(0, abs=0.02)
-    assert np.isnan(table[MLP, "reconstruction", "e"]) or table[MLP, "reconstruction", "e"] == pytest.approx(0, abs=0.02)
+    assert np.isnan(table[MLP, "reconstruction", "e"]) or table[MLP, "reconstruction", "e"] == pytest.approx(
+        0, abs=0.02
+    )
     assert (PREVIOUS, "reconstruction", "e") not in table  # it has no SAE
 
 

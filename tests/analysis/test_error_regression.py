@@ -11,7 +11,9 @@ from tests.analysis.planted import HOOK, PER_CONTEXT, activations, gathered, lin
 
 
 def regressed(x, y, test):
-    return torch.from_numpy(LinearRegression().fit(x.double().numpy(), y.double().numpy()).predict(test.double().numpy()))
+    return torch.from_numpy(
+        LinearRegression().fit(x.double().numpy(), y.double().numpy()).predict(test.double().numpy())
+    )
 
 
 def naive(source: ArrayActivations, autoencoder) -> dict[str, float]:

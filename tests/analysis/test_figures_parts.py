@@ -11,7 +11,11 @@ from raysae.analysis.figures_parts import SOURCE_PARTS, ce_recovered, earlier_la
 
 
 def with_ends(**numbers: float) -> dict[str, float]:
-    return {key: value for name, v in numbers.items() for key, value in {name: v, f"{name}_low": v - 0.01, f"{name}_high": v + 0.01}.items()}
+    return {
+        key: value
+        for name, v in numbers.items()
+        for key, value in {name: v, f"{name}_low": v - 0.01, f"{name}_high": v + 0.01}.items()
+    }
 
 
 def heights(ax) -> list[float]:
@@ -20,7 +24,11 @@ def heights(ax) -> list[float]:
 
 def test_ce_recovered(tmp_path):
     shares = {f"{kind}_share_{part}": 0.4 for kind in ("norm", "variance") for part in ("linear", "nonlinear")}
-    rows = [{"width": w, "l0": 20 - w / 1000} | with_ends(recovered_linear=w / 10_000, recovered_nonlinear=w / 20_000, **shares) for w in (4096, 256)]
+    rows = [
+        {"width": w, "l0": 20 - w / 1000}
+        | with_ends(recovered_linear=w / 10_000, recovered_nonlinear=w / 20_000, **shares)
+        for w in (4096, 256)
+    ]
     figure = ce_recovered(pd.DataFrame(rows), title="somewhere")
     linear, nonlinear = figure.axes
     assert heights(linear) == pytest.approx([2.56, 40.96])  # %, narrow first
@@ -35,7 +43,9 @@ def test_ce_recovered(tmp_path):
 
 
 def test_pursuit_bars(tmp_path):
-    rows = [{"width": 512, "l0": 16} | with_ends(fvu=0.2, fvu_pursuit=0.15, nonlinear_fvu=0.1, nonlinear_fvu_pursuit=0.09)]
+    rows = [
+        {"width": 512, "l0": 16} | with_ends(fvu=0.2, fvu_pursuit=0.15, nonlinear_fvu=0.1, nonlinear_fvu_pursuit=0.09)
+    ]
     figure = pursuit_bars(pd.DataFrame(rows))
     assert [heights(ax) for ax in figure.axes] == [pytest.approx([0.2, 0.15]), pytest.approx([0.1, 0.09])]
     assert [ax.texts[0].get_text() for ax in figure.axes] == ["-25 %", "-10 %"]
@@ -48,8 +58,18 @@ def test_earlier_layer_bars(tmp_path):
         for part in parts:
             for target in TARGETS:
                 known = source == "resid_post.1" and (part, target) in BY_DEFINITION
-                value = 1 if known else float("nan") if (source, part) == ("mlp_out.1", "reconstruction") else -0.1 if target == "e" else 0.3
-                rows.append({"source": source, "part": part, "target": target, "by_definition": known} | with_ends(r2=value))
+                value = (
+                    1
+                    if known
+                    else float("nan")
+                    if (source, part) == ("mlp_out.1", "reconstruction")
+                    else -0.1
+                    if target == "e"
+                    else 0.3
+                )
+                rows.append(
+                    {"source": source, "part": part, "target": target, "by_definition": known} | with_ends(r2=value)
+                )
     figure = earlier_layer_bars(pd.DataFrame(rows))
     assert len(figure.axes) == 3
     for ax in figure.axes:

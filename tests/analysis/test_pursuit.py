@@ -166,7 +166,9 @@ def test_report_equals_sums_over_all_tokens(architecture):
     x += 0.02 * torch.randn(x.shape, generator=planted.generator)
     sae = make(architecture, 32, 48, k=4).requires_grad_(False)
     sae.W_dec.copy_(planted.features)
-    sae.W_enc.copy_(planted.features + 0.1 * torch.randn(48, 32, generator=torch.Generator().manual_seed(0)))  # an encoder with errors
+    sae.W_enc.copy_(
+        planted.features + 0.1 * torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    )  # an encoder with errors
     sae.b_dec.copy_(planted.offset)
     if architecture == "jumprelu":
         sae.threshold.fill_(0.6)
@@ -189,7 +191,9 @@ def test_report_equals_sums_over_all_tokens(architecture):
     for when, error in errors["C"].items():
         map_ = fitted(rows["A"], errors["A"][when])
         expected[f"fvu{when}"] = fvu(x, x - error)
-        expected[f"nonlinear_fvu{when}"] = fvu(x, x - error + torch.from_numpy(np.column_stack([x, np.ones(len(x))]) @ map_))
+        expected[f"nonlinear_fvu{when}"] = fvu(
+            x, x - error + torch.from_numpy(np.column_stack([x, np.ones(len(x))]) @ map_)
+        )
     expected["encoder_error"] = expected["nonlinear_fvu"] - expected["nonlinear_fvu_pursuit"]
     assert {name: numbers[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert numbers["encoder_error_low"] > 0  # the encoder was made worse than the decoder allows

@@ -34,7 +34,10 @@ def lstsq(x, y, test):
     """Predictions for `test`; directions with less than 1e-5 of the largest singular value, in float32 rounding, are left out."""
     centre, scale = x.double().mean(0), x.double().std(0).clamp_min(1e-9)
     standard = [torch.cat([(part.double() - centre) / scale, torch.ones(len(part), 1)], 1) for part in (x, test)]
-    return standard[1] @ torch.linalg.lstsq(standard[0], y.double().reshape(len(x), -1), driver="gelsd", rcond=1e-5).solution
+    return (
+        standard[1]
+        @ torch.linalg.lstsq(standard[0], y.double().reshape(len(x), -1), driver="gelsd", rcond=1e-5).solution
+    )
 
 
 def test_equal_to_lstsq_and_scikit_learn():
@@ -102,7 +105,14 @@ def test_state_does_not_grow_with_the_tokens():
         made, sums = moments(x, y), ContextSums(20)
         for part in range(0, rows, 100):
             add_target(sums, torch.full((100,), part), "y", y[part : part + 100], {"x": y[part : part + 100]})
-        held = [made.mean, made.xx, *made.xy.values(), *made.target_mean.values(), *sums.sums.values(), *sums.rows.values()]
+        held = [
+            made.mean,
+            made.xx,
+            *made.xy.values(),
+            *made.target_mean.values(),
+            *sums.sums.values(),
+            *sums.rows.values(),
+        ]
         return sum(tensor.numel() for tensor in held)
 
     assert size(200) == size(4000)
@@ -127,7 +137,9 @@ def test_r2_means_over_dimensions_and_weighted():
     sums, _, y, predicted = filled(10)
     mean, weighted = r2(sums, "y", "x")
     assert float(mean[0]) == pytest.approx(r2_score(y[:, :3], predicted[:, :3]), abs=1e-9)
-    assert float(weighted[0]) == pytest.approx(r2_score(y[:, :3], predicted[:, :3], multioutput="variance_weighted"), abs=1e-9)
+    assert float(weighted[0]) == pytest.approx(
+        r2_score(y[:, :3], predicted[:, :3], multioutput="variance_weighted"), abs=1e-9
+    )
     assert float(mean[0]) != pytest.approx(float(weighted[0]), abs=0.01)
 
 
@@ -141,7 +153,10 @@ def test_intervals_are_those_of_a_bootstrap_over_contexts():
         rng, drawn = np.random.default_rng(0), []
         for _ in range(400):
             rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
-            missed, total = np.square(truth[rows] - predicted[rows]).sum(), np.square(truth[rows] - truth[rows].mean(0)).sum()
+            missed, total = (
+                np.square(truth[rows] - predicted[rows]).sum(),
+                np.square(truth[rows] - truth[rows].mean(0)).sum(),
+            )
             drawn.append(1 - missed / total)
         return np.percentile(drawn, [2.5, 97.5])
 

@@ -34,7 +34,15 @@ _SIZES = {
     "eos_token_id": 2,
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
-_GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2_SIZES = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 24,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 CONFIGS = {
     "gpt2": GPT2Config(**_GPT2_SIZES),

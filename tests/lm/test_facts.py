@@ -74,7 +74,9 @@ def test_parse_hook_point(llama):
     assert parse_hook_point("resid_pre.0", facts) == ("resid_pre", 0)
     assert parse_hook_point("mlp_act.2", facts) == ("mlp_act", 2)
     for wrong in ("resid_post.3", "resid_mid.1", "resid_post", "resid_post.-1", "resid_post.x", "resid_post.01", ""):
-        with pytest.raises(UserError, match=r"resid_pre, resid_post, attn_out, mlp_out, attn_z, mlp_act and a layer from 0 to 2") as caught:
+        with pytest.raises(
+            UserError, match=r"resid_pre, resid_post, attn_out, mlp_out, attn_z, mlp_act and a layer from 0 to 2"
+        ) as caught:
             parse_hook_point(wrong, facts)
         assert repr(wrong) in str(caught.value)
 
@@ -111,7 +113,9 @@ def test_folders_without_a_model(tmp_path):
 
 
 def test_unknown_key_in_modules(llama):
-    with pytest.raises(UserError, match=r"'mlp_out', which is none of blocks, attn, attn_proj, mlp, mlp_proj, attn_norm, mlp_norm"):
+    with pytest.raises(
+        UserError, match=r"'mlp_out', which is none of blocks, attn, attn_proj, mlp, mlp_proj, attn_norm, mlp_norm"
+    ):
         model_facts(ModelConfig(name=str(llama), modules={"mlp_out": "mlp"}))
 
 
@@ -135,12 +139,21 @@ def test_hub_names(llama, tmp_path):
         f"assert facts.digest == model_facts(ModelConfig(name='someone/tiny', revision={commit!r})).digest;"
         "assert LanguageModel.load(config).facts == facts"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=os.environ | {"HF_HUB_CACHE": str(tmp_path)})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=120, env=os.environ | {"HF_HUB_CACHE": str(tmp_path)}
+    )
 
 
 def test_stories(stories_model, llama):
     facts = model_facts(ModelConfig(name=str(stories_model)))
-    assert (facts.architecture, facts.layers, facts.d_model, facts.d_attn, facts.d_mlp, facts.context_length) == ("llama", 5, 64, 64, 172, 512)
+    assert (facts.architecture, facts.layers, facts.d_model, facts.d_attn, facts.d_mlp, facts.context_length) == (
+        "llama",
+        5,
+        64,
+        64,
+        172,
+        512,
+    )
     tokenizer = load_tokenizer(ModelConfig(name=str(stories_model)))
     ids = tokenizer("Once upon a time")["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "Once upon a time"

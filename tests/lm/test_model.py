@@ -21,7 +21,10 @@ PATHS = {
     "gpt2": ("transformer.h", "transformer.ln_f", "attn.c_proj", "mlp.c_proj"),
     "gpt_neox_parallel": ("gpt_neox.layers", "gpt_neox.final_layer_norm", "attention.dense", "mlp.dense_4h_to_h"),
     "gpt_neox_sequential": ("gpt_neox.layers", "gpt_neox.final_layer_norm", "attention.dense", "mlp.dense_4h_to_h"),
-    **dict.fromkeys(("llama", "gemma2", "qwen2", "qwen3", "mistral"), ("model.layers", "model.norm", "self_attn.o_proj", "mlp.down_proj")),
+    **dict.fromkeys(
+        ("llama", "gemma2", "qwen2", "qwen3", "mistral"),
+        ("model.layers", "model.norm", "self_attn.o_proj", "mlp.down_proj"),
+    ),
 }
 
 
@@ -170,7 +173,9 @@ def test_logits_are_the_models(lm):
 
 def test_replacing_by_itself_changes_nothing(lm):
     clean = lm.logits(random_tokens())
-    assert_close(lm.logits(random_tokens(), {name: lambda x: x.clone() for name in EVERY_HOOK_POINT}), clean, rtol=0, atol=0)
+    assert_close(
+        lm.logits(random_tokens(), {name: lambda x: x.clone() for name in EVERY_HOOK_POINT}), clean, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize(("kind", "projection"), [("attn_out", 2), ("attn_z", 2), ("mlp_out", 3), ("mlp_act", 3)])
@@ -241,7 +246,13 @@ def test_continuing_equals_a_whole_pass(lm, seen, hook_point):
 
 @pytest.mark.parametrize(
     ("hook_point", "computed"),
-    [("resid_pre.0", [1, 1, 1]), ("resid_post.0", [0, 1, 1]), ("attn_out.1", [0, 1, 1]), ("mlp_act.2", [0, 0, 1]), ("resid_post.2", [0, 0, 0])],
+    [
+        ("resid_pre.0", [1, 1, 1]),
+        ("resid_post.0", [0, 1, 1]),
+        ("attn_out.1", [0, 1, 1]),
+        ("mlp_act.2", [0, 0, 1]),
+        ("resid_post.2", [0, 0, 0]),
+    ],
 )
 def test_continuing_computes_only_the_blocks_from_the_hook_point_up(lm, architecture, hook_point, computed):
     prefix = lm.prefix(random_tokens(), hook_point)
@@ -254,7 +265,9 @@ def test_continuing_computes_only_the_blocks_from_the_hook_point_up(lm, architec
 def test_a_twin_shares_weights_and_no_hooks(lm):
     tokens = random_tokens()
     twin, clean = lm.twin(), lm.logits(tokens)
-    assert [t.data_ptr() for t in twin.model.state_dict().values()] == [t.data_ptr() for t in lm.model.state_dict().values()]
+    assert [t.data_ptr() for t in twin.model.state_dict().values()] == [
+        t.data_ptr() for t in lm.model.state_dict().values()
+    ]
     inside = []
     replaced = lm.logits(tokens, {"resid_post.0": lambda x: inside.append(twin.logits(tokens)) or nonlinear(x)})
     assert_close(inside, [clean], rtol=0, atol=0)
@@ -288,7 +301,9 @@ def test_bfloat16(name, tmp_path):
     for hook_point, activation in activations.items():
         assert (activation.float() - truth[hook_point]).norm() < 0.05 * truth[hook_point].norm(), hook_point
         prefix = half.prefix(tokens, hook_point)
-        replaced = half.logits(tokens, {hook_point: lambda x: nonlinear(x.float())})  # float32 from the function is cast
+        replaced = half.logits(
+            tokens, {hook_point: lambda x: nonlinear(x.float())}
+        )  # float32 from the function is cast
         assert_close(half.resume(prefix, nonlinear(prefix.activation.float())), replaced, rtol=0, atol=0)
 
 
@@ -296,9 +311,16 @@ def test_device_map_is_passed_on(tmp_path, monkeypatch):
     folder = save("llama", tmp_path)
     pytest.importorskip("accelerate")
     from_pretrained, passed = AutoModelForCausalLM.from_pretrained, []
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: passed.append(kwargs) or from_pretrained(*args, **kwargs))
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **kwargs: passed.append(kwargs) or from_pretrained(*args, **kwargs),
+    )
     spread, whole = load(folder, device_map="auto"), load(folder)
-    assert [(kwargs["device_map"], kwargs["trust_remote_code"]) for kwargs in passed] == [("auto", False), (None, False)]
+    assert [(kwargs["device_map"], kwargs["trust_remote_code"]) for kwargs in passed] == [
+        ("auto", False),
+        (None, False),
+    ]
     tokens = random_tokens()
     for hook_point in EVERY_HOOK_POINT:
         prefix = spread.prefix(tokens, hook_point)
@@ -337,7 +359,13 @@ def test_incomplete_weights_are_refused(tmp_path):
 
 # ---------------------------------------------------------------- architectures named by their module paths
 
-LLAMA_PATHS = {"blocks": "model.layers", "attn": "self_attn", "attn_proj": "self_attn.o_proj", "mlp": "mlp", "mlp_proj": "mlp.down_proj"}
+LLAMA_PATHS = {
+    "blocks": "model.layers",
+    "attn": "self_attn",
+    "attn_proj": "self_attn.o_proj",
+    "mlp": "mlp",
+    "mlp_proj": "mlp.down_proj",
+}
 POST_NORMS = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
 
 
@@ -349,7 +377,12 @@ def test_module_paths_make_an_unknown_architecture_known(tmp_path):
     test_parts_add_up_to_the_block(seen)
     for hook_point in EVERY_HOOK_POINT:
         prefix = lm.prefix(tokens, hook_point)
-        assert_close(lm.resume(prefix, nonlinear(prefix.activation)), lm.logits(tokens, {hook_point: nonlinear}), rtol=1e-5, atol=1e-5)
+        assert_close(
+            lm.resume(prefix, nonlinear(prefix.activation)),
+            lm.logits(tokens, {hook_point: nonlinear}),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def test_module_paths_that_do_not_add_up_are_refused(tmp_path):
@@ -369,7 +402,13 @@ def test_module_paths_that_do_not_add_up_are_refused(tmp_path):
 def test_blocks_that_return_tuples(tmp_path):
     lm = load(
         save("gptj", tmp_path),
-        modules={"blocks": "transformer.h", "attn": "attn", "attn_proj": "attn.out_proj", "mlp": "mlp", "mlp_proj": "mlp.fc_out"},
+        modules={
+            "blocks": "transformer.h",
+            "attn": "attn",
+            "attn_proj": "attn.out_proj",
+            "mlp": "mlp",
+            "mlp_proj": "mlp.fc_out",
+        },
     )
     assert isinstance(lm.blocks[0](torch.zeros(1, 4, 24), position_ids=torch.arange(4)[None]), tuple)
     tokens = random_tokens()
@@ -377,7 +416,12 @@ def test_blocks_that_return_tuples(tmp_path):
     test_parts_add_up_to_the_block(lm.activations(tokens, hook_points))
     for hook_point in hook_points:
         prefix = lm.prefix(tokens, hook_point)
-        assert_close(lm.resume(prefix, nonlinear(prefix.activation)), lm.logits(tokens, {hook_point: nonlinear}), rtol=1e-5, atol=1e-5)
+        assert_close(
+            lm.resume(prefix, nonlinear(prefix.activation)),
+            lm.logits(tokens, {hook_point: nonlinear}),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize(
@@ -413,4 +457,6 @@ def test_stories(stories_model):
     assert loss[:, 1:].isfinite().all()
     names = [f"{kind}.4" for kind in KINDS]
     seen = lm.activations(tokens, names)
-    assert_close(seen["resid_pre.4"] + seen["attn_out.4"] + seen["mlp_out.4"], seen["resid_post.4"], rtol=1e-5, atol=1e-5)
+    assert_close(
+        seen["resid_pre.4"] + seen["attn_out.4"] + seen["mlp_out.4"], seen["resid_post.4"], rtol=1e-5, atol=1e-5
+    )

@@ -8,7 +8,9 @@ ARCHITECTURES = ["topk", "batchtopk", "relu", "tied", "jumprelu"]
 
 def make(architecture: str, d: int, width: int, k: int = 5, sparsity: float = 0.1, seed: int = 0, **train) -> SAE:
     level = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity": sparsity}
-    config = SAEConfig(architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, seed=seed, **level)
+    config = SAEConfig(
+        architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, seed=seed, **level
+    )
     return SAE.build(config, d, TrainConfig(**train))
 
 

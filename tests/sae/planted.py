@@ -25,14 +25,19 @@ class Planted:
         return (on * coefficients) @ self.features + self.offset
 
 
-def train(sae: SAE, planted: Planted, steps: int, learning_rate: float, batch: int = 256, dead_after: int = 100) -> None:
+def train(
+    sae: SAE, planted: Planted, steps: int, learning_rate: float, batch: int = 256, dead_after: int = 100
+) -> None:
     """Adam with a linear fall to 0 over the last half and a warm-up of the penalty over the first tenth; AuxK after `dead_after` idle steps."""
     sae.initialise(planted.rows(4096))
     optimizer = torch.optim.Adam(sae.parameters(), lr=learning_rate)
     idle = torch.zeros(sae.n)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * min(1, 2 * (1 - step / steps))
-        sae.loss_and_grads(planted.rows(batch) / sae.scale, StepInfo(sparsity_factor=min(1, 10 * step / steps), dead=idle >= dead_after))
+        sae.loss_and_grads(
+            planted.rows(batch) / sae.scale,
+            StepInfo(sparsity_factor=min(1, 10 * step / steps), dead=idle >= dead_after),
+        )
         sae.after_grads()
         optimizer.step()
         sae.after_step()

@@ -21,7 +21,11 @@ def briefly_trained(architecture, d=32, width=64):
 
 
 def dense(codes, n):
-    return torch.zeros(len(codes.values), n, dtype=codes.values.dtype).scatter(1, codes.indices, codes.values) if isinstance(codes, Codes) else codes
+    return (
+        torch.zeros(len(codes.values), n, dtype=codes.values.dtype).scatter(1, codes.indices, codes.values)
+        if isinstance(codes, Codes)
+        else codes
+    )
 
 
 def test_weights_depend_on_the_seed_alone(architecture):
@@ -110,7 +114,9 @@ def test_state_continues_training_bit_for_bit(architecture):
                 parameter.sub_(0.01 * parameter.grad)
         each.after_step()
     for other in (copy, pickled):
-        assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), other.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(sae.state_dict().values(), other.state_dict().values(), strict=True)
+        )
 
 
 def test_nan_shows_in_the_loss(architecture):

@@ -48,7 +48,11 @@ def test_top_k_of_equal_and_infinite_elements():
 
 def test_top_pre_activations_in_chunks_of_rows(monkeypatch):
     monkeypatch.setattr(cuda, "MOST_ROWS", 4)
-    x, weight, bias = torch.randn(10, 12, device=DEVICE), torch.randn(90, 12, device=DEVICE), torch.randn(90, device=DEVICE)
+    x, weight, bias = (
+        torch.randn(10, 12, device=DEVICE),
+        torch.randn(90, 12, device=DEVICE),
+        torch.randn(90, device=DEVICE),
+    )
     values, indices = cuda.top_pre_activations(x, weight, bias, 6, kernels.Workspace(), None)
     right = x.double() @ weight.double().T + bias.double()
     assert distance(values.sort(1).values, right.topk(6).values.sort(1).values) < 1e-6
@@ -72,7 +76,10 @@ def test_products_with_codes(precision, tolerance, d, part):
     residual = fused.residual(target.to(DEVICE), weight.to(DEVICE))
     right = target.double() - matrix.double() @ weight[latents].double()
     assert distance(residual, right) < tolerance
-    grads = [torch.full(shape, 1.0 if part else torch.nan, device=DEVICE) for shape in (weight.shape, weight.shape[:1], weight.shape)]
+    grads = [
+        torch.full(shape, 1.0 if part else torch.nan, device=DEVICE)
+        for shape in (weight.shape, weight.shape[:1], weight.shape)
+    ]
     fused.backward(-0.3, residual, x.to(DEVICE), *grads)
     grad_codes = -0.3 * (right @ weight[latents].double().T) * (matrix > 0)
     expected = grad_codes.T @ x.double(), grad_codes.sum(0), -0.3 * matrix.double().T @ right
@@ -97,14 +104,22 @@ def test_decoder_rows():
 
 def test_putting_numbers():
     m = 3 * cuda.TILE // 2
-    numbers, places, values = torch.zeros(2 * m, device=DEVICE), torch.randperm(2 * m, device=DEVICE)[:m], torch.randn(m, device=DEVICE)
+    numbers, places, values = (
+        torch.zeros(2 * m, device=DEVICE),
+        torch.randperm(2 * m, device=DEVICE)[:m],
+        torch.randn(m, device=DEVICE),
+    )
     cuda.put_(numbers, places, values)
     assert torch.equal(numbers[places], values)
     assert numbers.count_nonzero() == values.count_nonzero()
 
 
 def test_adding_rows():
-    matrix, places, rows = torch.randn(9, 300, device=DEVICE), torch.tensor([8, 0, 3], device=DEVICE), torch.randn(3, 300, device=DEVICE)
+    matrix, places, rows = (
+        torch.randn(9, 300, device=DEVICE),
+        torch.tensor([8, 0, 3], device=DEVICE),
+        torch.randn(3, 300, device=DEVICE),
+    )
     right = matrix.double().index_add(0, places, rows.double())
     cuda.add_rows_(matrix, places, rows)
     assert distance(matrix, right) < 1e-6
@@ -151,19 +166,32 @@ def test_gradients_for_the_latents_chosen(architecture, precision, tolerance, fo
     pre = (centred @ parameters["W_enc"].T + parameters["b_enc"]).relu()
     error = (
         centred
-        - (pre * torch.zeros(b, n, device=DEVICE).index_put((chosen.rows, chosen.features), torch.ones((), device=DEVICE))) @ parameters["W_dec"]
+        - (
+            pre
+            * torch.zeros(b, n, device=DEVICE).index_put((chosen.rows, chosen.features), torch.ones((), device=DEVICE))
+        )
+        @ parameters["W_dec"]
     )
     loss = error.square().sum(1).mean()
     if dead_latents:
         assert dead_chosen.places.shape[1] == min(dead_latents, sae.k_aux)
         mask = torch.zeros(b, n, device=DEVICE).scatter(1, dead[dead_chosen.places], 1)
         e = error.detach()
-        loss = loss + sae.train_config.aux_coefficient * d * (e - pre * mask @ parameters["W_dec"]).square().sum() / (e - e.mean(0)).square().sum()
+        loss = (
+            loss
+            + sae.train_config.aux_coefficient
+            * d
+            * (e - pre * mask @ parameters["W_dec"]).square().sum()
+            / (e - e.mean(0)).square().sum()
+        )
     loss.backward()
     assert terms["loss"].item() == pytest.approx(loss.item(), rel=tolerance / 5)
     for name, parameter in sae.named_parameters():
         assert distance(parameter.grad, parameters[name].grad) < tolerance, name
-    assert torch.equal(sae.fired(), torch.zeros(n, dtype=torch.bool, device=DEVICE).index_fill(0, chosen.features[chosen.values > 0], True))
+    assert torch.equal(
+        sae.fired(),
+        torch.zeros(n, dtype=torch.bool, device=DEVICE).index_fill(0, chosen.features[chosen.values > 0], True),
+    )
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.05)])

@@ -32,7 +32,9 @@ def check(sae, dead, factor=0.7):
         terms = sae.loss_and_grads(x, StepInfo(sparsity_factor=factor, dead=dead))
     torch.testing.assert_close(terms["loss"], expected.detach(), rtol=1e-12, atol=1e-12)
     for name, parameter in sae.named_parameters():
-        torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
         assert parameters[name].grad.abs().max() > 0
     return terms
 

@@ -29,7 +29,13 @@ def weights(seed: int = 0) -> dict[str, Tensor]:
 
     W_dec = normal(N, D) * torch.linspace(0.5, 2, N).unsqueeze(1) / D**0.5
     W_dec[3] = 0
-    return {"W_enc": normal(N, D) / D**0.5, "W_dec": W_dec, "b_enc": 0.3 * normal(N), "b_dec": normal(D), "threshold": normal(N).add(0.5) * 0.4}
+    return {
+        "W_enc": normal(N, D) / D**0.5,
+        "W_dec": W_dec,
+        "b_enc": 0.3 * normal(N),
+        "b_dec": normal(D),
+        "threshold": normal(N).add(0.5) * 0.4,
+    }
 
 
 @pytest.fixture
@@ -127,8 +133,14 @@ def test_saelens_before_version_6(x, tmp_path):
     [
         ({"architecture": "gated"}, "architecture is gated"),
         ({"architecture": ["topk"]}, "architecture is .'topk'"),
-        ({"metadata": {"hook_name": "blocks.3.hook_resid_post", "model_from_pretrained_kwargs": {"fold_ln": True}}}, "processed weights .fold_ln"),
-        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "processed weights .center_writing_weights"),
+        (
+            {"metadata": {"hook_name": "blocks.3.hook_resid_post", "model_from_pretrained_kwargs": {"fold_ln": True}}},
+            "processed weights .fold_ln",
+        ),
+        (
+            {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+            "processed weights .center_writing_weights",
+        ),
         ({"metadata": {"hook_name": "blocks.3.attn.hook_z", "hook_head_index": 0}}, "attention head 0"),
         ({"metadata": "blocks.3"}, "metadata is 'blocks.3', which is not a JSON object"),
         ({"metadata": {"hook_name": 3}}, "name its hook point"),
@@ -164,12 +176,16 @@ def gemma_reconstruction(x: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tenso
     return codes, codes @ w["W_dec"].double() + w["b_dec"]
 
 
-@pytest.mark.parametrize(("suffix", "hook_point"), [("res", "resid_post.20"), ("att", "attn_z.20"), ("mlp", "mlp_out.20")])
+@pytest.mark.parametrize(
+    ("suffix", "hook_point"), [("res", "resid_post.20"), ("att", "attn_z.20"), ("mlp", "mlp_out.20")]
+)
 def test_gemma_scope_2(suffix, hook_point, x, tmp_path):
     w = weights()
     folder = tmp_path / f"gemma-scope-2b-pt-{suffix}" / "layer_20" / "width_16k" / "average_l0_71"
     folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **{name: (tensor.T if name == "W_enc" else tensor).numpy() for name, tensor in w.items()})
+    np.savez(
+        folder / "params.npz", **{name: (tensor.T if name == "W_enc" else tensor).numpy() for name, tensor in w.items()}
+    )
     for where in (folder, folder / "params.npz", f"file://{folder}", f"file://{folder}/params.npz"):
         check(where, "layer_20_width_16k_average_l0_71", hook_point, x, *gemma_reconstruction(x, w))
     assert load_any(folder, hook_point="resid_post.1").sae.config.hook_point == "resid_post.1"
@@ -178,7 +194,14 @@ def test_gemma_scope_2(suffix, hook_point, x, tmp_path):
 def write_gemma_3(folder: Path, **extra: Tensor) -> dict[str, Tensor]:
     w = weights()
     folder.mkdir(parents=True)
-    lower = {"w_enc": w["W_enc"].T, "w_dec": w["W_dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"], "threshold": w["threshold"], **extra}
+    lower = {
+        "w_enc": w["W_enc"].T,
+        "w_dec": w["W_dec"],
+        "b_enc": w["b_enc"],
+        "b_dec": w["b_dec"],
+        "threshold": w["threshold"],
+        **extra,
+    }
     save_file({name: tensor.contiguous() for name, tensor in lower.items()}, folder / "params.safetensors")
     return w
 
@@ -192,7 +215,9 @@ def test_gemma_scope_3(place, module, hook_point, x, tmp_path):
     folder = tmp_path / "gemma-scope-2-1b-pt" / place / "layer_7_width_16k_l0_small"
     w = write_gemma_3(folder)
     check(folder, f"{place}_layer_7_width_16k_l0_small", hook_point, x, *gemma_reconstruction(x, w))
-    (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", "hf_hook_point_in": f"model.layers.8.{module}"}))
+    (folder / "config.json").write_text(
+        json.dumps({"architecture": "jump_relu", "hf_hook_point_in": f"model.layers.8.{module}"})
+    )
     check(folder, f"{place}_layer_7_width_16k_l0_small", hook_point.replace("7", "8"), x, *gemma_reconstruction(x, w))
 
 
@@ -224,10 +249,18 @@ def test_gemma_scope_of_unknown_place_needs_a_hook_point(tmp_path):
 # ---------------------------------------------------------------- sparsify
 
 
-def write_sparsify(folder: Path, dtype: torch.dtype = torch.float32, extra: dict[str, Tensor] | None = None, **config) -> dict[str, Tensor]:
+def write_sparsify(
+    folder: Path, dtype: torch.dtype = torch.float32, extra: dict[str, Tensor] | None = None, **config
+) -> dict[str, Tensor]:
     w = {name: tensor.to(dtype) for name, tensor in weights().items()}
     folder.mkdir(parents=True)
-    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"], **(extra or {})}
+    tensors = {
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["b_enc"],
+        "W_dec": w["W_dec"],
+        "b_dec": w["b_dec"],
+        **(extra or {}),
+    }
     save_file(tensors, folder / "sae.safetensors")
     base = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": N, "k": K, "multi_topk": False,
             "skip_connection": False, "transcode": False, "d_in": D}  # fmt: skip
@@ -236,7 +269,10 @@ def write_sparsify(folder: Path, dtype: torch.dtype = torch.float32, extra: dict
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("hookpoint", "hook_point"), [("layers.5", "resid_post.5"), ("layers.5.mlp", "mlp_out.5"), ("h.2.attn", "attn_out.2")])
+@pytest.mark.parametrize(
+    ("hookpoint", "hook_point"),
+    [("layers.5", "resid_post.5"), ("layers.5.mlp", "mlp_out.5"), ("h.2.attn", "attn_out.2")],
+)
 def test_sparsify(hookpoint, hook_point, dtype, x, tmp_path, monkeypatch):
     """SparseCoder.encode and decode: b_dec is subtracted, ReLU, then the k largest."""
     w = {name: tensor.double() for name, tensor in write_sparsify(tmp_path / "sae-pythia" / hookpoint, dtype).items()}
@@ -270,12 +306,22 @@ def write_dictionary(folder: Path, dict_class: str, tensors: dict[str, Tensor], 
     torch.save(tensors, folder / "ae.pt")
     base = {"dict_class": dict_class, "activation_dim": D, "dict_size": N, "layer": 8, "lm_name": "EleutherAI/pythia-70m",
             "submodule_name": "resid_post_layer_8", "lr": 1e-4}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({"trainer": {**base, **trainer}, "buffer": {"ctx_len": 128, "d_submodule": D}}))
+    (folder / "config.json").write_text(
+        json.dumps({"trainer": {**base, **trainer}, "buffer": {"ctx_len": 128, "d_submodule": D}})
+    )
     return folder
 
 
 @pytest.mark.parametrize(
-    "dict_class", ["AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"]
+    "dict_class",
+    [
+        "AutoEncoder",
+        "AutoEncoderNew",
+        "AutoEncoderTopK",
+        "BatchTopKSAE",
+        "MatryoshkaBatchTopKSAE",
+        "JumpReluAutoEncoder",
+    ],
 )
 def test_dictionary_learning(dict_class, x, tmp_path):
     """dictionary.py and trainers/{top_k, batch_top_k, matryoshka_batch_top_k}.py."""
@@ -291,7 +337,9 @@ def test_dictionary_learning(dict_class, x, tmp_path):
         "MatryoshkaBatchTopKSAE": {**plain, **counts, "group_sizes": torch.tensor([10, 30])},
         "JumpReluAutoEncoder": {**plain, "threshold": w["threshold"]},
     }[dict_class]
-    folder = write_dictionary(tmp_path / "pythia" / "trainer_0", dict_class, tensors, **({"k": K} if "TopK" in dict_class else {}))
+    folder = write_dictionary(
+        tmp_path / "pythia" / "trainer_0", dict_class, tensors, **({"k": K} if "TopK" in dict_class else {})
+    )
     w = {name: tensor.double() for name, tensor in w.items()}
     subtracted = dict_class not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     pre = (x.double() - w["b_dec"] * subtracted) @ w["W_enc"].T + w["b_enc"]
@@ -308,11 +356,20 @@ def test_dictionary_learning(dict_class, x, tmp_path):
 
 @pytest.mark.parametrize(
     ("dict_class", "trainer", "message"),
-    [("GatedAutoEncoder", {}, "GatedAutoEncoder"), ("AutoEncoderTopK", {"submodule_name": "embed"}, "name its hook point"), (None, {}, "None")],
+    [
+        ("GatedAutoEncoder", {}, "GatedAutoEncoder"),
+        ("AutoEncoderTopK", {"submodule_name": "embed"}, "name its hook point"),
+        (None, {}, "None"),
+    ],
 )
 def test_dictionary_learning_refused(dict_class, trainer, message, tmp_path):
     w = weights()
-    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T, "b_dec": w["b_dec"]}
+    tensors = {
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].T,
+        "b_dec": w["b_dec"],
+    }
     write_dictionary(tmp_path, dict_class, tensors, k=K, **trainer)
     with pytest.raises(UserError, match=message):
         load_any(tmp_path)
@@ -333,7 +390,12 @@ def test_dictionary_learning_refused(dict_class, trainer, message, tmp_path):
 )
 def test_places_of_dictionary_learning_are_not_guessed(submodule_name, hook_point, tmp_path):
     w = weights()
-    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T, "b_dec": w["b_dec"]}
+    tensors = {
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].T,
+        "b_dec": w["b_dec"],
+    }
     write_dictionary(tmp_path, "AutoEncoderTopK", tensors, k=K, submodule_name=submodule_name)
     if hook_point:
         assert load_any(tmp_path).sae.config.hook_point == hook_point
@@ -356,7 +418,9 @@ def test_pickled_code_is_not_run(tmp_path):
         load_any(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"junkjunk", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"junkjunk", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"]
+)
 def test_damaged_pickles(content, tmp_path):
     write_dictionary(tmp_path, "AutoEncoder", {})
     (tmp_path / "ae.pt").write_bytes(content)

@@ -53,7 +53,11 @@ def test_code_matrices(form, monkeypatch):
     assert isinstance(codes, {"sparse": kernels.SparseCodes, "dense": kernels.DenseCodes}[form])
     residual = codes.residual(target, weight)
     torch.testing.assert_close(residual, left)
-    W_enc, b_enc, W_dec = torch.full((n, d), 9.0).double(), torch.full((n,), 9.0).double(), torch.full((n, d), 9.0).double()
+    W_enc, b_enc, W_dec = (
+        torch.full((n, d), 9.0).double(),
+        torch.full((n,), 9.0).double(),
+        torch.full((n, d), 9.0).double(),
+    )
     codes.backward(0.3, residual, x, W_enc, b_enc, W_dec)
     expected = (encoder.grad, bias.grad, decoder.grad)
     for found, right in zip((W_enc, b_enc, W_dec), expected, strict=True):
@@ -95,7 +99,9 @@ def test_residuals_and_their_products_with_latents(dtype, threads):
 def test_geometric_median_is_the_point_of_least_distance():
     rows = np.random.default_rng(0).standard_t(2, size=(300, 4)) + 3
     found = kernels.geometric_median(torch.from_numpy(rows), tolerance=1e-9).numpy()
-    best = minimize(lambda p: np.linalg.norm(rows - p, axis=1).sum(), rows.mean(0), method="BFGS", options={"gtol": 1e-9}).x
+    best = minimize(
+        lambda p: np.linalg.norm(rows - p, axis=1).sum(), rows.mean(0), method="BFGS", options={"gtol": 1e-9}
+    ).x
     np.testing.assert_allclose(found, best, atol=1e-5)
     assert np.linalg.norm(rows.mean(0) - best) > 0.01
 
@@ -111,7 +117,10 @@ def test_workspace_reuses_memory_and_is_left_out_of_copies():
     assert workspace.take("a", (2, 3), like).data_ptr() == first.data_ptr()
     assert workspace.take("a", (2, 3), like.double()).dtype == torch.float64
     with ThreadPoolExecutor(1) as other:
-        assert other.submit(workspace.take, "a", (2, 3), like).result().data_ptr() != workspace.take("a", (2, 3), like).data_ptr()
+        assert (
+            other.submit(workspace.take, "a", (2, 3), like).result().data_ptr()
+            != workspace.take("a", (2, 3), like).data_ptr()
+        )
     assert not copy.deepcopy(workspace)._buffers
     assert not pickle.loads(pickle.dumps(workspace))._buffers
 
@@ -122,7 +131,10 @@ def test_chunks_are_bounded(n, bytes_each):
     assert rows == 1 or rows * n * bytes_each <= kernels.MAXIMUM_BYTES["cpu"]
 
 
-@pytest.mark.parametrize(("n", "rows"), [(4096, 1024), (5000, 1024), (16_384, 256), (24_576, 256), (65_536, 64), (262_144, 64), (1 << 20, 16)])
+@pytest.mark.parametrize(
+    ("n", "rows"),
+    [(4096, 1024), (5000, 1024), (16_384, 256), (24_576, 256), (65_536, 64), (262_144, 64), (1 << 20, 16)],
+)
 def test_chunks_are_large_enough(n, rows):
     """A power of two, and enough for the product not to wait for W_enc to come from memory, as far as memory allows."""
     assert kernels.chunk_rows(n, 4) == rows
@@ -142,7 +154,12 @@ def test_pre_activations_of_some_latents(at_once, monkeypatch):
     monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size, device="cpu": 8)
     monkeypatch.setattr(kernels, "OUTER_BYTES", 5 * 7 * 8)
     monkeypatch.setattr(kernels, "MAXIMUM_BYTES", {"cpu": at_once})
-    x, weight, bias, latents = torch.randn(30, 7).double(), torch.randn(50, 7).double(), torch.randn(50).double(), torch.randperm(50)[:23]
+    x, weight, bias, latents = (
+        torch.randn(30, 7).double(),
+        torch.randn(50, 7).double(),
+        torch.randn(50).double(),
+        torch.randperm(50)[:23],
+    )
     chunks = kernels.pre_activation_chunks(x, weight, bias, kernels.Workspace(), latents)
     found = torch.cat([chunk.clone() for _, chunk in chunks], dim=1)
     torch.testing.assert_close(found, (x @ weight.T + bias).T[latents])

@@ -34,7 +34,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 @pytest.mark.timeout(300)
 def test_memory_of_a_list_is_bounded():
     """Nearly as many active latents as a list may have, 3 %: pre-activations have a standard deviation of 1."""
-    out = subprocess.run([sys.executable, "-c", STEP, "jumprelu", "131072", "32", "640", "1.87"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", STEP, "jumprelu", "131072", "32", "640", "1.87"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert float(out.stdout) < 256
 
 
@@ -47,5 +52,7 @@ def test_memory_of_a_list_is_bounded():
 )
 def test_step_memory_is_bounded(architecture, size):
     """No temporary has the size of a dense code matrix, nor that of a weight matrix."""
-    out = subprocess.run([sys.executable, "-c", STEP, architecture, *map(str, size)], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", STEP, architecture, *map(str, size)], capture_output=True, text=True, check=True
+    )
     assert float(out.stdout) < 256

@@ -54,7 +54,10 @@ def test_any_size(b, n, d, data):
     if data.draw(st.booleans()):
         x, weight, bias = x.round(), weight.round(), bias.round()  # many ties, rows of zeros
     if data.draw(st.booleans()):
-        x, weight = x.sign(), weight.sign()  # nothing is lost in rounding to integers: what float32 rounds is all there is
+        x, weight = (
+            x.sign(),
+            weight.sign(),
+        )  # nothing is lost in rounding to integers: what float32 rounds is all there is
     with pytest.MonkeyPatch.context() as monkeypatch:
         are_largest(*screened(monkeypatch, x, weight, bias, k), x, weight, bias, k)
 
@@ -138,7 +141,9 @@ def test_as_shipped_few_latents_to_a_k_are_not_too_many(n, k, monkeypatch):
 def test_few_are_computed(monkeypatch):
     computed, real = [], screening.in_parts
     monkeypatch.setattr(
-        screening, "in_parts", lambda function, *arguments: computed.append((function, real(function, *arguments))) or computed[-1][1]
+        screening,
+        "in_parts",
+        lambda function, *arguments: computed.append((function, real(function, *arguments))) or computed[-1][1],
     )
     top_pre_activations(torch.randn(256, 256), torch.randn(8192, 256), torch.zeros(8192), 32, Workspace())
     totals = [sum(totals) for function, totals in computed if function is screening._select]
@@ -180,7 +185,9 @@ def test_gradients_are_those_of_all_pre_activations(dead, monkeypatch):
         found[latents_per_k] = {**terms, **{name: parameter.grad for name, parameter in sae.named_parameters()}}
     assert any(not torch.equal(value, found[10**6][name]) for name, value in found[1].items())  # two ways indeed
     for name, value in found[1].items():
-        torch.testing.assert_close(value, found[10**6][name], rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            value, found[10**6][name], rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_products_that_overflow_are_noticed(monkeypatch):

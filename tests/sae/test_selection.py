@@ -25,7 +25,9 @@ def test_top_k_is_torch_topk(rows, n, data):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("n", "rows", "k"), [(8192, 200, 8), (8191, 65, 32), (5000, 20, 1), (16384, 130, 64), (700, 64, 600), (1, 3, 1)])
+@pytest.mark.parametrize(
+    ("n", "rows", "k"), [(8192, 200, 8), (8191, 65, 32), (5000, 20, 1), (16384, 130, 64), (700, 64, 600), (1, 3, 1)]
+)
 def test_top_k_at_width(n, rows, k, dtype):
     scores = torch.randn(n, rows).to(dtype)
     are_largest(*top_k(scores, k), scores, k)
@@ -137,9 +139,13 @@ print(top_k(torch.arange(12.).view(4, 3), 1)[1].tolist(), numba.config.CACHE_DIR
 
     def run(writable: str) -> str:
         environment = os.environ | {"HOME": str(tmp_path)}
-        return subprocess.run([sys.executable, "-c", code, writable], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            [sys.executable, "-c", code, writable], env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     assert run("nowhere") == "[[3], [3], [3]] True"
     assert not list(tmp_path.rglob("*.nbi"))
     assert run(str(tmp_path)) == "[[3], [3], [3]] True"
-    assert list(tmp_path.glob(".cache/raysae/numba-*/**/*.nbi")), "what cannot be kept beside the package is kept with the user's caches"
+    assert list(tmp_path.glob(".cache/raysae/numba-*/**/*.nbi")), (
+        "what cannot be kept beside the package is kept with the user's caches"
+    )

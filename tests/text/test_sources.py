@@ -119,7 +119,9 @@ def test_hugging_face_datasets_from_local_files(tmp_path):
     assert read(f"hf:json:{folder}/t*.jsonl", max_documents=2) == ["held out", TEXTS[0]]
     (tmp_path / "table.parquet").write_bytes(content(".parquet", tmp_path))
     assert read(f"hf:parquet:{tmp_path}/table.parquet") == TEXTS
-    same = [TextConfig(source=s) for s in (f"hf:{folder}", f"hf:parquet:{tmp_path}/table.parquet", f"{folder}/train.jsonl")]
+    same = [
+        TextConfig(source=s) for s in (f"hf:{folder}", f"hf:parquet:{tmp_path}/table.parquet", f"{folder}/train.jsonl")
+    ]
     assert len({fingerprint(config) for config in same}) == 1
 
 
@@ -147,7 +149,11 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
         ("{}/broken.txt.xz", {}, "broken.txt.xz cannot be read"),
         ("{}/broken.txt.zst", {}, "broken.txt.zst cannot be read"),
         ("{}/broken.parquet", {}, "broken.parquet cannot be read"),
-        ("{}/rows.jsonl.gz", {"field": "body"}, "text.field is 'body', which .*rows.jsonl.gz line 1 does not have: it has id, text"),
+        (
+            "{}/rows.jsonl.gz",
+            {"field": "body"},
+            "text.field is 'body', which .*rows.jsonl.gz line 1 does not have: it has id, text",
+        ),
         ("{}/rows.jsonl.gz", {"field": "id"}, "holds int, not text"),
         ("hf:", {}, "name a dataset"),
         ("hf:{}/nowhere", {}, "cannot be loaded"),
@@ -155,7 +161,11 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
         ("hf:json:{}/none.jsonl", {}, "cannot be loaded"),
         ("hf:json:{}/broken.json", {}, "broken.json cannot be read"),
         ("hf:json:{}/rows.jsonl.gz", {"split": "validation"}, "text.split is 'validation'"),
-        ("hf:json:{}/rows.jsonl.gz", {"field": "body"}, "text.field is 'body', which hf:json:.* does not have: it has id, text"),
+        (
+            "hf:json:{}/rows.jsonl.gz",
+            {"field": "body"},
+            "text.field is 'body', which hf:json:.* does not have: it has id, text",
+        ),
     ],
 )
 def test_bad_sources_get_one_sentence(tmp_path, source, options, message):

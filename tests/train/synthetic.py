@@ -11,7 +11,16 @@ from raysae.config import ActivationSpec, EvaluationConfig, SAEConfig, TrainConf
 D = 32
 ARCHITECTURES = ("topk", "batchtopk", "relu", "tied", "jumprelu")
 SPEC = ActivationSpec(
-    model="m", text="t", contexts=1024, context_length=16, skip_positions=1, dtype="float32", seed=0, epochs=1, shard_contexts=256, batch_contexts=32
+    model="m",
+    text="t",
+    contexts=1024,
+    context_length=16,
+    skip_positions=1,
+    dtype="float32",
+    seed=0,
+    epochs=1,
+    shard_contexts=256,
+    batch_contexts=32,
 )
 TRAIN = TrainConfig(tokens=64 * 20, batch=64, reports=4, checkpoint_seconds=1e6)
 EVALUATION = EvaluationConfig(rows=600, interim_rows=250)
@@ -27,7 +36,13 @@ def rows(count: int, seed: int = 0, d: int = D) -> torch.Tensor:
 
 def config(architecture: str = "topk", width: int = 64, seed: int = 0, **changes) -> SAEConfig:
     level = {"k": 4} if architecture in ("topk", "batchtopk") else {"sparsity": 1e-3}
-    chosen = {"architecture": architecture, "hook_point": "resid_post.0", "width": width, "learning_rate": 3e-3, "seed": seed}
+    chosen = {
+        "architecture": architecture,
+        "hook_point": "resid_post.0",
+        "width": width,
+        "learning_rate": 3e-3,
+        "seed": seed,
+    }
     return SAEConfig(**chosen | level | changes)
 
 
@@ -49,7 +64,9 @@ class ArrayReader:
 
 
 class ArraySource:
-    def __init__(self, train: TrainConfig = TRAIN, evaluation: EvaluationConfig = EVALUATION, delay: float = 0.0) -> None:
+    def __init__(
+        self, train: TrainConfig = TRAIN, evaluation: EvaluationConfig = EVALUATION, delay: float = 0.0
+    ) -> None:
         self.train, self.delay = train, delay
         self.data = rows(train.steps * train.batch)
         self.held_out = rows(evaluation.rows, seed=7)

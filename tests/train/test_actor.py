@@ -31,7 +31,9 @@ class ArrayQueue:
     def __init__(self, paused: bool = False):
         shards = [rows(SPEC.rows_per_shard, seed=seed).numpy() for seed in range(2)]
         self.blocks = [[ray.put(block) for block in cut(shard, SPEC.dtype, BLOCK_MIB)] for shard in shards]
-        self.held_out = [ray.put(block) for block in cut(rows(SPEC.rows_per_shard, seed=9).numpy(), SPEC.dtype, BLOCK_MIB)]
+        self.held_out = [
+            ray.put(block) for block in cut(rows(SPEC.rows_per_shard, seed=9).numpy(), SPEC.dtype, BLOCK_MIB)
+        ]
         self.paused = paused
 
     async def join(self, consumer, hook_point, row, until_shard=None):
@@ -62,7 +64,14 @@ class ArrayQueue:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False, logging_level="error")
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=150 * 2**20,
+        log_to_driver=False,
+        logging_level="error",
+    )
     yield
     ray.shutdown()
 
@@ -141,7 +150,11 @@ def test_killed_in_the_middle_comes_back_and_gives_the_same_bits(tmp_path, undis
     first, ended = ray.get(trainer.reports.remote(A.name), timeout=60)
     assert first[0]["tokens"] == 320
     assert not ended
-    wait_for(lambda: all(s["tokens"] == SPEC.rows_per_shard and s["state"] == "waiting" for s in ray.get(trainer.status.remote())))
+    wait_for(
+        lambda: all(
+            s["tokens"] == SPEC.rows_per_shard and s["state"] == "waiting" for s in ray.get(trainer.status.remote())
+        )
+    )
     pid = ray.get(trainer.process.remote())
     os.kill(pid, signal.SIGKILL)
     ray.get(queue.resume.remote())

@@ -103,7 +103,9 @@ def test_members_train_only_on_their_row():
 
 def test_loss_falls():
     for architecture in ARCHITECTURES:
-        wanted = config(architecture, sparsity=1e-4) if architecture not in ("topk", "batchtopk") else config(architecture)
+        wanted = (
+            config(architecture, sparsity=1e-4) if architecture not in ("topk", "batchtopk") else config(architecture)
+        )
         bank = bank_of(wanted)
         member = bank.members[wanted.name]
         train(bank, 0, 2)
@@ -121,7 +123,10 @@ def test_gradients_are_clipped_to_the_global_norm_of_their_own_sae():
         bank.add(c.name, c).initialise(DATA[:512])
     for member in bank.members.values():
         step = member.adam.step
-        member.adam.step = lambda rate, member=member, step=step: (seen.append(float(member._gradient_norm())), step(rate))
+        member.adam.step = lambda rate, member=member, step=step: (
+            seen.append(float(member._gradient_norm())),
+            step(rate),
+        )
     train(bank, 0, 3)
     assert seen == pytest.approx([1e-3 * D**0.5] * 6, rel=1e-4)
     assert bank.members[a.name].sums["gradient_norm"] > 3e-3 * D**0.5  # as it was before clipping

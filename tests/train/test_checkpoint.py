@@ -11,14 +11,27 @@ from raysae.train import checkpoint as module
 from raysae.train.checkpoint import Checkpoint, CheckpointStore, fingerprint
 
 SPEC = ActivationSpec(
-    model="m", text="t", contexts=512, context_length=16, skip_positions=1, dtype="float32", seed=0, epochs=1, shard_contexts=256, batch_contexts=32
+    model="m",
+    text="t",
+    contexts=512,
+    context_length=16,
+    skip_positions=1,
+    dtype="float32",
+    seed=0,
+    epochs=1,
+    shard_contexts=256,
+    batch_contexts=32,
 )
 SAE = SAEConfig(architecture="topk", hook_point="resid_post.0", width=8, k=2, learning_rate=1e-3)
 FACTS = {"threads": 1, "torch": "2"}
 
 
 def example(value: float) -> Checkpoint:
-    tensors = {"weights": torch.full((3, 4), value), "count": torch.tensor([1, 2**40]), "half": torch.tensor([1.5], dtype=torch.bfloat16)}
+    tensors = {
+        "weights": torch.full((3, 4), value),
+        "count": torch.tensor([1, 2**40]),
+        "half": torch.tensor([1.5], dtype=torch.bfloat16),
+    }
     return Checkpoint(tensors, {"row": 12, "sum": 0.1 + 0.2, "reports": [{"fvu": value}], "leaving": None}, dict(FACTS))
 
 
@@ -85,7 +98,10 @@ def test_a_crash_while_writing_leaves_the_earlier_one(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(UserError, match=f"cannot be written .no space left on device.: the checkpoints before it in {tmp_path} are whole"):
+    with pytest.raises(
+        UserError,
+        match=f"cannot be written .no space left on device.: the checkpoints before it in {tmp_path} are whole",
+    ):
         store.save(example(1))
     assert len(list(tmp_path.iterdir())) == 1
     assert store.load(FACTS).header["reports"][0]["fvu"] == 0
@@ -146,7 +162,18 @@ def test_another_run_is_refused_unless_allowed_by_name(tmp_path, caplog):
 
 def test_fingerprint_covers_what_bits_depend_on():
     base = fingerprint(SPEC, SAE, TrainConfig(), "cpu")
-    assert {"torch", "numba", "fast_integers", "device", "threads", "spec", "sae.k", "sae.seed", "train.batch", "train.tokens"} <= base.keys()
+    assert {
+        "torch",
+        "numba",
+        "fast_integers",
+        "device",
+        "threads",
+        "spec",
+        "sae.k",
+        "sae.seed",
+        "train.batch",
+        "train.tokens",
+    } <= base.keys()
     assert base["threads"] == torch.get_num_threads()
     for changed in (
         fingerprint(SPEC.model_copy(update={"seed": 1}), SAE, TrainConfig(), "cpu"),

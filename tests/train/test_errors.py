@@ -24,7 +24,9 @@ HOOK = "resid_post.0"
 def errors(tmp_path: Path) -> tuple[SAE, Linear, ErrorsConfig]:
     """An SAE with biases that matter, a probe, and the config that names their files."""
     torch.manual_seed(0)
-    sae = SAE.build(SAEConfig(hook_point=HOOK, width=40, k=4, learning_rate=1e-3), D, TrainConfig()).requires_grad_(False)
+    sae = SAE.build(SAEConfig(hook_point=HOOK, width=40, k=4, learning_rate=1e-3), D, TrainConfig()).requires_grad_(
+        False
+    )
     sae.b_dec.copy_(torch.randn(D))
     sae.b_enc.copy_(0.1 * torch.randn(40))
     probe = Linear(torch.randn(D, D, dtype=torch.float64) / D, torch.randn(D, dtype=torch.float64))
@@ -91,12 +93,16 @@ class ErrorSource(ArraySource):
         return map(self.transform, super().evaluation(rows))
 
 
-def test_a_loop_on_the_transform_is_a_loop_on_its_rows(errors: tuple[SAE, Linear, ErrorsConfig], tmp_path: Path) -> None:
+def test_a_loop_on_the_transform_is_a_loop_on_its_rows(
+    errors: tuple[SAE, Linear, ErrorsConfig], tmp_path: Path
+) -> None:
     """Bit for bit the SAE that comes out where the transformed rows are the stream."""
     _, _, named = errors
     transform = ErrorOf(f"{HOOK}.nonlinear", named, D)
     plain = ArraySource()
-    plain.data, plain.held_out = (torch.cat([transform(part) for part in whole.split(TRAIN.batch)]) for whole in (plain.data, plain.held_out))
+    plain.data, plain.held_out = (
+        torch.cat([transform(part) for part in whole.split(TRAIN.batch)]) for whole in (plain.data, plain.held_out)
+    )
     sources = {"transformed": ErrorSource(transform), "rows": plain}
     for name, source in sources.items():
         loop = Loop(str(tmp_path / name), D, SPEC, TRAIN, EVALUATION, source)

@@ -33,7 +33,11 @@ def test_equal_to_brute_force(architecture, monkeypatch):
     metrics = reconstruction_metrics(sae, iter(x.split(200)))
     with torch.no_grad():
         codes = dense(sae.encode(x), sae.n).double()
-    x_hat = codes @ sae.W_dec.double() + sae.b_dec.double() if architecture != "tied" else sae.decode(codes.float()).double()
+    x_hat = (
+        codes @ sae.W_dec.double() + sae.b_dec.double()
+        if architecture != "tied"
+        else sae.decode(codes.float()).double()
+    )
     x = x.double()
     assert metrics.rows == 777
     assert metrics.fvu == pytest.approx(float(((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()), rel=1e-5)
@@ -52,7 +56,9 @@ def test_saes_share_the_variance_of_the_same_rows(monkeypatch):
     alone = [reconstruction_metrics(sae, x.split(200)).scalars() for sae in saes]
     for order in ((0, 1), (1, 0)):
         variance = Variance(D)
-        assert [reconstruction_metrics(saes[i], x.split(200), variance).scalars() for i in order] == [alone[i] for i in order]
+        assert [reconstruction_metrics(saes[i], x.split(200), variance).scalars() for i in order] == [
+            alone[i] for i in order
+        ]
         assert variance.rows == 777
 
 
@@ -83,7 +89,9 @@ def test_density_histogram_counts_latents_per_half_decade():
 
 
 def test_rows_of_zeros_and_bfloat16_are_taken():
-    metrics = reconstruction_metrics(trained_looking("topk"), [torch.zeros(3, D, dtype=torch.bfloat16), rows(20).bfloat16()])
+    metrics = reconstruction_metrics(
+        trained_looking("topk"), [torch.zeros(3, D, dtype=torch.bfloat16), rows(20).bfloat16()]
+    )
     assert metrics.rows == 23
     assert all(np.isfinite(value) for value in metrics.scalars().values())
 

@@ -43,7 +43,12 @@ def assert_same_sae(one, other, name: str) -> None:
 def lasting(reports: list[dict]) -> list[dict]:
     """Reports without what is measured in seconds."""
     return [
-        {k: v for k, v in r.items() if k not in ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")} for r in reports
+        {
+            k: v
+            for k, v in r.items()
+            if k not in ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")
+        }
+        for r in reports
     ]
 
 
@@ -84,7 +89,18 @@ def test_reports_come_at_even_steps_and_the_sae_is_saved(tmp_path):
         assert [r["evaluation_rows"] for r in reports] == [250, 250, 250, 600]
         assert [r["final"] for r in reports] == [False, False, False, True]
         assert sum(reports[-1]["density"]) == round(c.width * (1 - reports[-1]["dead_fraction"]))
-        assert {"name", "loss", "squared_error", "gradient_norm", "fvu", "l0", "cosine", "norm_ratio", "learning_rate", "time"} <= reports[0].keys()
+        assert {
+            "name",
+            "loss",
+            "squared_error",
+            "gradient_norm",
+            "fvu",
+            "l0",
+            "cosine",
+            "norm_ratio",
+            "learning_rate",
+            "time",
+        } <= reports[0].keys()
         metrics = reconstruction_metrics(load_sae(tmp_path / "saes" / c.name), [loop.source.held_out])
         assert metrics.fvu == pytest.approx(reports[-1]["fvu"], rel=1e-5)
         assert loop.reports(c.name, 3) == (reports[3:], True)
@@ -176,7 +192,9 @@ def test_an_sae_that_leaves_early_is_evaluated_and_saved(tmp_path):
     loop.add(A)
     loop.add(B)
     loop.on_change = lambda: (
-        len(loop.reports(A.name)[0]) == 2 and not loop.progress[A.name].message and loop.leave(A.name, "stopped by the scheduler")
+        len(loop.reports(A.name)[0]) == 2
+        and not loop.progress[A.name].message
+        and loop.leave(A.name, "stopped by the scheduler")
     )
     loop.run()
     reports, ended = loop.reports(A.name)
@@ -199,7 +217,10 @@ def test_leaving_after_the_end_or_before_the_first_row(tmp_path):
     loop.add(B)
     loop.leave(B.name, "at once")
     loop.run()
-    assert [(s["state"], s["tokens"], s["message"]) for s in loop.status()] == [("done", 1280, None), ("stopped", 0, "at once")]
+    assert [(s["state"], s["tokens"], s["message"]) for s in loop.status()] == [
+        ("done", 1280, None),
+        ("stopped", 0, "at once"),
+    ]
     assert loop.reports(B.name) == ([], True)
 
 
@@ -260,7 +281,9 @@ def test_a_failed_sae_stops_alone_and_stays_failed(tmp_path, caplog):
     loop = loop_on(tmp_path)
     loop.add(A)
     loop.add(B)
-    loop.on_change = lambda: A.name in loop.bank.members and loop.progress[A.name].tokens == 640 and break_(loop.bank.members[A.name])
+    loop.on_change = lambda: (
+        A.name in loop.bank.members and loop.progress[A.name].tokens == 640 and break_(loop.bank.members[A.name])
+    )
 
     def break_(member):
         member.sae.loss_and_grads = lambda x, step: {"loss": torch.tensor(float("nan"))}
@@ -322,7 +345,12 @@ def test_checkpoints_take_at_most_their_share_of_the_time():
 
 def test_checkpoints_are_written_as_time_passes(tmp_path):
     ticks = iter(range(10**6))
-    loop = loop_on(tmp_path, killed_at(640), train=TRAIN.model_copy(update={"checkpoint_seconds": 1}), clock=lambda: float(next(ticks)))
+    loop = loop_on(
+        tmp_path,
+        killed_at(640),
+        train=TRAIN.model_copy(update={"checkpoint_seconds": 1}),
+        clock=lambda: float(next(ticks)),
+    )
     loop.add(A)
     saves = []
     save = loop._save

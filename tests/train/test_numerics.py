@@ -45,7 +45,10 @@ def changing_at(row: int, **facts) -> ArraySource:
 def test_they_are_in_the_file_of_a_trained_sae(tmp_path):
     trained(tmp_path, A)
     facts = fingerprint_of(tmp_path, A.name)
-    assert {key: facts[key] for key in facts if key.startswith("producer.")} == {"producer.threads": 1, "producer.device": "cpu"}
+    assert {key: facts[key] for key in facts if key.startswith("producer.")} == {
+        "producer.threads": 1,
+        "producer.device": "cpu",
+    }
     assert facts.items() >= device_facts("cpu").items()
 
 
@@ -58,7 +61,9 @@ def test_other_producers_are_refused_on_resume_unless_allowed_by_name(tmp_path, 
     other.numerics = {"threads": [2], "device": ["cpu"]}
     refused = loop_on(tmp_path, other)
     refused.add(A)
-    with pytest.raises(UserError, match=rf"{A.name} differs in producer.threads \(was 1, is 1 and 2\): .* --allow producer.threads"):
+    with pytest.raises(
+        UserError, match=rf"{A.name} differs in producer.threads \(was 1, is 1 and 2\): .* --allow producer.threads"
+    ):
         refused.run()
     assert trained(tmp_path, A, source=other, allow={"producer.threads"}).status()[0]["state"] == "done"
     assert "will not be bit for bit" in caplog.text
@@ -130,7 +135,9 @@ def test_every_fact_may_be_allowed_by_name(device, monkeypatch):
     lm = SimpleNamespace(device=torch.device(device), attention="sdpa", dtype=torch.float32)
     facts = {*fingerprint(SPEC, A, TRAIN, device), *(f"producer.{fact}" for fact in shard.numerics(lm))}
     assert {fact for fact in facts if not fact.startswith(("sae.", "train."))} <= {*FACTS}
-    assert {"cpu": {"numba", "fast_integers"}, "cuda": {"triton", "precision", "producer.tf32", "bf16_reduction"}}[device] <= facts
+    assert {"cpu": {"numba", "fast_integers"}, "cuda": {"triton", "precision", "producer.tf32", "bf16_reduction"}}[
+        device
+    ] <= facts
 
 
 def test_another_cpu_is_refused_on_resume_unless_allowed_by_name(tmp_path, monkeypatch):

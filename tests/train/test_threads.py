@@ -49,5 +49,8 @@ def test_the_quality_does_not_depend_on_the_threads(trained_with, sae):
 def test_equal_threads_give_equal_bits_and_others_are_in_the_fingerprint(trained_with, sae):
     one, again = (load_sae(trained_with[name] / "saes" / sae.name).state_dict() for name in ("one", "again"))
     assert all(torch.equal(one[key], again[key]) for key in one)
-    facts = [json.loads((trained_with[name] / "saes" / sae.name / "cfg.json").read_text())["metadata"]["fingerprint"] for name in ("one", "two")]
+    facts = [
+        json.loads((trained_with[name] / "saes" / sae.name / "cfg.json").read_text())["metadata"]["fingerprint"]
+        for name in ("one", "two")
+    ]
     assert [each["threads"] for each in facts] == [1, 2]
