@@ -1,4 +1,4 @@
-"""Figures from small tables: what is drawn is what the tables say, axes are named, files are written."""
+"""Figures from small tables. They draw what the tables say, name their axes, and reach their files."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def results():
 
 
 def labelled(figure) -> None:
-    """Every panel but colour bars and the correlation table names its x axis."""
+    """Asserts that every panel names its x axis, except colour bars and the correlation table."""
     panels = [
         ax
         for ax in figure.axes
@@ -86,8 +86,8 @@ def test_contours():
         ([256, 512, 1024], [8, 8, 8]),
         ([256, 256, 256], [8, 16, 32]),
         ([256, 512], [8, 16]),
-        ([256, 512, 1024], [8, 16, 32]),  # on a line
-        ([256, 512, 1024], [8, 8.0001, 8]),  # TopK of one k with a dead latent
+        ([256, 512, 1024], [8, 16, 32]),  # The points lie on a line
+        ([256, 512, 1024], [8, 8.0001, 8]),  # TopK SAEs of one k, one of them with a dead latent
         ([256, 512, 512], [8, 16, 0]),
         ([256, 512, 512], [8, 16, np.nan]),
     ],

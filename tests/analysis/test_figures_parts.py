@@ -1,4 +1,4 @@
-"""What the figures of analyses 5, 7 and 8 show is what is in their tables."""
+"""The figures of analyses 5, 7 and 8 show what is in their tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_ce_recovered(tmp_path):
     ]
     figure = ce_recovered(pd.DataFrame(rows), title="somewhere")
     linear, nonlinear = figure.axes
-    assert heights(linear) == pytest.approx([2.56, 40.96])  # %, narrow first
+    assert heights(linear) == pytest.approx([2.56, 40.96])  # Percentages, narrow SAE first
     assert heights(nonlinear) == pytest.approx([1.28, 20.48])
     assert [label.get_text() for label in linear.get_xticklabels()] == ["256", "4,096"]
     assert linear.get_ylabel() == "%"
@@ -75,6 +75,6 @@ def test_earlier_layer_bars(tmp_path):
     for ax in figure.axes:
         assert len(ax.patches) == 11
         assert sum(bool(bar.get_hatch()) for bar in ax.patches) == {"e": 1, "ê": 2, "ε": 1}[ax.get_title()[-1]]
-    assert "-0.10" in {text.get_text() for text in figure.axes[0].texts}  # no bar, but the number is there
+    assert "-0.10" in {text.get_text() for text in figure.axes[0].texts}  # There is no bar, and still a number
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["resid_post.1", "mlp_out.1", "attn_z.1"]
     assert save(figure, tmp_path / "earlier")[0].exists()

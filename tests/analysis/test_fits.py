@@ -1,4 +1,4 @@
-"""Planted power laws come back, intervals cover, and fits that mean nothing say so."""
+"""Planted power laws come back, intervals cover the truth, and meaningless fits say so."""
 
 import numpy as np
 import pandas as pd

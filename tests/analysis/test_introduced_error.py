@@ -1,4 +1,4 @@
-"""Planted errors: the grid's algebra against explicit regressions, and estimates against closed forms and truth."""
+"""Introduced errors: the grid against explicit regressions, and estimates against closed forms and planted truth."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Pairwise regressions of error norms against scikit-learn; the lines against direct computation."""
+"""Pairwise regressions of error norms equal scikit-learn's, and the lines equal direct computation."""
 
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""The architectures that tests run on, and small SAEs of each."""
+
 import pytest
 
 from raysae.config import SAEConfig, TrainConfig

@@ -1,11 +1,12 @@
 """The training loss of every architecture, written from its definition in plain dense PyTorch.
 
 Read this file to learn what each method does. One function holds one whole method, and autograd finds the gradients.
-The modules of `raysae/sae` compute the same losses faster, with gradients written by hand for active latents only.
+The modules of `raysae/sae` compute the same losses faster. Their gradients are written by hand, for active latents only.
 They must agree with this file: tests compare losses and gradients of both in float64.
 
 Every method encodes a row x into n pre-activations and keeps a few of them as its codes.
-It decodes the codes to a reconstruction x̂ and minimises the squared error. Methods differ in how they keep codes few:
+It decodes the codes to a reconstruction x̂ and minimises the squared error.
+The methods differ in how they keep codes few:
 
 - `topk` keeps the k largest pre-activations of each row.
 - `batchtopk` keeps the b·k largest of a whole batch, so rows may use more or fewer than k.
@@ -13,7 +14,7 @@ It decodes the codes to a reconstruction x̂ and minimises the squared error. Me
 - `relu` keeps all positive pre-activations and penalises their sum.
 - `tied` does the same with one matrix for encoder and decoder.
 - `jumprelu` keeps what exceeds a learned threshold per latent and penalises the number of active latents.
-- `gated` decides with one set of pre-activations which latents are active, and with another how strongly.
+- `gated` has two sets of pre-activations: one decides which latents are active, the other how strongly.
 
 A training step takes the loss and its gradients, then removes the gradient's component along each decoder row.
 After the optimizer's update it rescales decoder rows to norm 1. The tied method needs neither.
@@ -65,7 +66,10 @@ def batchtopk(
     k_aux: int = 0,
     aux_coefficient: float = 0.0,
 ) -> Tensor:
-    """BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): the b·k largest positive pre-activations of the batch."""
+    """BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): the b·k largest positive pre-activations of the batch.
+
+    Rows compete in training only. At inference a fixed threshold selects, the running mean of smallest selected values.
+    """
     pre = (x - b_dec) @ W_enc.T + b_enc  # (b, n)
     codes = batch_top(pre, k)  # (b, n), at most b·k are positive
     error = x - (codes @ W_dec + b_dec)  # (b, d)
@@ -158,8 +162,8 @@ def gated(
 
     Both share W_enc up to a factor exp(r_mag) per latent, and have biases of their own: b_gate, r_mag, b_mag are (n,).
     The penalty acts on the gate alone, so it does not shrink the codes. The gate is a step and passes no gradient.
-    Instead the gate learns by reconstructing x itself, through a decoder that this third term leaves unchanged.
-    Decoder rows have norm 1.
+    Instead the gate learns from a third term: it reconstructs x itself, through a frozen copy of the decoder.
+    Decoder rows have norm 1. Otherwise large rows with small gates would evade the penalty.
     """
     projected = (x - b_dec) @ W_enc.T  # (b, n)
     gate = projected + b_gate  # π_gate, (b, n)

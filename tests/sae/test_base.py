@@ -1,4 +1,4 @@
-"""Initial values, folding, encoding."""
+"""What all architectures share: initial values, folding, encoding."""
 
 import pickle
 
@@ -101,7 +101,7 @@ def test_forward_in_chunks_of_rows(architecture, monkeypatch):
 
 
 def test_state_continues_training_bit_for_bit(architecture):
-    """What a checkpoint keeps is enough: a copy through state_dict takes the same further steps. A pickle as well."""
+    """A copy through state_dict takes the same further steps, and so does a pickle. Checkpoints need no more."""
     sae, x = briefly_trained(architecture)
     copy = make(architecture, 32, 64, k=3, sparsity=sae.config.sparsity or 0, bandwidth=0.1)
     copy.load_state_dict(sae.state_dict())

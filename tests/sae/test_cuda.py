@@ -1,4 +1,7 @@
-"""What a GPU does: Triton's kernels against float64 (where there is no GPU, in Triton's interpreter), and whole training steps where there is one."""
+"""Triton's kernels against float64, and whole training steps on a GPU.
+
+Without a GPU the kernels run in Triton's interpreter, and tests of whole training steps are skipped.
+"""
 
 import pytest
 import torch
@@ -61,9 +64,12 @@ def test_top_pre_activations_in_chunks_of_rows(monkeypatch):
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-6), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("d", [9, 300])
-@pytest.mark.parametrize("part", [False, True])  # of a larger dictionary
+@pytest.mark.parametrize("part", [False, True])  # Whether the codes use only some latents of a larger dictionary
 def test_products_with_codes(precision, tolerance, d, part):
-    """Rows and features with no nonzero, with one and with more than a program takes at a time, against dense products in float64."""
+    """Products with codes equal dense products in float64.
+
+    Rows and features have no nonzero, one, or more than a Triton program takes at a time.
+    """
     b, n = 37, 40
     matrix = torch.randn(b, n) * (torch.rand(b, n) < torch.linspace(0, 0.9, b).unsqueeze(1))
     matrix[1], matrix[:, 3], matrix[:, 4] = 0, 1.5, 0
@@ -126,7 +132,7 @@ def test_adding_rows():
 
 
 def moved(sae):
-    """Off the symmetric start; decoder rows back to norm 1."""
+    """Moves `sae` off its symmetric start. Decoder rows keep norm 1."""
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -135,7 +141,7 @@ def moved(sae):
 
 
 def product(a, b, precision, out=None):
-    """`kernels.product` on a CPU, whose torch has no product in bfloat16 that is given in float32."""
+    """Stands in for `kernels.product` on a CPU. There torch cannot multiply bfloat16 into float32."""
     found = a @ b if precision is None else a.to(precision).float() @ b.to(precision).float()
     return found if out is None else out.copy_(found)
 
@@ -143,9 +149,12 @@ def product(a, b, precision, out=None):
 @pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 @pytest.mark.parametrize("form", ["fused", "sparse", "dense"])
-@pytest.mark.parametrize("dead_latents", [0, 20, 70])  # fewer and more than k_aux = 32
+@pytest.mark.parametrize("dead_latents", [0, 20, 70])  # None, fewer and more than k_aux = 32
 def test_gradients_for_the_latents_chosen(architecture, precision, tolerance, form, dead_latents, monkeypatch):
-    """A step against autograd in float64 on the latents that the step chose: in bfloat16 these are not all the same as in float64."""
+    """A step equals autograd in float64 on the latents that the step chose.
+
+    In bfloat16 a step chooses some other latents than in float64.
+    """
     for module in (kernels, screening):
         monkeypatch.setattr(module, "for_triton", lambda like: cuda if form == "fused" else None)
     monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", {DEVICE: 1000 * (form == "dense")})
@@ -225,7 +234,7 @@ def test_training_twice_gives_the_same_bits(architecture):
         bank = Bank(128, TrainConfig(batch=1024, tokens=12 * 1024), DEVICE)
         member = bank.add("a", config)
         member.initialise(batches[0])
-        member.dead_after = 4096  # AuxK works from the fifth step on
+        member.dead_after = 4096  # Four batches, so AuxK works from the fifth step on
         for number, x in enumerate(batches):
             bank.step(x, number * 1024)
         assert not member.failed
@@ -238,7 +247,7 @@ def test_training_twice_gives_the_same_bits(architecture):
 
 @on_a_gpu
 def test_training_in_bfloat16_reaches_what_float32_does():
-    """Sparse combinations of planted directions, learned on the GPU in both ways and on the CPU."""
+    """Both precisions on the GPU and float32 on the CPU learn sparse sums of planted directions equally well."""
     directions = kernels.unit_rows(torch.randn(256, 64))
     errors = {}
     for device, precision in (("cpu", "float32"), (DEVICE, "float32"), (DEVICE, "bfloat16")):
@@ -257,6 +266,6 @@ def test_training_in_bfloat16_reaches_what_float32_does():
                 member.take_means()
         errors[device, precision] = member.take_means()["squared_error"]
     right = errors["cpu", "float32"]
-    assert right < 0.25 * 64  # of a variance of 64
+    assert right < 0.25 * 64  # The variance is 64
     for way, error in errors.items():
         assert error == pytest.approx(right, rel=0.1), way

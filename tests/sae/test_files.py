@@ -1,4 +1,4 @@
-"""Saved folders: what comes back, and what is refused."""
+"""Saved folders come back as they were, and damaged ones are refused."""
 
 import json
 
@@ -49,7 +49,8 @@ def test_layout_is_saelens(architecture, tmp_path):
         "context_size": 256,
     }
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        "W_enc": (32, 64), "W_dec": (64, 32), "b_enc": (64,), "b_dec": (32,), **({"threshold": (64,)} if saelens == "jumprelu" else {})
+        "W_enc": (32, 64), "W_dec": (64, 32), "b_enc": (64,), "b_dec": (32,),
+        **({"threshold": (64,)} if saelens == "jumprelu" else {}),
     }  # fmt: skip
 
 

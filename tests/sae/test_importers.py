@@ -1,4 +1,7 @@
-"""Other people's autoencoders: files as they write them, reconstructions equal to their formulas, and what is refused."""
+"""Other people's autoencoders.
+
+Each test writes files as their authors do. Reconstructions must equal the authors' formulas, or loading must refuse.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ D, N, K = 12, 40, 5
 
 
 def weights(seed: int = 0) -> dict[str, Tensor]:
-    """Latent-major, decoder rows of several norms, a dead row, biases that matter, thresholds some of which are below 0."""
+    """Random latent-major weights with every oddity.
+
+    Decoder rows have several norms, and one is zero. Biases are far from zero. Some thresholds are below 0.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -44,7 +50,7 @@ def x() -> Tensor:
 
 
 def top(codes: Tensor) -> Tensor:
-    """The K largest of each row, others 0."""
+    """`codes` with all but the K largest of each row set to 0."""
     values, indices = codes.topk(K)
     return torch.zeros_like(codes).scatter(1, indices, values)
 
@@ -55,7 +61,7 @@ def active(sae, x: Tensor) -> Tensor:
 
 
 def check(where, name: str, hook_point: str, x: Tensor, codes: Tensor, reconstruction: Tensor) -> None:
-    """Loaded from `where`: what its owner's formulas gave, in float64."""
+    """Loads `where` and compares with what its authors' formulas gave in float64."""
     loaded = load_any(where)
     assert (loaded.name, loaded.sae.config.hook_point) == (name, hook_point)
     torch.testing.assert_close(loaded.sae(x).double(), reconstruction, rtol=1e-5, atol=1e-5)
@@ -70,9 +76,10 @@ def write_saelens(folder: Path, tensors: dict[str, Tensor], **config) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "sae_weights.safetensors")
     base = {
-        "architecture": "standard", "d_in": D, "d_sae": N, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
-        "normalize_activations": "none", "reshape_activations": "none",
-        "metadata": {"sae_lens_version": "6.54.12", "model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_out", "context_size": 128},
+        "architecture": "standard", "d_in": D, "d_sae": N, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.54.12", "model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_out",
+                     "context_size": 128},
     }  # fmt: skip
     (folder / "cfg.json").write_text(json.dumps({**base, **config}))
     return folder
@@ -92,7 +99,7 @@ def saelens_tensors(jumprelu: bool = False) -> dict[str, Tensor]:
 @pytest.mark.parametrize("subtracted", [True, False])
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "topk by norm"])
 def test_saelens(architecture, subtracted, x, tmp_path):
-    """SAELens 6: standard_sae.py, jumprelu_sae.py, topk_sae.py."""
+    """The formulas are those of SAELens 6: standard_sae.py, jumprelu_sae.py, topk_sae.py."""
     config = {"architecture": architecture.split()[0], "apply_b_dec_to_input": subtracted}
     if "topk" in architecture:
         config |= {"k": K, "rescale_acts_by_decoder_norm": "norm" in architecture}
@@ -120,8 +127,9 @@ def test_saelens(architecture, subtracted, x, tmp_path):
 def test_saelens_before_version_6(x, tmp_path):
     tensors = saelens_tensors()
     write_saelens(tmp_path / "old", tensors)
-    old = {"d_in": D, "d_sae": N, "dtype": "torch.float32", "hook_point": "blocks.2.attn.hook_z", "activation_fn_str": "topk",
-           "activation_fn_kwargs": {"k": K}, "normalize_activations": False, "hook_head_index": None,
+    old = {"d_in": D, "d_sae": N, "dtype": "torch.float32", "hook_point": "blocks.2.attn.hook_z",
+           "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "normalize_activations": False,
+           "hook_head_index": None,
            "model_from_pretrained_kwargs": {"center_writing_weights": False}}  # fmt: skip
     (tmp_path / "old" / "cfg.json").write_text(json.dumps(old))
     codes = top((x.double() - tensors["b_dec"]) @ tensors["W_enc"].double() + tensors["b_enc"]).relu()
@@ -170,7 +178,7 @@ def test_saelens_fine_tuned_is_refused(tmp_path):
 
 
 def gemma_reconstruction(x: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The JumpReLU of Gemma Scope's tutorial: encode takes x itself."""
+    """Codes and reconstruction of the JumpReLU in Gemma Scope's tutorial. It encodes x without subtracting b_dec."""
     pre = x.double() @ w["W_enc"].double().T + w["b_enc"]
     codes = (pre > w["threshold"]) * pre.relu()
     return codes, codes @ w["W_dec"].double() + w["b_dec"]
@@ -262,8 +270,8 @@ def write_sparsify(
         **(extra or {}),
     }
     save_file(tensors, folder / "sae.safetensors")
-    base = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": N, "k": K, "multi_topk": False,
-            "skip_connection": False, "transcode": False, "d_in": D}  # fmt: skip
+    base = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": N, "k": K,
+            "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D}  # fmt: skip
     (folder / "cfg.json").write_text(json.dumps({**base, **config}))
     return w
 
@@ -274,7 +282,7 @@ def write_sparsify(
     [("layers.5", "resid_post.5"), ("layers.5.mlp", "mlp_out.5"), ("h.2.attn", "attn_out.2")],
 )
 def test_sparsify(hookpoint, hook_point, dtype, x, tmp_path, monkeypatch):
-    """SparseCoder.encode and decode: b_dec is subtracted, ReLU, then the k largest."""
+    """SparseCoder.encode subtracts b_dec, applies ReLU, then keeps the k largest."""
     w = {name: tensor.double() for name, tensor in write_sparsify(tmp_path / "sae-pythia" / hookpoint, dtype).items()}
     codes = top(((x.double() - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]).relu())
     folder = tmp_path / "sae-pythia" / hookpoint
@@ -304,8 +312,8 @@ def test_sparsify_refused(config, message, tmp_path):
 def write_dictionary(folder: Path, dict_class: str, tensors: dict[str, Tensor], **trainer) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, folder / "ae.pt")
-    base = {"dict_class": dict_class, "activation_dim": D, "dict_size": N, "layer": 8, "lm_name": "EleutherAI/pythia-70m",
-            "submodule_name": "resid_post_layer_8", "lr": 1e-4}  # fmt: skip
+    base = {"dict_class": dict_class, "activation_dim": D, "dict_size": N, "layer": 8,
+            "lm_name": "EleutherAI/pythia-70m", "submodule_name": "resid_post_layer_8", "lr": 1e-4}  # fmt: skip
     (folder / "config.json").write_text(
         json.dumps({"trainer": {**base, **trainer}, "buffer": {"ctx_len": 128, "d_submodule": D}})
     )
@@ -324,7 +332,7 @@ def write_dictionary(folder: Path, dict_class: str, tensors: dict[str, Tensor], 
     ],
 )
 def test_dictionary_learning(dict_class, x, tmp_path):
-    """dictionary.py and trainers/{top_k, batch_top_k, matryoshka_batch_top_k}.py."""
+    """The formulas are those of dictionary.py and trainers/{top_k, batch_top_k, matryoshka_batch_top_k}.py."""
     w = weights()
     linear = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T}
     plain = {"W_enc": w["W_enc"].T, "b_enc": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
@@ -438,7 +446,7 @@ def test_own_saes(tmp_path):
     assert loaded.name == sae.config.name
     assert torch.equal(loaded.sae(x), sae.folded()(x))
     assert load_any(f"file://{tmp_path}/sae", hook_point="mlp_out.1").sae.config.hook_point == "mlp_out.1"
-    (tmp_path / "sae" / "raysae.json").unlink()  # as SAELens would have written it
+    (tmp_path / "sae" / "raysae.json").unlink()  # SAELens would not write this file
     assert torch.equal(load_any(tmp_path / "sae").sae(x), sae.folded()(x))
 
 

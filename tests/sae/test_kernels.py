@@ -1,4 +1,4 @@
-"""The kernels against torch's own plain operations."""
+"""The kernels against plain torch operations."""
 
 import copy
 import pickle
@@ -35,7 +35,10 @@ def test_products_with_nonzeros(block_bytes, monkeypatch):
 
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 def test_code_matrices(form, monkeypatch):
-    """Forward and backward against autograd through a dense matrix; a place without an active latent gets no gradient."""
+    """Forward and backward equal autograd through a dense matrix.
+
+    A place without an active latent gets no gradient.
+    """
     monkeypatch.setattr(kernels, "DENSE_PER_NONZERO", {"cpu": {"sparse": 0, "dense": 1000}[form]})
     b, n, d, k = 30, 50, 7, 4
     indices = torch.stack([torch.randperm(n)[:k] for _ in range(b)])
@@ -62,7 +65,7 @@ def test_code_matrices(form, monkeypatch):
     expected = (encoder.grad, bias.grad, decoder.grad)
     for found, right in zip((W_enc, b_enc, W_dec), expected, strict=True):
         torch.testing.assert_close(found, right)
-    latents = torch.randperm(n + 5)[:n]  # of a dictionary of n + 5, of which these codes are a part
+    latents = torch.randperm(n + 5)[:n]  # The codes use these latents of a dictionary of n + 5
     part = kernels.code_matrix(Nonzeros.of_rows(indices, values), n, kernels.Workspace(), latents)
     whole = torch.full((n + 5, d), torch.nan).double().index_copy(0, latents, weight)
     torch.testing.assert_close(part.residual(target, whole), left)
@@ -76,7 +79,10 @@ def test_code_matrices(form, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_residuals_and_their_products_with_latents(dtype, threads):
-    """Rows with no nonzero, one and many, against dense products; as in torch's own way, which a GPU takes."""
+    """Rows with no nonzero, one and many give the same as dense products.
+
+    They also give the same as torch's own operations, which a GPU uses.
+    """
     b, n, d = 13, 40, 9
     matrix = torch.randn(b, n, dtype=dtype) * (torch.rand(b, n) < torch.linspace(0, 0.5, b).unsqueeze(1))
     matrix[1], matrix[2, 3] = 0, 1.5
@@ -136,20 +142,23 @@ def test_chunks_are_bounded(n, bytes_each):
     [(4096, 1024), (5000, 1024), (16_384, 256), (24_576, 256), (65_536, 64), (262_144, 64), (1 << 20, 16)],
 )
 def test_chunks_are_large_enough(n, rows):
-    """A power of two, and enough for the product not to wait for W_enc to come from memory, as far as memory allows."""
+    """The rows of a chunk are a power of two, and many, or the product would wait for W_enc to come from memory.
+
+    At great widths the bound on memory makes chunks smaller.
+    """
     assert kernels.chunk_rows(n, 4) == rows
 
 
 @pytest.mark.parametrize("length", [0, 1, 1000])
 def test_order_is_that_of_a_stable_sort(length):
-    keys = torch.randint(0, 40, (length,)) + 3  # some of 0 … 44 are no key
+    keys = torch.randint(0, 40, (length,)) + 3  # Some of 0 … 44 never occur
     order, starts = kernels.order_of(keys, 45)
     ordered, expected = keys.sort(stable=True)
     assert torch.equal(order, expected)
     assert torch.equal(starts, torch.searchsorted(ordered, torch.arange(45)))
 
 
-@pytest.mark.parametrize("at_once", [0, 1 << 20])  # bytes of weights that may be gathered at once
+@pytest.mark.parametrize("at_once", [0, 1 << 20])  # Bytes of weights that may be gathered at once
 def test_pre_activations_of_some_latents(at_once, monkeypatch):
     monkeypatch.setattr(kernels, "chunk_rows", lambda n, element_size, device="cpu": 8)
     monkeypatch.setattr(kernels, "OUTER_BYTES", 5 * 7 * 8)

@@ -1,4 +1,4 @@
-"""Contexts against their definition, written out naively; the cache of tokenised text."""
+"""Contexts against a naive version of their definition, and the cache of tokenised text."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ DOCUMENTS = [
 
 
 def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """One token per byte, special tokens after them."""
+    """A tokenizer with one token per byte. Special tokens come after those in the vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -69,7 +69,7 @@ def halves(fraction: float) -> dict[str, list[str]]:
     ids=["bos", "eos", "neither"],
 )
 def test_contexts_equal_their_definition(text, split, tokenizer, first, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)  # many batches
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)  # Gives many batches
     found = build_contexts(text, lambda: tokenizer, "t", 32)[split]
     expected = naive(halves(0.3)[split], tokenizer, 32, first)
     assert 0.15 < len(halves(0.3)["evaluation"]) / len(DOCUMENTS) < 0.45
@@ -96,14 +96,14 @@ def test_long_documents_are_cut_at_line_ends(text, monkeypatch):
         assert "".join(pieces) == document
         assert all(len(piece) <= 40 for piece in pieces)
     assert list(module._pieces("a" * 39 + "\n" + "b" * 90)) == ["a" * 39 + "\n", "b" * 40, "b" * 40, "b" * 10]
-    found = build_contexts(text, lambda: BOS, "t", 32)["train"]  # a byte tokenizer does not care where it is cut
+    found = build_contexts(text, lambda: BOS, "t", 32)["train"]  # Cuts change nothing for a byte tokenizer
     assert np.array_equal(found.tokens, naive(halves(0.3)["train"], BOS, 32, BOS.bos_token_id))
 
 
 def test_a_separator_of_special_tokens_becomes_those(text):
     found = build_contexts(text.model_copy(update={"separator": "</s>"}), lambda: BOS, "t", 32)["train"]
     ends = (found.tokens == BOS.eos_token_id).sum()
-    assert abs(ends - len(halves(0.3)["train"])) <= 1  # the last may be in the remainder
+    assert abs(ends - len(halves(0.3)["train"])) <= 1  # The last separator may fall into the dropped rest
 
 
 def test_large_vocabularies_take_four_bytes(text):
@@ -135,7 +135,7 @@ def test_the_cache_is_used(text, monkeypatch):
     assert again.digest == first.digest
     assert np.array_equal(again.tokens, first.tokens)
     assert not again.tokens.flags.writeable
-    build_contexts(text, lambda: BOS, "t", 32)["evaluation"]  # made in the same pass
+    build_contexts(text, lambda: BOS, "t", 32)["evaluation"]  # The same pass has made this split
     with pytest.raises(pytest.fail.Exception):
         build_contexts(text, lambda: BOS, "another tokenizer", 32)["train"]
 
@@ -149,7 +149,7 @@ def test_a_source_that_changes_is_tokenised_again(text, tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "evaluation"])
 def test_documents_of_contexts_equal_their_definition(text, split, monkeypatch):
-    monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)  # documents in several pieces
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)  # Cuts documents into several pieces
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     found = build_contexts(text, lambda: BOS, "t", 32)[split]
     documents = halves(0.3)[split]
@@ -250,13 +250,13 @@ def test_evaluation_fraction_is_kept():
 
 def spec_of(contexts: int, epochs: int) -> ActivationSpec:
     return ActivationSpec(
-        model="m", text="t", contexts=contexts, context_length=16, skip_positions=8, dtype="float32", seed=0, epochs=epochs,
-        shard_contexts=256, batch_contexts=32,
+        model="m", text="t", contexts=contexts, context_length=16, skip_positions=8, dtype="float32", seed=0,
+        epochs=epochs, shard_contexts=256, batch_contexts=32,
     )  # fmt: skip
 
 
 def test_check_enough_names_the_epochs_that_do():
-    rows = 256 * 8  # per shard; 700 contexts are 2 shards
+    rows = 256 * 8  # Rows per shard. 700 contexts make 2 shards
     check_enough(spec_of(700, 1), 2 * rows, "train.tokens", "stream.epochs")
     with pytest.raises(
         UserError, match=r"4,096 tokens per epoch, 12,289 are needed for train.tokens: set stream.epochs to 4 or more"

@@ -1,4 +1,4 @@
-"""Documents of every kind of source, in their order, and the sentence each mistake gets."""
+"""Documents of every kind of source, in order, and the message that each mistake gets."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
 def content(kind: str, tmp_path: Path) -> bytes:
-    """TEXTS as a file of this kind."""
+    """Content of a file of this kind that holds TEXTS."""
     match kind:
         case ".jsonl":
             return "\n".join(json.dumps({"id": i, "text": text}) for i, text in enumerate(TEXTS)).encode()
@@ -95,7 +95,8 @@ def test_the_standard_library(tmp_path, monkeypatch):
     assert texts == [text for text in expected if text]
     assert sum(map(len, texts)) > 4_000_000
 
-    moved = tmp_path / "elsewhere"  # the same files at another place, with packages installed beside them
+    # The same files elsewhere, with packages installed beside them
+    moved = tmp_path / "elsewhere"
     for name in names[:40]:
         (moved / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, moved / name)

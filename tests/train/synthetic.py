@@ -1,4 +1,4 @@
-"""A small stream with planted features, and a source for the loop that needs no Ray."""
+"""A small stream with planted features, and a source for the training loop without Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVALUATION = EvaluationConfig(rows=600, interim_rows=250)
 
 
 def rows(count: int, seed: int = 0, d: int = D) -> torch.Tensor:
-    """Sparse sums of 48 fixed directions, off centre, `(count, d)`."""
+    """Rows (count, d): sparse sums of 48 fixed directions, centred away from zero."""
     directions = torch.randn(48, d, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(count, 48, generator=generator) * (torch.rand(count, 48, generator=generator) < 0.1)
@@ -47,7 +47,7 @@ def config(architecture: str = "topk", width: int = 64, seed: int = 0, **changes
 
 
 class ArrayReader:
-    """Batches of a tensor in order; keeps a list of the rows it served."""
+    """Serves batches of a tensor in order, and lists the rows it served."""
 
     def __init__(self, data: torch.Tensor, batch: int, row: int, served: list[int], delay: float = 0.0) -> None:
         self.data, self.batch, self.row, self.served, self.delay = data, batch, row, served, delay

@@ -1,4 +1,4 @@
-"""The trainer as a Ray actor, on a queue that serves arrays: reports, restart after a kill, leaving, errors."""
+"""The trainer as a Ray actor: reports, restart after a kill, leaving, errors. A fake queue serves arrays."""
 
 import os
 import signal
@@ -20,13 +20,13 @@ from tests.train import synthetic
 from tests.train.synthetic import EVALUATION, TRAIN, D, config, rows
 
 A, B = config(seed=0), config("batchtopk", width=40, seed=1)
-BLOCK_MIB = 0.0625  # 512 rows
-SPEC = synthetic.SPEC.model_copy(update={"shard_contexts": 64})  # 960 rows a shard: training ends in the second
+BLOCK_MIB = 0.0625  # A block has 512 rows
+SPEC = synthetic.SPEC.model_copy(update={"shard_contexts": 64})  # 960 rows per shard, so training ends in the second
 CONFIG = SweepConfig(stream=StreamConfig(block_mib=BLOCK_MIB), train=TRAIN, evaluation=EVALUATION)
 
 
 class ArrayQueue:
-    """As `stream.queue.StreamQueue` to a consumer. If `paused`, shard 1 is withheld until `resume`."""
+    """Looks to a consumer like `stream.queue.StreamQueue`. If `paused`, it withholds shard 1 until `resume`."""
 
     def __init__(self, paused: bool = False):
         shards = [rows(SPEC.rows_per_shard, seed=seed).numpy() for seed in range(2)]
@@ -82,8 +82,8 @@ def array_queue(**arguments):
 
 def trainer_on(folder, queue, saes=(A, B), **changes):
     arguments = {
-        "queue": ray.get(queue.name.remote()), "consumer": "bank", "folder": folder, "hook_point": "resid_post.0", "width": D, "saes": saes,
-        "training": SPEC, "evaluation": SPEC, "config": CONFIG, "threads": 1,
+        "queue": ray.get(queue.name.remote()), "consumer": "bank", "folder": folder, "hook_point": "resid_post.0",
+        "width": D, "saes": saes, "training": SPEC, "evaluation": SPEC, "config": CONFIG, "threads": 1,
     }  # fmt: skip
     return start_trainer(**arguments | changes)
 
@@ -105,7 +105,7 @@ def until_ended(trainer, name: str) -> list[dict]:
 
 
 class LocalClient:
-    """`StreamClient` on the arrays themselves."""
+    """Stands in for `StreamClient` and reads the arrays directly."""
 
     numerics: ClassVar = {"threads": [1]}
 
@@ -130,7 +130,7 @@ class LocalClient:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The folder of the same SAEs trained in this process, without Ray."""
+    """Folder of the same SAEs, trained in this process without Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
     plan = Training("no queue", "bank", str(folder), "resid_post.0", D, (A, B), SPEC, SPEC, CONFIG, 1)
     source = StreamSource(plan, LocalClient(), torch.device("cpu"))
@@ -204,8 +204,13 @@ def test_leaving(tmp_path):
 
 def test_an_error_of_the_whole_trainer_reaches_its_callers(tmp_path):
     queue = array_queue()
-    trainer = trainer_on(tmp_path, queue, training=SPEC.model_copy(update={"contexts": SPEC.shard_contexts * 1000}), config=CONFIG.model_copy(
-        update={"train": TRAIN.model_copy(update={"tokens": SPEC.rows_per_shard * 3})}))  # fmt: skip
+    longer = TRAIN.model_copy(update={"tokens": SPEC.rows_per_shard * 3})
+    trainer = trainer_on(
+        tmp_path,
+        queue,
+        training=SPEC.model_copy(update={"contexts": SPEC.shard_contexts * 1000}),
+        config=CONFIG.model_copy(update={"train": longer}),
+    )
     with pytest.raises(IndexError):
         until_ended(trainer, A.name)
     assert [s["state"] for s in ray.get(trainer.status.remote())] == ["failed", "failed"]

@@ -1,3 +1,5 @@
+"""Checkpoints come back exactly, survive damage and crashes, and refuse another run."""
+
 import logging
 import os
 from pathlib import Path
@@ -77,7 +79,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_it_used(folder, harm, capl
         assert store.load(FACTS).header["reports"][0]["fvu"] == 0
     assert path in caplog.text
     assert "damaged" in caplog.text
-    # What is saved after that is the newest, also beside the damaged one.
+    # A later checkpoint counts as the newest, although the damaged one lies beside it.
     store.save(example(7))
     assert store.load(FACTS).header["reports"][0]["fvu"] == 7
 
@@ -116,7 +118,7 @@ def test_what_a_killed_process_has_half_written_goes_with_the_next_one(tmp_path,
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", die)
-        patched.setattr(os, "unlink", lambda path: None)  # SIGKILL leaves no time for it
+        patched.setattr(os, "unlink", lambda path: None)  # SIGKILL leaves no time to remove the file
         with pytest.raises(KeyboardInterrupt):
             store.save(example(1))
         with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,7 @@
-"""Training on an error is training on another stream: rows, evaluation and fingerprint against direct computation."""
+"""Training on an SAE's error is training on a transformed stream.
+
+Rows, evaluation and fingerprint must equal a direct computation.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,10 @@ def errors(tmp_path: Path) -> tuple[SAE, Linear, ErrorsConfig]:
 
 
 def direct(x: torch.Tensor, sae: SAE, probe: Linear) -> dict[str, torch.Tensor]:
-    """The definitions, in float64 and dense: the k largest pre-activations that are positive, one row at a time."""
+    """The errors by their definitions, dense and in float64.
+
+    Each row keeps its k largest pre-activations where they are positive.
+    """
     w_enc, w_dec, b_enc, b_dec = (t.double() for t in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
     made = []
     for row in x.double():
@@ -76,7 +82,7 @@ def test_hook_points_of_errors() -> None:
 
 
 class ErrorSource(ArraySource):
-    """Rows in memory through the transform, as `StreamSource` does it."""
+    """Puts rows in memory through the transform, as `StreamSource` does with a stream."""
 
     def __init__(self, transform: ErrorOf):
         super().__init__()
@@ -96,7 +102,7 @@ class ErrorSource(ArraySource):
 def test_a_loop_on_the_transform_is_a_loop_on_its_rows(
     errors: tuple[SAE, Linear, ErrorsConfig], tmp_path: Path
 ) -> None:
-    """Bit for bit the SAE that comes out where the transformed rows are the stream."""
+    """Training through the transform gives the same bits as training on transformed rows."""
     _, _, named = errors
     transform = ErrorOf(f"{HOOK}.nonlinear", named, D)
     plain = ArraySource()

@@ -1,3 +1,5 @@
+"""Reconstruction metrics against brute force."""
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from tests.train.synthetic import ARCHITECTURES, TRAIN, D, config, rows
 
 
 def trained_looking(architecture: str, **knobs) -> SAE:
-    """An SAE with weights away from their start, folded."""
+    """A folded SAE whose weights are away from their initial values."""
     sae = SAE.build(config(architecture, **knobs), D, TRAIN)
     sae.initialise(rows(512))
     generator = torch.Generator().manual_seed(3)
@@ -50,8 +52,8 @@ def test_equal_to_brute_force(architecture, monkeypatch):
 
 
 def test_saes_share_the_variance_of_the_same_rows(monkeypatch):
-    """Whichever SAE comes first, with whatever width, all numbers have the same bits as alone."""
-    monkeypatch.setattr(evaluation, "CHUNK_BYTES", {"cpu": 8 * D * 40})  # cuts the wide SAE's chunks further
+    """SAEs of any width, in any order, get the same bits as alone."""
+    monkeypatch.setattr(evaluation, "CHUNK_BYTES", {"cpu": 8 * D * 40})  # Cuts the wide SAE's chunks further
     saes, x = [trained_looking("topk"), trained_looking("topk", width=256)], rows(777, seed=5)
     alone = [reconstruction_metrics(sae, x.split(200)).scalars() for sae in saes]
     for order in ((0, 1), (1, 0)):
@@ -82,7 +84,7 @@ def test_density_histogram_counts_latents_per_half_decade():
     frequency = np.array([0, 0, 1, 10, 11, 31, 1000, 500])
     bins = density_histogram(frequency, 1000)
     assert len(bins) == len(DENSITY_EDGES) - 1 == 12
-    assert sum(bins) == 6  # dead ones are in none
+    assert sum(bins) == 6  # Dead latents are in no bin
     assert bins[6] == 1
     assert bins[8] == 3
     assert bins[11] == 2

@@ -1,3 +1,5 @@
+"""The training loop without Ray: reports, restarts, late and leaving SAEs, failures."""
+
 import json
 import logging
 import threading
@@ -41,7 +43,7 @@ def assert_same_sae(one, other, name: str) -> None:
 
 
 def lasting(reports: list[dict]) -> list[dict]:
-    """Reports without what is measured in seconds."""
+    """Reports without their measurements of time."""
     return [
         {
             k: v
@@ -147,7 +149,10 @@ def test_killed_and_restarted_equals_undisturbed(tmp_path, row):
 
 
 def test_saes_with_checkpoints_at_different_rows_meet_again(tmp_path):
-    """KilledError between the checkpoints of two SAEs: the one ahead waits for the reader, nobody trains on a row twice."""
+    """The process dies between the checkpoints of two SAEs.
+
+    The SAE that is ahead waits for the reader. None trains on a row twice.
+    """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     trained(whole, A, B)
     for c, row in ((A, 256), (B, 640)):
@@ -246,7 +251,10 @@ def test_killed_while_leaving_still_leaves(tmp_path):
 
 
 def test_killed_right_after_it_was_told_to_leave_it_leaves_at_the_same_row(tmp_path):
-    """`leave` has returned, the loop has not taken it up yet, and the newest checkpoint is older than that."""
+    """The process dies after `leave` has returned, before the loop has acted on it.
+
+    The newest checkpoint is older than the wish to leave.
+    """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     loop = loop_on(whole)
     loop.add(A)
@@ -256,7 +264,7 @@ def test_killed_right_after_it_was_told_to_leave_it_leaves_at_the_same_row(tmp_p
 
     loop = loop_on(broken)
     loop.add(A)
-    loop._checkpoint = lambda: None  # SIGKILL leaves no time for one
+    loop._checkpoint = lambda: None  # SIGKILL leaves no time to write one
 
     def leave_and_die():
         if len(loop.reports(A.name)[0]) == 2:
@@ -335,7 +343,7 @@ def test_checkpoints_take_at_most_their_share_of_the_time():
     assert not cadence.due()
     now[0] = 60
     assert cadence.due()
-    began, now[0] = 60, 66  # six seconds: at 2 % the next is due after 300
+    began, now[0] = 60, 66  # Writing took 6 seconds, so at 2 % the next is due after 300
     cadence.written(began)
     now[0] = 66 + 299
     assert not cadence.due()
@@ -363,7 +371,10 @@ def test_checkpoints_are_written_as_time_passes(tmp_path):
 
 
 def test_a_wish_to_leave_that_comes_while_an_sae_ends_does_no_harm(tmp_path, monkeypatch):
-    """As from a scheduler that stops an SAE at its last report: the wish must not be written among files that are being removed."""
+    """A scheduler may stop an SAE at its last report, while the loop removes the SAE's checkpoints.
+
+    The wish must not be written among files that are being removed.
+    """
     loop = loop_on(tmp_path)
     clear, asked = CheckpointStore.clear, []
 
@@ -386,7 +397,7 @@ def test_a_wish_to_leave_that_comes_while_an_sae_ends_does_no_harm(tmp_path, mon
 
 
 def test_the_loop_is_silent_while_it_works_and_not_while_it_waits(tmp_path, monkeypatch):
-    """What a watch restarts it by: a step that does not end, but no rows that do not come."""
+    """A watch restarts the loop for a step that does not end, and not for rows that do not come."""
     now, heard = [0.0], {"step": [], "rows": [], "held-out rows": []}
 
     class SlowSource(ArraySource):

@@ -1,4 +1,7 @@
-"""What the producers' bits depend on is part of an SAE's record: kept, compared when a run is resumed, and all through a run."""
+"""An SAE's fingerprint holds what the producers' bits depend on.
+
+The trainer keeps these facts in the SAE's file. It compares them on resume, and all through a run.
+"""
 
 import json
 import logging
@@ -22,7 +25,7 @@ def fingerprint_of(folder, name: str) -> dict:
 
 
 def changing_at(row: int, **facts) -> ArraySource:
-    """A source whose rows from `row` on come from a producer with other facts."""
+    """A source whose rows come from a producer with other facts, starting at `row`."""
     source = ArraySource()
     open_ = source.open
 
@@ -78,7 +81,7 @@ def test_producers_that_differ_from_each_other_stop_the_run_with_checkpoints_of_
     loop.add(B)
     with pytest.raises(UserError, match=r"differs in producer.device \(was cpu, is cpu and another\)"):
         loop.run()
-    again = trained(mixed, A, B)  # the other producer is gone
+    again = trained(mixed, A, B)  # The other producer is gone
     assert again.source.opened == [640]
     for c in (A, B):
         assert_same_sae(whole, mixed, c.name)
@@ -115,9 +118,15 @@ def test_the_device_is_the_model_of_the_cpu_with_its_instructions(tmp_path):
 
 @pytest.mark.parametrize(
     ("device", "asked", "has_it", "right"),
-    [("cpu", None, True, None), ("cpu", "float32", True, None), ("cuda", None, True, torch.bfloat16), ("cuda", None, False, None),
-     ("cuda", "float32", True, None), ("cuda", "bfloat16", False, torch.bfloat16)],
-)  # fmt: skip
+    [
+        ("cpu", None, True, None),
+        ("cpu", "float32", True, None),
+        ("cuda", None, True, torch.bfloat16),
+        ("cuda", None, False, None),
+        ("cuda", "float32", True, None),
+        ("cuda", "bfloat16", False, torch.bfloat16),
+    ],
+)
 def test_precision_of_training(device, asked, has_it, right, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it and not including_emulation)
     assert precision_of_training(TrainConfig(precision=asked), device) == right
