@@ -1,8 +1,8 @@
 """The training loss of every architecture, written from its definition in plain dense PyTorch.
 
 Read this file to learn what each method does. One function holds one whole method, and autograd finds the gradients.
-The modules of `raysae/sae` compute the same losses faster. Their gradients are written by hand, for active latents only.
-They must agree with this file: tests compare losses and gradients of both in float64.
+The modules of `raysae/sae` compute the same losses faster, with gradients written by hand for active latents only.
+They must agree with this file. Tests compare losses and gradients of both in float64.
 
 Every method encodes a row x into n pre-activations and keeps a few of them as its codes.
 It decodes the codes to a reconstruction x̂ and minimises the squared error.

@@ -142,9 +142,9 @@ def test_chunks_are_bounded(n, bytes_each):
     [(4096, 1024), (5000, 1024), (16_384, 256), (24_576, 256), (65_536, 64), (262_144, 64), (1 << 20, 16)],
 )
 def test_chunks_are_large_enough(n, rows):
-    """The rows of a chunk are a power of two, and many, or the product would wait for W_enc to come from memory.
+    """A chunk has a power of two of rows, and enough of them for its width.
 
-    At great widths the bound on memory makes chunks smaller.
+    With fewer rows the product would wait for W_enc to come from memory. The bound on memory limits great widths.
     """
     assert kernels.chunk_rows(n, 4) == rows
 
