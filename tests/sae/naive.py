@@ -135,7 +135,7 @@ def jumprelu(
     """JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435): a latent is active above its own threshold θ.
 
     The penalty counts active latents. Codes and count jump at θ, so their true derivative for θ is zero or undefined.
-    The paper's equations 11 and 12 replace it: −θ/ε for a code and −1/ε for the count, within ε/2 of θ.
+    Within ε/2 of θ, the paper's equations 11 and 12 take −θ/ε for a code and −1/ε for the count instead.
     Here ε is `bandwidth`. Pre-activations get an ordinary gradient from active codes, and none from the count.
     """
     threshold = log_threshold.exp()  # θ, (n,), positive whatever the parameter is
@@ -160,7 +160,7 @@ def gated(
 ) -> Tensor:
     """The gated autoencoder (Rajamanoharan et al. 2024, arXiv 2404.16014): a gate says whether, a magnitude how much.
 
-    Both share W_enc up to a factor exp(r_mag) per latent, and have biases of their own: b_gate, r_mag, b_mag are (n,).
+    Both share W_enc up to a factor exp(r_mag) per latent. Each has its own bias, b_gate and b_mag. All three are (n,).
     The penalty acts on the gate alone, so it does not shrink the codes. The gate is a step and passes no gradient.
     Instead the gate learns from a third term: it reconstructs x itself, through a frozen copy of the decoder.
     Decoder rows have norm 1. Otherwise large rows with small gates would evade the penalty.
