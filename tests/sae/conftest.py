@@ -1,3 +1,5 @@
+"""The architectures that tests run on, and small SAEs of each."""
+
 import pytest
 
 from raysae.config import SAEConfig, TrainConfig
@@ -9,7 +11,9 @@ ARCHITECTURES = ["topk", "batchtopk", "relu", "tied", "jumprelu"]
 
 def make(architecture: str, d: int, width: int, k: int = 5, sparsity: float = 0.1, seed: int = 0, **train) -> SAE:
     level = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity": sparsity}
-    config = SAEConfig(architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, seed=seed, **level)
+    config = SAEConfig(
+        architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, seed=seed, **level
+    )
     return build(config, d, TrainConfig(**train))
 
 

@@ -1,4 +1,4 @@
-"""loss_and_grads against autograd on the plain dense version, in float64."""
+"""`loss_and_grads` against autograd, in float64. The losses that autograd differentiates are in `naive.py`."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ D, N, B = 20, 70, 48
 
 
 def perturbed(sae, seed=1):
-    """Every parameter moved off its symmetric start; decoder rows back to norm 1."""
+    """Moves every parameter off its symmetric start. Decoder rows keep norm 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -28,17 +28,19 @@ def check(sae, dead, factor=0.7):
     parameters = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
     expected = naive.loss(sae, parameters, x, factor, dead)
     expected.backward()
-    for _ in range(2):  # the second time in used buffers
+    for _ in range(2):  # The second round runs in used buffers
         terms = sae.loss_and_grads(x, StepInfo(sparsity_factor=factor, dead=dead))
     torch.testing.assert_close(terms["loss"], expected.detach(), rtol=1e-12, atol=1e-12)
     for name, parameter in sae.named_parameters():
-        torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
         assert parameters[name].grad.abs().max() > 0
     return terms
 
 
 @pytest.mark.parametrize("chunk_rows", [7, B])
-@pytest.mark.parametrize("dense", [False, True])  # matrices of codes
+@pytest.mark.parametrize("dense", [False, True])  # Whether codes are a dense matrix
 def test_gradients_equal_autograd(architecture, chunk_rows, dense, monkeypatch):
     monkeypatch.setattr(products, "DENSE_PER_NONZERO", {"cpu": 1000 * dense})
     monkeypatch.setattr(elements, "LISTED", not dense)
@@ -47,7 +49,7 @@ def test_gradients_equal_autograd(architecture, chunk_rows, dense, monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
-@pytest.mark.parametrize("dead_latents", [3, 40])  # fewer and more than k_aux = 8
+@pytest.mark.parametrize("dead_latents", [3, 40])  # Fewer and more than k_aux = 8
 @pytest.mark.parametrize("aux_nonzeros", [50, 1 << 19])
 @pytest.mark.parametrize("dense_per_nonzero", [0, 1000])
 def test_gradients_with_auxk(architecture, dead_latents, aux_nonzeros, dense_per_nonzero, monkeypatch):
@@ -131,7 +133,7 @@ def test_l0_and_fired(architecture):
 
 def test_gradient_along_decoder_rows_is_removed_and_rows_stay_unit(architecture):
     sae = make(architecture, D, N, bandwidth=0.8).double()
-    sae.after_step()  # norms of 1 in float64
+    sae.after_step()  # Decoder rows get norm 1 to the precision of float64
     sae.loss_and_grads(torch.randn(B, D, dtype=torch.float64), StepInfo())
     sae.after_grads()
     assert (sae.W_dec.grad * sae.decoder()).sum(1).abs().max() < 1e-12

@@ -21,7 +21,12 @@ def test_recovers_a_planted_dictionary(architecture):
     level, offset = CASES[architecture]
     planted = Planted(offset=offset)
     sae = make(architecture, 32, 64, k=3, bandwidth=0.1, **level)
-    train(sae, planted, steps=2000 if architecture == "tied" else 1200, learning_rate=1e-2 if architecture == "tied" else 3e-3)
+    train(
+        sae,
+        planted,
+        steps=2000 if architecture == "tied" else 1200,
+        learning_rate=1e-2 if architecture == "tied" else 3e-3,
+    )
     found = sae.folded().decoder()
     assert mmcs(planted.features, found) >= 0.95
     assert matched_mmcs(planted.features, found) >= 0.95
