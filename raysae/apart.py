@@ -1,4 +1,4 @@
-"""A function call in a process of its own: what it imports and leaves allocated ends with it."""
+"""A function call in a process of its own. What it imports and leaves allocated ends with the process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 
 def apart(function: Callable, *arguments: Any) -> Any:
-    """What `function(*arguments)` returns or raises; all of these must pickle."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # not forked: this process may have threads
+    """What `function(*arguments)` returns or raises. All of these must pickle."""
+    # Spawn, because this process may have threads, which a fork would break.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
