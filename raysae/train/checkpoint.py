@@ -86,7 +86,9 @@ def check_fingerprint(what: str, stored: dict[str, Scalar], present: dict[str, S
         raise UserError(f"{what} differs in {told(refused)}: restore the earlier values, or pass --allow {names}")
     if differing:
         log.warning(
-            "%s differs in %s, as allowed: its bits will not be those of an undisturbed run", what, told(differing)
+            "%s differs in %s, as allowed. The SAE will not be bit for bit that of an undisturbed run.",
+            what,
+            told(differing),
         )
 
 
