@@ -7,7 +7,7 @@ There are four measurements, without a language model and with next to no data. 
 measurement is taken with each number of `--blocks` a shard. An empty list of consumers leaves its measurements out.
 
 1. The state machine alone. Producers and the `--simulated` consumers are in this process. It measures CPU time per
-   block and consumer, and the share of a core that 10,000 blocks a minute take. All consumers read each block.
+   block and consumer. At 10,000 blocks a minute, each read by all consumers, that gives a share of a core.
 2. The real queue actor, on a local Ray. A producer makes small blocks, and the `--consumers` do not even read them.
    They are threads of a few processes, and take blocks as fast as they can. It measures blocks handed over per second,
    summed over consumers, and the CPU time of the queue's process per block. The queue's Python threads share one lock.

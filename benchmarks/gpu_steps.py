@@ -1,7 +1,9 @@
-"""TopK training steps on a GPU, ours against sparsify's: tokens per second, share of the GPU's matrix rate, memory.
+"""TopK training steps on a GPU, ours against sparsify's.
 
     python benchmarks/gpu_steps.py [--peers .venv-peers/bin/python] [--repeats 5] [--only d2304-n65536-k64-b8192]
                                    [--json FILE]
+
+It measures tokens per second, share of the GPU's matrix rate, and memory.
 
 Both environments need the same PyTorch for CUDA. As in `steps.py`, each side is a process of its own. Both hold the
 same batches and take turns, and the ratio is taken in every turn. Both train float32 weights with Adam and multiply in

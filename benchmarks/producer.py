@@ -3,7 +3,7 @@
     python benchmarks/producer.py [--model embedded] [--hook-point resid_post.2] [--threads 2] [--repeats 7]
                                   [--json FILE]
 
-The producer makes whole shards, as in a sweep: forward pass, capture, permutation, blocks. The bare pass is
+The producer makes whole shards, as in a sweep. It does forward pass, capture, permutation and blocks. The bare pass is
 transformers' own model without hooks, cut off behind the same layer. It has the same contexts. The two take turns. The
 ratio is taken in every turn, and the output has its median, least and greatest.
 """

@@ -5,12 +5,12 @@
 
 Two times are taken from the moment of the kill:
 
-- Until a process takes the dead one's place. For a machine, it ends when everything on it is alive elsewhere.
+- Until a process takes the dead one's place. For a machine, everything on it must be alive elsewhere.
 - Until every SAE has a new number in the outbox, beyond those from before. The driver looks once a second, which adds
   up to a second. This time is the shorter one where enough activations were in flight.
 
-A process that hangs is stopped (SIGSTOP). It counts as hung after a silence of `faults.hang_seconds`, ten here. Run it
-on a quiet machine.
+A process that hangs is stopped (SIGSTOP). It counts as hung after `faults.hang_seconds` of silence. Here that is ten.
+Run it on a quiet machine.
 """
 
 from __future__ import annotations

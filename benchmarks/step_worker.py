@@ -1,12 +1,13 @@
-"""One side of `steps.py`: a training step of raysae or of a peer, taken as often as a line on standard input says.
+"""One side of `steps.py`: training steps of raysae or of a peer, as many as a line on standard input says.
 
     python benchmarks/step_worker.py SIDE ARCHITECTURE D N K BATCH [DEVICE]
     python benchmarks/step_worker.py torch                           which torch this environment has
 
-It prints a line of JSON per line read. A number of steps gives {"seconds": …}. `memory` gives {"bytes": …}: the peak of
-memory in the steps so far beyond what there was before the first one. Gradients and Adam's moments are subtracted. On a
-CPU it is resident memory, on a GPU allocated memory. The script runs in the peers' environment too. So it imports
-nothing but torch and what SIDE needs.
+It prints a line of JSON per line read. A number of steps gives {"seconds": …}. `memory` gives {"bytes": …}. That is the
+peak of the steps so far, less the memory before the first one, gradients and Adam's moments. On a CPU it is resident
+memory, on a GPU allocated memory.
+
+The script runs in the peers' environment too. So it imports nothing but torch and what SIDE needs.
 
 Every side does what its own trainer does in a step:
 

@@ -1,4 +1,4 @@
-"""The whole job, from text to evaluated SAEs: eight SAEs of the embedded language model, ours against two peers.
+"""The whole job, from text to eight evaluated SAEs of the embedded language model, ours against two peers.
 
     python benchmarks/whole_job.py [--peers .venv-peers/bin/python] [--tokens 524288] [--repeats 1] [--against sparsify]
                                    [--json FILE]
@@ -6,13 +6,13 @@
 The peers are SAELens' multi-SAE runner and sparsify.
 
 Widths are 512, 1,024, 2,048 and 4,096 with k = 16 and 32, at the middle layer. The batch is 4,096. Contexts have 128
-tokens. All train with Adam on the same contexts, in float32, with two threads and without AuxK. AuxK is idle in the
-peers for so few steps.
+tokens. All train with Adam on the same contexts, in float32 and with two threads. AuxK is off. It is idle in the peers
+for so few steps.
 
 - Ours runs as users run it, with start-up, tokenisation (nothing cached), evaluations, tracking and figures.
 - The peers are given token ids. SAELens trains all eight in one run and evaluates them with its own `run_evals`.
-- sparsify has one run per SAE, because its trainer takes one width. It evaluates nothing. raysae's functions then read
-  and evaluate its SAEs in a process of their own, on as many rows and tokens as ours. Both times are told.
+- sparsify has one run per SAE, because its trainer takes one width. It evaluates nothing. So raysae's functions read
+  and evaluate its SAEs in a process of their own. They take as many rows and tokens as ours. Both times are told.
 
 Each side has the allocator that `steps.py` found best for its TopK step (d256 n4096). Trying them on whole jobs would
 take hours.

@@ -45,8 +45,8 @@ EXPORT = Path(__file__).parents[1] / "raysae" / "lm" / "embedded"
 def stories(data: Path) -> tuple[list[str], list[str]]:
     """Training stories, and the held-out text: the whole official validation file.
 
-    A training story is dropped when the pronoun test quotes it, so that it begins with an item's prefix. It is also
-    dropped when the validation file contains its first 80 characters.
+    A training story is dropped when the pronoun test quotes it: it begins with an item's prefix. It is also dropped
+    when the validation file contains its first 80 characters.
     """
     folder = data / "text" / "tinystories"
     validation = (folder / "validation_head.txt").read_text()

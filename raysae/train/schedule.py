@@ -15,9 +15,10 @@ DEAD_SHARE = 0.1
 def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> float:
     """Factor on the peak learning rate.
 
-    It rises linearly over the first `warmup * steps` steps, is 1, and falls linearly over the last `decay * steps`.
+    It rises linearly over the first `warmup * steps` steps. Then it is 1. Over the last `decay * steps` it falls
+    linearly.
 
-    The rise starts and the fall ends at one step's worth, because a step of rate 0 would train nothing. Where the two
+    The rise starts and the fall ends at one step's worth. A step of rate 0 would train nothing. Where the two
     overlap, the smaller holds.
     """
     rise = (step + 1) / max(1.0, warmup * steps)
