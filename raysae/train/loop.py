@@ -154,13 +154,8 @@ class Loop:
     ) -> None:
         self.folder = str(folder).rstrip("/")
         self.spec, self.train, self.evaluation = spec, train, evaluation
-        self.source, self.metadata, self.allow, self.on_change, self.clock = (
-            source,
-            metadata or {},
-            set(allow),
-            on_change,
-            clock,
-        )
+        self.source, self.metadata, self.allow = source, metadata or {}, set(allow)
+        self.on_change, self.clock = on_change, clock
         self.bank = Bank(d, train, device)
         self.outcomes = Outcomes(f"{self.folder}/saes")
         self.progress: dict[str, Progress] = {}
@@ -441,9 +436,8 @@ class Loop:
         if progress.reports and state != "failed":
             sae = member.sae
             facts = {key: progress.reports[-1][key] for key in ("tokens", "fvu", "l0", "dead_fraction")}
-            metadata = (
-                self.metadata | facts | {"fingerprint": self._fingerprint(progress.config) | told(progress.numerics)}
-            )
+            facts["fingerprint"] = self._fingerprint(progress.config) | told(progress.numerics)
+            metadata = self.metadata | facts
         mean = member.mean.tolist()
         self.outcomes.save(member.name, Outcome(state, member.next_row, mean, message, progress.reports), sae, metadata)
         del self.bank.members[member.name]
@@ -490,12 +484,8 @@ class Loop:
         if progress.member is not None or progress.ended:
             return
         if outcome := self.outcomes.load(name):
-            progress.tokens, progress.mean, progress.message, progress.reports = (
-                outcome.tokens,
-                outcome.mean,
-                outcome.message,
-                outcome.reports,
-            )
+            progress.tokens, progress.mean = outcome.tokens, outcome.mean
+            progress.message, progress.reports = outcome.message, outcome.reports
             with self._ending:
                 self._store(name).clear()  # A process that died right after the outcome may have left these files
                 progress.state = outcome.state
