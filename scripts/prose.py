@@ -24,8 +24,8 @@ TARGETS = (
     "at most 5 % dangling comments"
 )
 DANGLING = re.compile(
-    r"(of|for|in|into|to|by|with|without|from|at|on|as|per|than|that|which|who|whose|whom|where|when|while|so|but|and|or"
-    r"|be|not|nor|if|until)\b"
+    r"(of|for|in|into|to|by|with|without|from|at|on|as|per|than|that|which|who|whose|whom|where|when|while|so|but|and"
+    r"|or|be|not|nor|if|until)\b"
 )
 # A sentence also ends at a paragraph, an item of a list, and an argument.
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|:\n|\n\s*\n|\n\s*(?=[-*]|\w+: )")
