@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, Moments, add_target, r2, with_intervals
+from raysae.analysis.instruments.regression import (
+    REPLICATES,
+    ContextSums,
+    Linear,
+    Moments,
+    add_target,
+    r2,
+    with_intervals,
+)
 from raysae.config import UserError
 from raysae.sae.base import SAE
 

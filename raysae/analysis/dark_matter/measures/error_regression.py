@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from raysae.analysis.instruments.activations import Activations, Activity, Chunk, reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Estimate, Fit, Linear, Moments, add_target, r2
+from raysae.analysis.instruments.regression import (
+    REPLICATES,
+    ContextSums,
+    Estimate,
+    Fit,
+    Linear,
+    Moments,
+    add_target,
+    r2,
+)
 from raysae.sae.base import SAE
 
 # v of ‖v‖² → the number that says how well x predicts it (R²)
