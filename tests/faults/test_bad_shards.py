@@ -91,7 +91,9 @@ def test_stops_with_a_sentence(sweep: Callable[..., Sweep]) -> None:
     ours = sweep(stream__bad_shards="stop")
     assert ours.driver.wait(240) == 1, ours.log()
     words = " ".join(ours.log().split())
-    found = re.search(rf"at step \d+: shard {BAD} of the train stream .*?NaN or infinite in contexts 0; its contexts are \d+, .* and 248 more", words)
+    found = re.search(
+        rf"at step \d+: shard {BAD} of the train stream .*?NaN or infinite in contexts 0\. Its contexts are \d+, .* and 248 more", words
+    )
     assert found, words[-3000:]
     assert re.search(r"SAEs that have not come to their end go on with: \S*python jobs/scaling_sweep.py .*--resume study ", words)
     assert list((ours.place / "checkpoints").glob("*/*.safetensors"))
