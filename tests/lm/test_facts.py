@@ -108,7 +108,7 @@ def test_folders_without_a_model(tmp_path):
     for part in ("architecture 't5'", "model.modules", "gpt2"):
         assert part in refusal()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "neither num_hidden_layers nor hidden_size" in refusal()
+    assert "lacks num_hidden_layers or hidden_size" in refusal()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2}))
     assert "there are no weights" in refusal()
 

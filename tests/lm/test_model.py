@@ -436,7 +436,7 @@ def test_blocks_that_return_tuples(tmp_path):
         ({"blocks": "model.layer"}, "'blocks' is 'model.layer', which LlamaForCausalLM does not have"),
         ({"blocks": "model"}, "'blocks' is 'model', which is not the list of the model's 3 blocks"),
         ({"mlp_proj": "mlp.down"}, "'mlp_proj' is 'mlp.down', which LlamaDecoderLayer does not have"),
-        ({"mlp_proj": "mlp.up_proj"}, "24 wide where config.json says 40"),
+        ({"mlp_proj": "mlp.up_proj"}, "24 wide, but config.json says 40"),
     ],
 )
 def test_wrong_module_paths(tmp_path, modules, message):

@@ -13,7 +13,7 @@ from raysae.config import TextConfig, UserError
 from raysae.stream.spec import ActivationSpec
 from raysae.study.plan import check_enough
 from raysae.text import contexts as module
-from raysae.text.contexts import Contexts, _pieces, _write_splits, build_contexts, is_held_out
+from raysae.text.contexts import Contexts, _pieces, _write_splits, build_contexts, documents, is_held_out
 
 DOCUMENTS = [
     f"Story {i}: "
@@ -261,7 +261,7 @@ def test_check_enough_names_the_epochs_that_do():
     rows = 256 * 8  # Rows per shard. 700 contexts make 2 shards
     check_enough(spec_of(700, 1), 2 * rows, "train.tokens", "stream.epochs")
     with pytest.raises(
-        UserError, match=r"4,096 tokens per epoch, 12,289 are needed for train.tokens: set stream.epochs to 4 or more"
+        UserError, match=r"4,096 tokens per epoch, but train.tokens needs 12,289: set stream.epochs to 4 or more"
     ):
         check_enough(spec_of(700, 3), 6 * rows + 1, "train.tokens", "stream.epochs")
     check_enough(spec_of(700, 4), 6 * rows + 1, "train.tokens", "stream.epochs")
@@ -277,7 +277,7 @@ def test_check_enough_names_the_epochs_that_do():
 def test_reading_stops_once_there_is_enough(text, monkeypatch):
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     read = []
-    all_documents = module.documents
+    all_documents = documents
     monkeypatch.setattr(
         module, "documents", lambda config: (read.append(document) or document for document in all_documents(config))
     )

@@ -141,8 +141,8 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("{}/missing.txt", {}, "missing.txt, where no file lies"),
-        ("{}/*.jsonl", {}, "where no file lies"),
+        ("{}/missing.txt", {}, "missing.txt, where raysae finds no file"),
+        ("{}/*.jsonl", {}, "where raysae finds no file"),
         ("{}/picture.png", {}, "picture.png, a kind of file raysae does not read: it reads txt md py jsonl parquet"),
         (" , ", {}, "text.source is ' , '"),
         ("{}/latin.txt", {}, "latin.txt cannot be read"),

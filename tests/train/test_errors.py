@@ -28,9 +28,7 @@ HOOK = "resid_post.0"
 def errors(tmp_path: Path) -> tuple[SAE, Linear, ErrorsConfig]:
     """An SAE with biases that matter, a probe, and the config that names their files."""
     torch.manual_seed(0)
-    sae = build(SAEConfig(hook_point=HOOK, width=40, k=4, learning_rate=1e-3), D, TrainConfig()).requires_grad_(
-        False
-    )
+    sae = build(SAEConfig(hook_point=HOOK, width=40, k=4, learning_rate=1e-3), D, TrainConfig()).requires_grad_(False)
     sae.b_dec.copy_(torch.randn(D))
     sae.b_enc.copy_(0.1 * torch.randn(40))
     probe = Linear(torch.randn(D, D, dtype=torch.float64) / D, torch.randn(D, dtype=torch.float64))
