@@ -47,11 +47,11 @@ def level(pre_activations: torch.Tensor, k: int) -> float:
 
 
 def raysae(architecture: str, d: int, n: int, k: int, batch: int, device: str) -> tuple[Step, list[torch.nn.Parameter]]:
-    from raysae.config import SAEConfig, TrainConfig
+    from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig
     from raysae.determinism import be_deterministic
     from raysae.train.bank import Bank
 
-    sparsity = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity": 0.01}
+    sparsity = ARCHITECTURES[architecture].pick(k=k, sparsity=0.01)
     config = SAEConfig(
         architecture=architecture, width=n, hook_point="resid_post.0", learning_rate=2e-4, seed=0, **sparsity
     )

@@ -9,12 +9,37 @@ import hashlib
 import itertools
 import json
 import re
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Architecture = Literal["topk", "batchtopk", "relu", "tied", "jumprelu"]
+
+@dataclass(frozen=True)
+class ArchitectureFacts:
+    """What the rest of the house knows of an architecture. Its mathematics is a module of `raysae/sae/`."""
+
+    level: Literal["k", "sparsity"]  # The knob that sets how sparse its codes are
+    levels: tuple[float, ...]  # Default range of that knob, from low to high L0 or penalty
+    saelens: str  # SAELens's name of the architecture that a saved SAE has
+    native: bool = True  # SAELens's files of that name are loaded as this architecture
+    searches: float = 3  # Predicted cost of a step in units of TopK's search, see `capacity.cost`
+
+    def pick(self, *, k: int, sparsity: float) -> dict[str, float]:
+        """The one of both knobs that the architecture takes, as an argument of SAEConfig."""
+        return {"k": k} if self.level == "k" else {"sparsity": sparsity}
+
+
+# Ranges of coefficients span a useful range of L0. The squared error is a sum over d, and for tied a mean.
+ARCHITECTURES: dict[str, ArchitectureFacts] = {
+    "topk": ArchitectureFacts("k", (8, 16, 32), "topk", searches=1),
+    "batchtopk": ArchitectureFacts("k", (8, 16, 32), "jumprelu", native=False, searches=2),
+    "relu": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "standard"),
+    "tied": ArchitectureFacts("sparsity", (1e-4, 1e-3, 1e-2), "standard", native=False),
+    "jumprelu": ArchitectureFacts("sparsity", (0.03, 0.3, 3.0), "jumprelu"),
+}
+Architecture = Literal[*ARCHITECTURES]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _ARITHMETIC = ("torch", "device", "threads", "tf32", "bf16_reduction")
 _TRAINERS = (*_ARITHMETIC, "kernels", "numba", "fast_integers", "triton", "precision", "spec")
@@ -30,6 +55,11 @@ class Strict(BaseModel):
     """Immutable; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def newer_knob(default: Any, *, before: Any, **more: Any) -> Any:
+    """A knob that studies begun before it lack. There it counts as `before`, so that they can still be resumed."""
+    return Field(default, json_schema_extra={"before": before}, **more)
 
 
 def digest(content: object) -> str:
@@ -125,11 +155,14 @@ def error_kind(hook_point: str) -> tuple[str | None, str]:
 
 # ---------------------------------------------------------------- SAEs and their training
 
-# Coefficients that span a useful range of L0 (relu and jumprelu weigh against a squared error summed over d, tied against its mean over d).
-SPARSITIES = {"relu": [0.3, 1.0, 3.0], "jumprelu": [0.03, 0.3, 3.0], "tied": [1e-4, 1e-3, 1e-2]}
+
+def _names(level: str) -> str:
+    return ", ".join(name for name, facts in ARCHITECTURES.items() if facts.level == level)
 
 
-TOPK = ("topk", "batchtopk")
+def _ranges() -> str:
+    ranges = {name: facts.levels for name, facts in ARCHITECTURES.items() if facts.level == "sparsity"}
+    return ", ".join(f"{name} {' '.join(f'{level:g}' for level in levels)}" for name, levels in ranges.items())
 
 
 class SAEConfig(Strict):
@@ -138,14 +171,14 @@ class SAEConfig(Strict):
     architecture: Architecture = "topk"
     hook_point: str
     width: int = Field(gt=0, description="latents n")
-    k: int | None = Field(None, gt=0, description="active latents per token (topk), on average (batchtopk)")
-    sparsity: float | None = Field(None, ge=0, description="penalty coefficient: L1 (relu, tied) or L0 (jumprelu)")
+    k: int | None = Field(None, gt=0, description="active latents per token, or their mean")
+    sparsity: float | None = Field(None, ge=0, description="coefficient of the sparsity penalty")
     learning_rate: float = Field(gt=0)
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _one_sparsity(self) -> SAEConfig:
-        if self.architecture in TOPK:
+        if ARCHITECTURES[self.architecture].level == "k":
             if self.k is None or self.sparsity is not None:
                 raise ValueError(f"{self.architecture} takes k and no sparsity coefficient")
             if self.k > self.width:
@@ -153,6 +186,14 @@ class SAEConfig(Strict):
         elif self.sparsity is None or self.k is not None:
             raise ValueError(f"{self.architecture} takes a sparsity coefficient and no k")
         return self
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """The hook points whose activations a bank reads to train this SAE.
+
+        Rows of a shard are permuted alike at every hook point, so the rows of several hook points align.
+        """
+        return (self.hook_point,)
 
     @property
     def name(self) -> str:
@@ -266,12 +307,15 @@ class SweepConfig(Strict):
     stream: StreamConfig = StreamConfig()
     hook_points: list[str] = Field(default_factory=list, description="hook points, e.g. resid_post.3; unset: the middle layer's resid_post")
     errors: ErrorsConfig = ErrorsConfig()
-    architectures: list[Architecture] = Field(["topk"], min_length=1, description="topk, batchtopk, relu, tied, jumprelu")
+    architectures: list[Architecture] = Field(["topk"], min_length=1, description=", ".join(ARCHITECTURES))
     widths: list[Annotated[int, Field(gt=0)]] = Field([256, 512, 1024, 2048, 4096, 8192], min_length=1, description="latents per SAE")
-    k: list[Annotated[int, Field(gt=0)]] = Field([8, 16, 32], description="active latents per token (topk, batchtopk)")
+    k: list[Annotated[int, Field(gt=0)]] = Field(
+        list(ARCHITECTURES["topk"].levels), description=f"Active latents per token, or their mean ({_names('k')})."
+    )
     sparsities: list[Annotated[float, Field(ge=0)]] = Field(
         default_factory=list,
-        description="penalty coefficients: L1 (relu, tied), L0 (jumprelu); unset: relu 0.3 1 3, jumprelu 0.03 0.3 3, tied 0.0001 0.001 0.01",
+        description=f"Coefficients of the sparsity penalty ({_names('sparsity')}). Larger ones give fewer active "
+        f"latents. Unset, each architecture has its own: {_ranges()}.",
     )
     learning_rates: list[Annotated[float, Field(gt=0)]] = Field([1e-3], min_length=1, description="peak learning rates of Adam")
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="seeds of the SAEs' initial weights")
@@ -307,20 +351,26 @@ class SweepConfig(Strict):
             values = getattr(self, field)
             if twice := [value for value in values if values.count(value) > 1]:
                 raise ValueError(f"{field} has {twice[0]} twice: every SAE is trained once")
-        if any(a in TOPK for a in self.architectures) and not self.k:
-            raise ValueError("k is empty: topk and batchtopk need at least one value")
-        if any(a in TOPK for a in self.architectures):
+        by_k = [name for name in self.architectures if ARCHITECTURES[name].level == "k"]
+        if by_k and not self.k:
+            raise ValueError(f"k is empty: {by_k[0]} needs at least one value")
+        if by_k:
             wide = max(self.k)
             narrow = min(self.widths)
             if wide > narrow:
                 raise ValueError(f"k is {wide}, more than the width {narrow}: every k must be at most every width")
         return self
 
+    def _levels(self, facts: ArchitectureFacts) -> list[dict[str, float]]:
+        if facts.level == "k":
+            return [{"k": k} for k in self.k]
+        return [{"sparsity": sparsity} for sparsity in self.sparsities or facts.levels]
+
     def saes(self) -> list[SAEConfig]:
         """The sweep's SAEs, in a fixed order. `hook_points` must be resolved. Random search draws without replacement, seeded by stream.seed."""
         saes = []
         for hook, arch in itertools.product(self.hook_points, self.architectures):
-            levels = [{"k": k} for k in self.k] if arch in TOPK else [{"sparsity": s} for s in self.sparsities or SPARSITIES[arch]]
+            levels = self._levels(ARCHITECTURES[arch])
             for width, level, lr, seed in itertools.product(self.widths, levels, self.learning_rates, self.seeds):
                 saes.append(SAEConfig(architecture=arch, hook_point=hook, width=width, learning_rate=lr, seed=seed, **level))
         saes = list({sae.name: sae for sae in saes}.values())

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from raysae.config import SAEConfig, TrainConfig
-from raysae.sae.architectures import ARCHITECTURES
+from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig
 from raysae.train.bank import Bank
 from raysae.train.evaluation import reconstruction_metrics
 
@@ -22,12 +21,15 @@ D, BATCH, WIDTHS = 256, 1024, (512, 4096)  # Narrow and wide SAEs find their lar
 def main() -> None:
     rows = torch.randn(BATCH, D, generator=torch.Generator().manual_seed(0))
     train = TrainConfig(batch=BATCH, tokens=3 * BATCH)
-    for architecture in ARCHITECTURES:
+    for architecture, facts in ARCHITECTURES.items():
         bank = Bank(D, train)
         for width in WIDTHS:
-            sparsity = {"k": 16} if architecture in ("topk", "batchtopk") else {"sparsity": 1e-3}
             sae = SAEConfig(
-                architecture=architecture, width=width, hook_point="resid_post.0", learning_rate=1e-3, **sparsity
+                architecture=architecture,
+                width=width,
+                hook_point="resid_post.0",
+                learning_rate=1e-3,
+                **facts.pick(k=16, sparsity=1e-3),
             )
             bank.add(sae.name, sae)
         bank.initialise(list(bank.members.values()), rows)

@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def hook_points(self) -> list[str]:
-        return list(dict.fromkeys(sae.hook_point for sae in self.saes))
+        return list(dict.fromkeys(hook for sae in self.saes for hook in sae.hook_points))
 
     @property
     def widths(self) -> dict[str, int]:

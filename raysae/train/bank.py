@@ -94,8 +94,9 @@ class Member:
         info = StepInfo(
             sparsity_factor=sparsity_factor(self.steps_done, self.train.steps, self.train.sparsity_warmup),
             dead=self.quiet >= self.dead_after,
+            progress=self.steps_done / self.train.steps,
         )
-        terms = self.sae.loss_and_grads(x, info)
+        terms = self.sae.loss_and_grads(x, x, info)
         self.sae.after_grads()
         names = [*terms, "gradient_norm"]
         # One transfer brings all numbers of a step. Separate ones would each wait for the GPU.
@@ -150,7 +151,7 @@ class Member:
 
         Most steps are below it and need no pass over the gradients.
         """
-        limit = self.train.clip_norm * math.sqrt(self.sae.d)
+        limit = self.train.clip_norm * math.sqrt(self.sae.d_in)
         if norm > limit:
             torch._foreach_mul_([p.grad for p in self.parameters.values()], limit / norm)
 

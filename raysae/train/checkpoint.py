@@ -25,6 +25,7 @@ from raysae.config import SAEConfig, TrainConfig, UserError
 from raysae.determinism import Scalar, device_facts, precision_of_training
 from raysae.kernels.backends import VERSION, triton_version
 from raysae.kernels.screening import fast_integers
+from raysae.knobs import earlier
 from raysae.storage import PARTIAL, sealed, unsealed, write_atomically
 from raysae.stream.spec import ActivationSpec
 
@@ -72,11 +73,12 @@ def fingerprint(
 def check_fingerprint(what: str, stored: dict[str, Scalar], present: dict[str, Scalar], allow: set[str]) -> None:
     """Refuse to continue where a fact of `what` differs from before.
 
-    Facts named in `allow` may differ, with a warning.
+    Facts named in `allow` may differ, with a warning. A knob that is newer than what is stored counts as it did before.
 
     Raises:
         UserError: a fact differs that is not in `allow`.
     """
+    stored = {key: value for key, value in _earlier().items() if key in present} | stored
     differing = [key for key in sorted(stored.keys() | present.keys()) if stored.get(key) != present.get(key)]
 
     def told(keys: list[str]) -> str:
@@ -91,6 +93,12 @@ def check_fingerprint(what: str, stored: dict[str, Scalar], present: dict[str, S
             what,
             told(differing),
         )
+
+
+def _earlier() -> dict[str, Scalar]:
+    """What facts of knobs count as in a fingerprint that is older than the knob."""
+    models = {"sae": SAEConfig, "train": TrainConfig}
+    return {f"{kind}.{knob}": value for kind, model in models.items() for knob, value in earlier(model).items()}
 
 
 class CheckpointStore:

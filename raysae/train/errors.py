@@ -38,9 +38,9 @@ class ErrorOf:
             raise UserError(
                 f"errors.probe is {config.probe}, which is no probe that jobs/error_regression.py has saved ({error})"
             ) from error
-        if self.sae.d != width or weight.shape != (width, width):
+        if self.sae.d_in != width or weight.shape != (width, width):
             raise UserError(
-                f"errors.sae takes activations {self.sae.d} wide and errors.probe {len(weight)}, "
+                f"errors.sae takes activations {self.sae.d_in} wide and errors.probe {len(weight)}, "
                 f"but {of} is {width} wide. Name an SAE of this hook point and its probe."
             )
         content = hashlib.sha256()

@@ -88,16 +88,16 @@ def reconstruction_metrics(
         ValueError: there is no row.
     """
     device = sae.W_enc.device
-    variance = variance or Variance(sae.d)
+    variance = variance or Variance(sae.d_in)
     unseen = variance.rows == 0
     active = torch.zeros(sae.n, dtype=torch.int64, device=device)
     error = cosine = ratio = 0.0
     most = CHUNK_BYTES[device.type]
-    step = power_of_two(max(FEWEST_ROWS, most // max(4 * sae.code_width, 8 * sae.d)))
+    step = power_of_two(max(FEWEST_ROWS, most // max(4 * sae.code_width, 8 * sae.d_in)))
     for chunk in chunks:
         if unseen:
             # Split without regard to the SAE's width, so that all SAEs see the same bits.
-            for x in chunk.split(max(FEWEST_ROWS, most // (8 * sae.d))):
+            for x in chunk.split(max(FEWEST_ROWS, most // (8 * sae.d_in))):
                 variance.add(x.to(device, torch.float32))
         for x in chunk.split(step):
             x = x.to(device, torch.float32)

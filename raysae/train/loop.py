@@ -390,7 +390,7 @@ class Loop:
         progress.state = "evaluating"
         self.on_change()
         rows = self.evaluation.rows if final else min(self.evaluation.interim_rows, self.evaluation.rows)
-        variance = self._variances.get(rows) or Variance(member.sae.d)
+        variance = self._variances.get(rows) or Variance(member.sae.d_in)
         metrics = reconstruction_metrics(member.sae.folded(), self._evaluation(rows), variance)
         self._variances[rows] = variance
         rate, waited = self._rates()

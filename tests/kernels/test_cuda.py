@@ -10,7 +10,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 pytest.importorskip("triton")
 
-from raysae.config import SAEConfig, TrainConfig  # noqa: E402
+from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig  # noqa: E402
 from raysae.determinism import be_deterministic  # noqa: E402
 from raysae.kernels import cuda, elements, products, rows, screening  # noqa: E402
 from raysae.kernels.buffers import Workspace  # noqa: E402
@@ -19,7 +19,7 @@ from raysae.kernels.rows import unit_rows  # noqa: E402
 from raysae.sae.base import StepInfo  # noqa: E402
 from raysae.train.bank import Bank  # noqa: E402
 from tests.sae import naive  # noqa: E402
-from tests.sae.conftest import ARCHITECTURES, make  # noqa: E402
+from tests.sae.conftest import make, with_k  # noqa: E402
 
 on_a_gpu = pytest.mark.skipif(not GPU, reason="there is no GPU here")
 
@@ -168,7 +168,7 @@ def test_gradients_for_the_latents_chosen(architecture, precision, tolerance, fo
     x = torch.randn(b, d, device=DEVICE)
     dead = torch.randperm(n, device=DEVICE)[:dead_latents].sort().values
     step = StepInfo(dead=torch.zeros(n, dtype=torch.bool, device=DEVICE).index_fill(0, dead, True))
-    terms = sae.loss_and_grads(x, step)
+    terms = sae.loss_and_grads(x, x, step)
 
     with torch.no_grad():
         chosen, dead_chosen = sae._select((x - sae.b_dec).to(precision or x.dtype), dead if dead_latents else None)
@@ -206,7 +206,7 @@ def test_gradients_for_the_latents_chosen(architecture, precision, tolerance, fo
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {"topk", "batchtopk"}))
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {*with_k()}))
 def test_gradients_of_dense_kinds(architecture, precision, tolerance, monkeypatch):
     if not GPU:
         monkeypatch.setattr(products, "product", product)
@@ -218,7 +218,7 @@ def test_gradients_of_dense_kinds(architecture, precision, tolerance, monkeypatc
     right = naive.loss(sae, parameters, x.double(), 0.7, None)
     right.backward()
     sae.to(DEVICE).precision = precision
-    terms = sae.loss_and_grads(x.to(DEVICE), StepInfo(sparsity_factor=0.7))
+    terms = sae.loss_and_grads(moved_x := x.to(DEVICE), moved_x, StepInfo(sparsity_factor=0.7))
     assert terms["loss"].item() == pytest.approx(right.item(), rel=tolerance / 5)
     for name, parameter in sae.named_parameters():
         assert distance(parameter.grad, parameters[name].grad) < tolerance, name
@@ -228,7 +228,7 @@ def test_gradients_of_dense_kinds(architecture, precision, tolerance, monkeypatc
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_twice_gives_the_same_bits(architecture):
     be_deterministic()
-    level = {"k": 16} if architecture in ("topk", "batchtopk") else {"sparsity": 0.01}
+    level = ARCHITECTURES[architecture].pick(k=16, sparsity=0.01)
     config = SAEConfig(architecture=architecture, hook_point="resid_post.2", width=8192, learning_rate=1e-3, **level)
     batches = [torch.randn(1024, 128, device=DEVICE) * torch.linspace(0, 3, 128, device=DEVICE) for _ in range(12)]
 

@@ -181,7 +181,7 @@ def test_gradients_are_those_of_all_pre_activations(dead, monkeypatch):
     for latents_per_k in (1, 10**6):
         monkeypatch.setattr(screening, "LATENTS_PER_K", latents_per_k)
         sae = make("topk", 24, 400)
-        terms = sae.loss_and_grads(x, step)
+        terms = sae.loss_and_grads(x, x, step)
         found[latents_per_k] = {**terms, **{name: parameter.grad for name, parameter in sae.named_parameters()}}
     # Different bits prove that the two runs took different ways
     assert any(not torch.equal(value, found[10**6][name]) for name, value in found[1].items())

@@ -41,8 +41,10 @@ def train(
     idle = torch.zeros(sae.n)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * min(1, 2 * (1 - step / steps))
+        x = planted.rows(batch) / sae.scale
         sae.loss_and_grads(
-            planted.rows(batch) / sae.scale,
+            x,
+            x,
             StepInfo(sparsity_factor=min(1, 10 * step / steps), dead=idle >= dead_after),
         )
         sae.after_grads()

@@ -108,7 +108,7 @@ def test_state_continues_training_bit_for_bit(architecture):
     copy.load_state_dict(sae.state_dict())
     pickled = pickle.loads(pickle.dumps(sae))
     for each in (sae, copy, pickled):
-        each.loss_and_grads(x / each.scale, StepInfo())
+        each.loss_and_grads(scaled := x / each.scale, scaled, StepInfo())
         each.after_grads()
         with torch.no_grad():
             for parameter in each.parameters():
@@ -124,7 +124,7 @@ def test_nan_shows_in_the_loss(architecture):
     sae = make(architecture, 16, 40)
     x = torch.randn(20, 16)
     x[3, 4] = torch.nan
-    assert sae.loss_and_grads(x, StepInfo())["loss"].isnan()
+    assert sae.loss_and_grads(x, x, StepInfo())["loss"].isnan()
 
 
 def test_mmcs_by_hand():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raysae.config import UserError
+from raysae.config import ARCHITECTURES, UserError
+from raysae.sae.architectures import CLASSES
 from raysae.sae.files import load_sae, save_sae
 from tests.sae.test_base import briefly_trained, dense
 
@@ -37,10 +38,7 @@ def test_layout_is_saelens(architecture, tmp_path):
         json.loads((tmp_path / "sae" / "cfg.json").read_text()),
         load_file(tmp_path / "sae" / "sae_weights.safetensors"),
     )
-    saelens = {"topk": "topk", "batchtopk": "jumprelu", "relu": "standard", "tied": "standard", "jumprelu": "jumprelu"}[
-        architecture
-    ]
-    assert config["architecture"] == saelens
+    assert config["architecture"] == ARCHITECTURES[architecture].saelens
     assert (config["d_in"], config["d_sae"]) == (32, 64)
     assert config["metadata"] == {
         "sae_lens_version": "6.0.0",
@@ -48,10 +46,11 @@ def test_layout_is_saelens(architecture, tmp_path):
         "model_name": "embedded",
         "context_size": 256,
     }
+    shapes = {"W_enc": (32, 64), "W_dec": (64, 32), "b_dec": (32,)}
+    names = CLASSES[architecture].SAVED
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        "W_enc": (32, 64), "W_dec": (64, 32), "b_enc": (64,), "b_dec": (32,),
-        **({"threshold": (64,)} if saelens == "jumprelu" else {}),
-    }  # fmt: skip
+        name: shapes.get(name, (64,)) for name in names
+    }
 
 
 def test_replaces_what_is_there_and_leaves_nothing_beside(tmp_path):

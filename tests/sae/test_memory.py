@@ -7,14 +7,14 @@ import pytest
 
 STEP = """
 import resource, sys, torch
-from raysae.config import SAEConfig, TrainConfig
+from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig
 from raysae.sae.architectures import build
 from raysae.sae.base import SAE, StepInfo
 from raysae.kernels.buffers import Workspace
 from raysae.kernels.screening import top_pre_activations
 from raysae.kernels.selection import top_k
 architecture, width, d, batch = sys.argv[1], *map(int, sys.argv[2:5])
-level = {"k": 32} if architecture in ("topk", "batchtopk") else {"sparsity": 1.0}
+level = ARCHITECTURES[architecture].pick(k=32, sparsity=1.0)
 config = SAEConfig(architecture=architecture, hook_point="resid_post.2", width=width, learning_rate=1e-3, **level)
 sae = build(config, d, TrainConfig())
 if len(sys.argv) > 5:  # The threshold sets how many latents are active
@@ -27,7 +27,7 @@ x = torch.randn(batch, d)
 top_k(x[:64], 1)
 top_pre_activations(torch.randn(64, 8), torch.randn(64, 8), torch.zeros(64), 2, Workspace())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sae.loss_and_grads(x, StepInfo(dead=torch.arange(width) % 2 == 0))
+sae.loss_and_grads(x, x, StepInfo(dead=torch.arange(width) % 2 == 0))
 sae.after_grads()
 sae.after_step()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)

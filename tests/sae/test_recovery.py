@@ -49,7 +49,7 @@ def test_threshold_is_the_running_mean_of_smallest_selected_values():
     smallest = []
     for step in range(5):
         x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
-        sae.loss_and_grads(x, StepInfo())
+        sae.loss_and_grads(x, x, StepInfo())
         smallest.append(sae.pre_activations(x).detach().flatten().topk(4 * 16).values.min())
         sae.after_step()
     torch.testing.assert_close(sae.threshold, torch.stack(smallest).mean())

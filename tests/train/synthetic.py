@@ -6,11 +6,10 @@ import time
 
 import torch
 
-from raysae.config import EvaluationConfig, SAEConfig, TrainConfig
+from raysae.config import ARCHITECTURES, EvaluationConfig, SAEConfig, TrainConfig
 from raysae.stream.spec import ActivationSpec
 
 D = 32
-ARCHITECTURES = ("topk", "batchtopk", "relu", "tied", "jumprelu")
 SPEC = ActivationSpec(
     model="m",
     text="t",
@@ -36,7 +35,7 @@ def rows(count: int, seed: int = 0, d: int = D) -> torch.Tensor:
 
 
 def config(architecture: str = "topk", width: int = 64, seed: int = 0, **changes) -> SAEConfig:
-    level = {"k": 4} if architecture in ("topk", "batchtopk") else {"sparsity": 1e-3}
+    level = ARCHITECTURES[architecture].pick(k=4, sparsity=1e-3)
     chosen = {
         "architecture": architecture,
         "hook_point": "resid_post.0",

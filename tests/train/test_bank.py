@@ -105,9 +105,8 @@ def test_members_train_only_on_their_row():
 
 def test_loss_falls():
     for architecture in ARCHITECTURES:
-        wanted = (
-            config(architecture, sparsity=1e-4) if architecture not in ("topk", "batchtopk") else config(architecture)
-        )
+        level = ARCHITECTURES[architecture].pick(k=4, sparsity=1e-4)
+        wanted = config(architecture, **level)
         bank = bank_of(wanted)
         member = bank.members[wanted.name]
         train(bank, 0, 2)
@@ -152,7 +151,7 @@ def test_dead_latents_are_those_quiet_for_a_tenth_of_the_run():
         member.sae.b_enc[5] = -1e6
     told = []
     inner = member.sae.loss_and_grads
-    member.sae.loss_and_grads = lambda x, step: (told.append(bool(step.dead[5])), inner(x, step))[1]
+    member.sae.loss_and_grads = lambda x, target, step: (told.append(bool(step.dead[5])), inner(x, target, step))[1]
     train(bank, 0, 4)
     assert told == [False, False, True, True]
     assert member.quiet[5] == 4 * BATCH
@@ -165,7 +164,7 @@ def test_sparsity_warms_up_only_through_the_schedule():
     member = bank.members[wanted.name]
     factors = []
     inner = member.sae.loss_and_grads
-    member.sae.loss_and_grads = lambda x, step: (factors.append(step.sparsity_factor), inner(x, step))[1]
+    member.sae.loss_and_grads = lambda x, target, step: (factors.append(step.sparsity_factor), inner(x, target, step))[1]
     train(bank, 0, 4)
     assert factors == [0, 0.5, 1, 1]  # sparsity_warmup is 0.1 of 20 steps
 
@@ -189,8 +188,8 @@ def test_a_bad_loss_or_gradient_stops_that_sae_alone(what):
     member = bank.members[bad.name]
     inner = member.sae.loss_and_grads
 
-    def broken(x, step):
-        terms = inner(x, step)
+    def broken(x, target, step):
+        terms = inner(x, target, step)
         if member.steps_done == 5:
             (terms["loss"] if what == "loss" else member.sae.W_enc.grad).fill_(float("nan"))
         return terms

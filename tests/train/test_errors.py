@@ -115,7 +115,7 @@ def test_a_loop_on_the_transform_is_a_loop_on_its_rows(
         loop.run()
     ours, theirs = (load_file(tmp_path / name / "saes" / config().name / "sae_weights.safetensors") for name in sources)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours | theirs)
-    assert load_sae(tmp_path / "transformed/saes" / config().name).d == D
+    assert load_sae(tmp_path / "transformed/saes" / config().name).d_in == D
     assert transform.digest in (tmp_path / "transformed/saes" / config().name / "cfg.json").read_text()
 
 

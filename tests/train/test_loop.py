@@ -294,7 +294,7 @@ def test_a_failed_sae_stops_alone_and_stays_failed(tmp_path, caplog):
     )
 
     def break_(member):
-        member.sae.loss_and_grads = lambda x, step: {"loss": torch.tensor(float("nan"))}
+        member.sae.loss_and_grads = lambda x, target, step: {"loss": torch.tensor(float("nan"))}
 
     with caplog.at_level(logging.WARNING):
         loop.run()

@@ -88,7 +88,7 @@ def test_saes_in_folders_take_model_and_text_from_the_settings(settings: dict, t
     assert lab.study == lab_of(settings, sae=folders[::-1]).study, "the same SAEs are the same study"
     assert lab.study != lab_of(settings, sae=folders[:1]).study
     loaded = next(iter(lab.saes.values())).load()
-    assert (loaded.n, loaded.d) == (96, D)
+    assert (loaded.n, loaded.d_in) == (96, D)
 
 
 def test_of_several_hook_points_those_named(settings: dict, tmp_path: Path) -> None:
