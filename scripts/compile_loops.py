@@ -1,9 +1,10 @@
-"""Compiles the loops of raysae/sae for this CPU and keeps them where the next process looks for them (see `raysae.kernels.compiled`).
+"""Compiles the loops of raysae/kernels for this CPU, and keeps them for later processes.
 
     python scripts/compile_loops.py
 
-`make` runs it after an installation, so that the first sweep need not: it would compile them by itself, for some seconds before its first step. It
-takes a few training steps of every architecture on random rows, dead latents included, and evaluates.
+`make` runs it after an installation. Without it, the first sweep compiles them for some seconds before its first step.
+It trains every architecture for a few steps on random rows, with dead latents, and evaluates. `raysae.kernels.compiled`
+says where the code is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from raysae.sae.architectures import ARCHITECTURES
 from raysae.train.bank import Bank
 from raysae.train.evaluation import reconstruction_metrics
 
-D, BATCH, WIDTHS = 256, 1024, (512, 4096)  # narrow and wide ones take other ways to their largest latents
+D, BATCH, WIDTHS = 256, 1024, (512, 4096)  # Narrow and wide SAEs find their largest latents in different ways
 
 
 def main() -> None:
@@ -25,12 +26,14 @@ def main() -> None:
         bank = Bank(D, train)
         for width in WIDTHS:
             sparsity = {"k": 16} if architecture in ("topk", "batchtopk") else {"sparsity": 1e-3}
-            sae = SAEConfig(architecture=architecture, width=width, hook_point="resid_post.0", learning_rate=1e-3, **sparsity)
+            sae = SAEConfig(
+                architecture=architecture, width=width, hook_point="resid_post.0", learning_rate=1e-3, **sparsity
+            )
             bank.add(sae.name, sae)
         bank.initialise(list(bank.members.values()), rows)
         for step in range(train.steps):
             for member in bank.members.values():
-                member.quiet[::2] += train.tokens * step  # from the second step on these count as dead
+                member.quiet[::2] += train.tokens * step  # These count as dead after the first step
             bank.step(rows, step * BATCH)
         for member in bank.members.values():
             reconstruction_metrics(member.sae.folded(), [rows])

@@ -1,8 +1,8 @@
 """The elements of a chunk of pre-activations that a dense architecture's loss depends on: all, or a list of few.
 
 An architecture with a threshold may begin with any number of active latents. It ends with a few in a hundred. Dense
-products are faster for many elements, and a list is faster for few. `All` and `Few` have the same methods, so that an
-architecture's formulas are written once. `tests/sae/naive.py` has these formulas in plain dense form.
+products are faster for many elements, and a list is faster for few. `All` and `Few` have the same methods. So an
+architecture's formulas are written once. `tests/sae/naive.py` has them in plain dense form.
 
 A *quantity* is a number per element: (n, r) with `All`, (N,) with `Few`.
 """

@@ -1,4 +1,4 @@
-"""The k largest pre-activations against float64, and what becomes of bounds that say little."""
+"""The k largest pre-activations against float64, and how screening gives way where bounds say little."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,10 @@ with_fast_integers = pytest.mark.skipif(not fast_integers(), reason="this CPU ha
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
-    """However few latents there are to a k, and however many are left; a strip of rows for each thread at a time."""
+    """Makes screening run on small inputs, and keep on however many latents bounds leave.
+
+    Each thread handles a strip of rows at a time.
+    """
     monkeypatch.setattr(screening, "LATENTS_PER_K", 1)
     monkeypatch.setattr(screening, "FEWEST_ROWS", screening.STRIP)
     monkeypatch.setattr(screening, "TOO_MANY", 10)
@@ -26,13 +29,13 @@ def always(monkeypatch):
 
 
 def screened(monkeypatch, *arguments):
-    """What `top_pre_activations` returns without its other way."""
+    """Calls `top_pre_activations`, and fails if it computes all pre-activations."""
     monkeypatch.setattr(screening, "top_of_chunks", None)
     return top_pre_activations(*arguments, Workspace())
 
 
 def are_largest(values, indices, x, weight, bias, k):
-    """Whether these are the k largest pre-activations, but for what float32 rounds in sums of d products."""
+    """Asserts that these are the k largest pre-activations, up to float32's rounding in sums of d products."""
     exact = x.double() @ weight.double().T + bias.double()
     size = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1) + bias.double().abs()
     tolerance = 2.0**-24 * (x.shape[1] + 2) * size + x.shape[1] * 2.0**-126
@@ -52,9 +55,9 @@ def test_any_size(b, n, d, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((b, d), (n, d), (n,)))
     if data.draw(st.booleans()):
-        x, weight, bias = x.round(), weight.round(), bias.round()  # many ties, rows of zeros
+        x, weight, bias = x.round(), weight.round(), bias.round()  # Many ties, and rows of zeros
     if data.draw(st.booleans()):
-        x, weight = x.sign(), weight.sign()  # nothing is lost in rounding to integers: what float32 rounds is all there is
+        x, weight = x.sign(), weight.sign()  # Rounding to integers loses nothing, only float32 rounds
     with pytest.MonkeyPatch.context() as monkeypatch:
         are_largest(*screened(monkeypatch, x, weight, bias, k), x, weight, bias, k)
 
@@ -101,7 +104,7 @@ def test_awkward_numbers(kind, k, monkeypatch):
             weight[:] = weight[0]
         case "far from 0":
             x += 50
-        case "uneven bounds":  # those of many latents are loose, in a dimension that no row has
+        case "uneven bounds":  # Many latents have loose bounds, in a dimension where every row is 0
             x[:, 0], weight[::10, 0] = 0, 1e4
     are_largest(*screened(monkeypatch, x, weight, bias, k), x, weight, bias, k)
 
@@ -138,7 +141,9 @@ def test_as_shipped_few_latents_to_a_k_are_not_too_many(n, k, monkeypatch):
 def test_few_are_computed(monkeypatch):
     computed, real = [], screening.in_parts
     monkeypatch.setattr(
-        screening, "in_parts", lambda function, *arguments: computed.append((function, real(function, *arguments))) or computed[-1][1]
+        screening,
+        "in_parts",
+        lambda function, *arguments: computed.append((function, real(function, *arguments))) or computed[-1][1],
     )
     top_pre_activations(torch.randn(256, 256), torch.randn(8192, 256), torch.zeros(8192), 32, Workspace())
     totals = [sum(totals) for function, totals in computed if function is screening._select]
@@ -169,7 +174,7 @@ def test_more_than_there_are(k):
 @with_fast_integers
 @pytest.mark.parametrize("dead", [None, 150])
 def test_gradients_are_those_of_all_pre_activations(dead, monkeypatch):
-    """A step of TopK with AuxK both ways, in float32."""
+    """A float32 step of TopK, with and without AuxK, gives the same with screening and without."""
     torch.manual_seed(0)
     x, found = torch.randn(100, 24), {}
     step = StepInfo(dead=None if dead is None else torch.arange(400) >= 400 - dead)
@@ -178,13 +183,15 @@ def test_gradients_are_those_of_all_pre_activations(dead, monkeypatch):
         sae = make("topk", 24, 400)
         terms = sae.loss_and_grads(x, step)
         found[latents_per_k] = {**terms, **{name: parameter.grad for name, parameter in sae.named_parameters()}}
-    assert any(not torch.equal(value, found[10**6][name]) for name, value in found[1].items())  # two ways indeed
+    assert any(not torch.equal(value, found[10**6][name]) for name, value in found[1].items())  # The ways did differ
     for name, value in found[1].items():
-        torch.testing.assert_close(value, found[10**6][name], rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            value, found[10**6][name], rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_products_that_overflow_are_noticed(monkeypatch):
-    """As oneDNN's are when it is told not to use the instructions for them."""
+    """oneDNN's products overflow when it is told not to use the instructions for them."""
     real = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: real(a, b).clamp(-(1 << 15), (1 << 15) - 1))
     assert not fast_integers.__wrapped__()
@@ -192,7 +199,11 @@ def test_products_that_overflow_are_noticed(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["normal", "what latents lose", "what rows lose", "nothing is lost", "bias"])
 def test_upper_bounds_hold(kind):
-    """For every latent and row, also where they are close: all that one loses in rounding points as the other, or nothing is lost but in float32."""
+    """Upper bounds hold for every latent and row, also where they are tight.
+
+    Bounds are tight where all that one side loses in rounding points along the other side. They also are where rounding
+    to integers loses nothing, and only float32 rounds.
+    """
     x, weight, bias, factors = torch.randn(64, 48), torch.randn(900, 48), torch.zeros(900), torch.ones(48)
 
     def rounded(matrix):
@@ -204,7 +215,7 @@ def test_upper_bounds_hold(kind):
 
     match kind:
         case "what latents lose":
-            x = lost(weight)[:64].sign()  # itself integers, up to a factor
+            x = lost(weight)[:64].sign()  # Itself integers, up to a factor
         case "what rows lose":
             weight[:64] = lost(x).sign()
         case "nothing is lost":
