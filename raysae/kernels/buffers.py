@@ -32,7 +32,7 @@ class Workspace(threading.local):
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A buffer of this shape with the dtype and device of `like`.
 
-        It holds whatever the last use of `name` left, and shares its memory with that use.
+        It holds whatever the last use of `name` left, and may share its memory with that use.
         """
         size = math.prod(shape)
         buffer = self._buffers.get(name)
