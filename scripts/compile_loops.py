@@ -1,4 +1,4 @@
-"""Compiles the loops of raysae/sae for this CPU and keeps them where the next process looks for them.
+"""Compiles the loops of raysae/kernels for this CPU and keeps them where the next process looks for them.
 
     python scripts/compile_loops.py
 
