@@ -39,6 +39,7 @@ ARCHITECTURES: dict[str, ArchitectureFacts] = {
     "relu": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "standard"),
     "tied": ArchitectureFacts("sparsity", (1e-4, 1e-3, 1e-2), "standard", native=False),
     "jumprelu": ArchitectureFacts("sparsity", (0.03, 0.3, 3.0), "jumprelu"),
+    "gated": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "gated", searches=5),
 }
 Architecture = Literal[*ARCHITECTURES]
 Fraction = Annotated[float, Field(ge=0, le=1)]

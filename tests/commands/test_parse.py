@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raysae.commands.help import help_text
 from raysae.commands.parse import main, parse
-from raysae.config import SAEConfig, SweepConfig, UserError
+from raysae.config import ARCHITECTURES, SAEConfig, SweepConfig, UserError
 from raysae.knobs import explain, fields
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_yaml_lies_between_defaults_and_command_line(tmp_path: Path):
         (["--stream.lag", "wait"], "stream.lag is wait: it must be one of stall, detach"),
         (
             ["--architectures", "topp"],
-            "architectures contains topp: each must be one of topk, batchtopk, relu, tied, jumprelu",
+            f"architectures contains topp: each must be one of {', '.join(ARCHITECTURES)}",
         ),
         (["--stream.block_mib", "inf"], "stream.block_mib is inf: it must be a finite number"),
         (["--model.trust_remote_code", "maybe"], "model.trust_remote_code is maybe: it must be true or false"),

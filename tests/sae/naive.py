@@ -236,5 +236,7 @@ def loss(sae, p: dict[str, Tensor], x: Tensor, factor: float, dead: Tensor | Non
             return tied(x, **p, sparsity=config.sparsity * factor)
         case "jumprelu":
             return jumprelu(x, **p, bandwidth=train.bandwidth, sparsity=config.sparsity * factor)
+        case "gated":
+            return gated(x, **p, coefficient=config.sparsity * factor)
         case other:
             raise ValueError(f"No naive loss is entered for {other!r}. Add a case here.")

@@ -78,12 +78,16 @@ def test_codes_are_what_the_architecture_says(architecture):
     sae, x = briefly_trained(architecture)
     with torch.no_grad():
         folded = sae.folded()
-        codes, pre = folded.encode(x), (x - folded.b_dec) @ folded.W_enc.T + folded.b_enc
+        codes, pre = folded.encode(x), (x - folded.b_dec) @ folded.W_enc.T + folded.bias
         if architecture == "topk":
             expected = torch.zeros_like(pre).scatter(1, pre.topk(3).indices, pre.topk(3).values.relu())
         elif architecture in ("batchtopk", "jumprelu"):
             expected = pre * (pre > folded.threshold)
             assert (folded.threshold > 0).all()
+        elif architecture == "gated":
+            magnitude = folded.r_mag.exp() * (pre - folded.b_gate) + folded.b_mag
+            assert ((pre > 0) != (magnitude > 0)).any(), "the two paths are to differ"
+            expected = (pre > 0) * magnitude.relu()
         else:
             expected = pre.relu()
         torch.testing.assert_close(dense(codes, 64), expected)

@@ -24,7 +24,7 @@ def test_round_trip_is_bitwise(architecture, tmp_path):
     assert torch.equal(dense(loaded.encode(x), 64), dense(folded.encode(x), 64))
     assert torch.equal(loaded(x), folded(x))
     save_sae(loaded, tmp_path / "b")
-    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+    for name in CLASSES[architecture].SAVED:
         first, second = (
             load_file(path / "sae_weights.safetensors")[name] for path in (tmp_path / "a" / "sae", tmp_path / "b")
         )

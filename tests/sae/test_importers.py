@@ -124,6 +124,21 @@ def test_saelens(architecture, subtracted, x, tmp_path):
     check(tmp_path / "run" / "my sae" / "cfg.json", "my-sae", "mlp_out.3", x, codes, reconstruction)
 
 
+@pytest.mark.parametrize("subtracted", [True, False])
+def test_saelens_gated(subtracted, x, tmp_path):
+    """The formulas are those of SAELens 6: gated_sae.py."""
+    w, other = weights(), weights(1)
+    tensors = {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    tensors |= {"b_gate": w["b_enc"], "b_mag": other["b_enc"], "r_mag": other["threshold"]}
+    write_saelens(tmp_path / "sae", tensors, architecture="gated", apply_b_dec_to_input=subtracted)
+    p = {name: tensor.double() for name, tensor in tensors.items()}
+    sae_in = x.double() - p["b_dec"] * subtracted
+    active_features = sae_in @ p["W_enc"] + p["b_gate"] > 0
+    codes = active_features * (sae_in @ (p["W_enc"] * p["r_mag"].exp()) + p["b_mag"]).relu()
+    check(tmp_path / "sae", "sae", "mlp_out.3", x, codes, codes @ p["W_dec"] + p["b_dec"])
+    assert load_any(tmp_path / "sae").sae.config.architecture == "gated"
+
+
 def test_saelens_before_version_6(x, tmp_path):
     tensors = saelens_tensors()
     write_saelens(tmp_path / "old", tensors)
@@ -139,7 +154,8 @@ def test_saelens_before_version_6(x, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architecture": "gated"}, "architecture is gated"),
+        ({"architecture": "temporal"}, "architecture is temporal"),
+        ({"architecture": "gated"}, "lacks the tensors b_gate, b_mag, r_mag"),
         ({"architecture": ["topk"]}, "architecture is .'topk'"),
         (
             {"metadata": {"hook_name": "blocks.3.hook_resid_post", "model_from_pretrained_kwargs": {"fold_ln": True}}},

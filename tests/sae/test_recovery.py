@@ -13,6 +13,7 @@ CASES = {
     "relu": ({"sparsity": 1.0}, 0.5),
     "tied": ({"sparsity": 0.015}, 0.0),
     "jumprelu": ({"sparsity": 0.3}, 0.5),
+    "gated": ({"sparsity": 1.0}, 0.5),
 }
 
 
