@@ -1,4 +1,7 @@
-"""A knob that is newer than a study counts there as it did before the knob existed."""
+"""Studies that are older than a knob.
+
+A newer knob may change what a run does. An older study lacks it, and keeps the value that it ran with.
+"""
 
 from typing import Any
 
@@ -56,7 +59,7 @@ def test_a_study_is_resumed_that_lacks_a_newer_knob(tmp_path, monkeypatch):
 def test_a_study_that_lacks_an_older_knob_is_damaged(tmp_path):
     settings = SweepConfig(study="s").model_dump()
     del settings["train"]["warmup"]
-    with pytest.raises(UserError, match="train.warmup is not in it"):
+    with pytest.raises(UserError, match=r"train\.warmup is not in it"):
         saved_config(saved(settings, tmp_path), "s")
 
 

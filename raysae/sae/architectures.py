@@ -1,4 +1,8 @@
-"""The class of every architecture, and the one place that builds them. Facts that need no torch are in `config.py`."""
+"""The class of every architecture, and the one place that builds them.
+
+Facts that need no torch are in `ARCHITECTURES` of `config.py`, under the same names. `tests/sae/naive.py` has the loss
+of every architecture in its readable form.
+"""
 
 from __future__ import annotations
 
@@ -15,5 +19,11 @@ CLASSES: dict[str, type[SAE]] = {"topk": TopK, "batchtopk": BatchTopK, "relu": R
 
 
 def build(config: SAEConfig, d: int, train: TrainConfig) -> SAE:
-    """The autoencoder that `config` names, on the CPU in float32. Its weights are drawn from config.seed alone."""
+    """Builds the autoencoder that `config` names, on the CPU in float32. config.seed alone draws its weights.
+
+    Args:
+        config: Architecture, width, and what else the SAE is.
+        d: Width of the activations.
+        train: Knobs of training. Some architectures read theirs.
+    """
     return CLASSES[config.architecture](config, d, train)

@@ -1,7 +1,9 @@
-"""BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): the b·k largest positive pre-activations of a batch of b rows; loss and AuxK as TopK.
+"""BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): the b·k largest positive pre-activations of a batch of b rows.
 
-Selection over a batch exists in training only. `encode` keeps what lies above `threshold`, the running mean of each batch's smallest selected
-value, so that the codes of a row do not depend on its company.
+The readable twin is `batchtopk` in `tests/sae/naive.py`. Loss and AuxK are those of TopK.
+
+Rows compete in training only. `encode` keeps what lies above `threshold`, so a row's codes do not depend on the rows
+beside it. `threshold` is the running mean of each batch's smallest selected value.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ from raysae.kernels.products import pre_activation_chunks
 from raysae.kernels.selection import BatchTop, top_k
 from raysae.sae.topk import DeadCodes, TopK
 
-AVERAGED_STEPS = 100  # the running mean is plain over the first so many steps, then exponential with this time constant
+# Steps over which the running mean is plain. Then it is exponential, with this time constant.
+AVERAGED_STEPS = 100
 
 
 class BatchTopK(TopK):
-    """x̂ from the pre-activations above one threshold, k per row on average."""
+    """x̂ comes from the pre-activations above one threshold, k per row on average."""
 
     SAVED = (*TopK.SAVED, "threshold")
 
@@ -65,7 +68,7 @@ class BatchTopK(TopK):
             self.threshold.lerp_(self._smallest, 1 / self.threshold_steps.clamp(max=AVERAGED_STEPS).to(self.threshold))
 
     def saved(self) -> dict[str, Tensor]:
-        """Files have a threshold for each latent."""
+        """Repeats `threshold` for every latent, (n,), as files have it."""
         return super().saved() | {"threshold": self.threshold.expand(self.n)}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

@@ -4,8 +4,8 @@
     sae_weights.safetensors   W_enc (d, n), W_dec (n, d), b_enc (n,), b_dec (d,), for jumprelu threshold (n,)
     raysae.json               the SAEConfig, d, and the SHA-256 of the other two files
 
-What is saved is folded: it takes raw activations. topk is SAELens's topk, relu and tied are its standard, batchtopk and jumprelu its jumprelu.
-A folder appears whole or not at all; files that do not match their checksum are refused.
+Saved SAEs are folded: they take raw activations. SAELens knows topk as topk, relu and tied as standard, batchtopk and
+jumprelu as jumprelu. A folder appears whole or not at all. Loading refuses files that do not match their checksum.
 """
 
 from __future__ import annotations
@@ -36,14 +36,19 @@ TRANSFORMER_LENS = {
     "attn_z": "blocks.{}.attn.hook_z",
     "mlp_act": "blocks.{}.mlp.hook_post",
 }
-SAELENS_VERSION = "6.0.0"  # of the format written here: SAELens rewrites what names no version or an older one
+# Version of the format written here. SAELens rewrites files that name an older version or none.
+SAELENS_VERSION = "6.0.0"
 WEIGHTS, CONFIG, OWN = "sae_weights.safetensors", "cfg.json", "raysae.json"
 
 
 def save_sae(sae: SAE, folder: str | Path, metadata: dict | None = None) -> None:
-    """Writes `sae` (folded or not) to `folder`, replacing what is there.
+    """Writes `sae` to `folder` and replaces what is there.
 
-    `metadata` goes into SAELens's: model_name, context_size, prepend_bos, dataset_path and the like; hook_name is filled in.
+    Args:
+        sae: Folded or not. What is written is folded.
+        folder: A local folder. Missing parents are made.
+        metadata: Entries for SAELens's metadata, such as model_name, context_size, prepend_bos and dataset_path.
+            hook_name is filled in where it is missing.
     """
     sae, folder = sae.folded(), Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +79,14 @@ def save_sae(sae: SAE, folder: str | Path, metadata: dict | None = None) -> None
 
 
 def load_sae(folder: str | Path) -> SAE:
-    """The folded autoencoder that `save_sae` wrote, bit for bit; `folder` is local or a URL (s3://…). UserError: not such a folder, or damaged."""
+    """Loads the folded autoencoder that `save_sae` wrote, bit for bit.
+
+    Args:
+        folder: Local, or a URL (s3://…).
+
+    Raises:
+        UserError: `folder` is not such a folder, or its files are damaged.
+    """
     if "://" in str(folder):
         files, path = fsspec.core.url_to_fs(str(folder))
         with tempfile.TemporaryDirectory() as copy:
@@ -105,7 +117,7 @@ def load_sae(folder: str | Path) -> SAE:
 
 
 def _in_saelens_layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """W_enc changes between ours, (n, d), and SAELens's, (d, n)."""
+    """Transposes W_enc between our (n, d) and SAELens's (d, n), either way."""
     return {name: tensor.T if name == "W_enc" else tensor for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""Autoencoders that others have trained, brought into raysae's form; `load_any` knows a file or folder by what is in it.
+"""Loads autoencoders that others have trained. `load_any` tells the format by the files in a folder.
 
 | format | recognised by | encoder's input |
 | --- | --- | --- |
@@ -8,8 +8,11 @@
 | Gemma Scope | params.npz (Gemma 2), params.safetensors (Gemma 3) | x |
 | dictionary_learning | ae.pt + config.json | x − b_dec, or x (JumpReLU, AutoEncoderNew) |
 
-What is loaded reconstructs as its owner's code does, up to rounding. Where the encoder takes x itself, W_enc·b_dec goes into b_enc. Norms of decoder
-rows go into the encoder where that changes nothing (not for TopK, whose choice of latents depends on them), so that W_dec's rows have norm 1.
+A loaded SAE reconstructs as its owner's code does, up to rounding. If the encoder takes x itself, W_enc·b_dec goes into
+b_enc. Norms of decoder rows move into the encoder, so W_dec's rows have norm 1. A TopK keeps its norms, because moving
+them would change which latents it selects. The exception is a TopK of SAELens that ranks with the norms already.
+
+This module converts weights and does not guess. It refuses what raysae cannot compute, such as transcoders.
 """
 
 from __future__ import annotations
@@ -43,28 +46,34 @@ SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG = (
     "ae.pt",
     "config.json",
 )
-UNREADABLE = (  # what readers of damaged files raise
-    SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, TypeError, RuntimeError, EOFError, LookupError
+UNREADABLE = (  # Errors that readers of damaged files raise
+    SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError,
+    OSError, ValueError, TypeError, RuntimeError, EOFError, LookupError,
 )  # fmt: skip
 FILES = (OWN, CONFIG, WEIGHTS, SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG)
 
 
 class NamedSAE(NamedTuple):
-    """A folded autoencoder for raw activations; `name` tells it from others and is safe as a file name."""
+    """A folded autoencoder for raw activations, and a name that tells it from others.
+
+    The name is safe as a file name.
+    """
 
     name: str
     sae: SAE
 
 
 def load_any(where: str | Path, hook_point: str | None = None) -> NamedSAE:
-    """The autoencoder in a folder or weight file, local or at a URL (s3://…, hf://…).
+    """Loads the autoencoder in a folder.
 
     Args:
-        hook_point: where its activations come from, e.g. `resid_post.3`; goes before what the files say, and is needed where they say nothing.
+        where: A folder, or a file in it. Local, or a URL (s3://…, hf://…).
+        hook_point: Where its activations come from, e.g. `resid_post.3`. It overrides what the files say. It is needed
+            if they say nothing.
 
     Raises:
-        UserError: nothing there, not an SAE, of an architecture that raysae lacks, tensors missing, damaged or of shapes that do not fit each other,
-            or no hook point known.
+        UserError: There is nothing at `where`, or no SAE, or no known hook point. Or raysae lacks its architecture. Or
+            tensors are missing, damaged, or of shapes that do not fit each other.
     """
     where = str(where)
     if "://" in where:
@@ -78,11 +87,19 @@ def load_any(where: str | Path, hook_point: str | None = None) -> NamedSAE:
 
 
 def require_width(named: NamedSAE, width: int) -> None:
-    """UserError where the autoencoder does not take activations of `width`, its hook point's."""
+    """Checks that the autoencoder takes activations as wide as its hook point.
+
+    Args:
+        named: The autoencoder.
+        width: Width of the activations at its hook point in this model.
+
+    Raises:
+        UserError: It takes another width.
+    """
     if named.sae.d_in != width:
         raise UserError(
-            f"{named.name} takes activations {named.sae.d_in} wide, but {named.sae.config.hook_point} of this model is {width} wide: name the hook "
-            "point and the model that it was trained on"
+            f"{named.name} takes activations {named.sae.d_in} wide, but {named.sae.config.hook_point} of this model is "
+            f"{width} wide. Name the hook point and the model that it was trained on"
         )
 
 
@@ -110,18 +127,19 @@ def _load(source: _Source, hook_point: str | None) -> NamedSAE:
             name = "_".join(re.sub(r"[^\w.-]", "-", place) for place in source.places[-depth:])
             return NamedSAE(name, _assemble(read(source), source.where, hook_point))
     raise UserError(
-        f"{source.where} is not a saved SAE: it has neither {OWN}, nor {CONFIG} with {WEIGHTS} (SAELens) or {SPARSIFY} (sparsify), nor {GEMMA_2} or "
-        f"{GEMMA_3} (Gemma Scope), nor {DICTIONARY} with {DICTIONARY_CONFIG} (dictionary_learning)"
+        f"{source.where} is not a saved SAE. Name a folder that has {OWN} (raysae), {CONFIG} and {WEIGHTS} (SAELens), "
+        f"{CONFIG} and {SPARSIFY} (sparsify), {GEMMA_2} or {GEMMA_3} (Gemma Scope), "
+        f"or {DICTIONARY} and {DICTIONARY_CONFIG} (dictionary_learning)"
     )
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Reads files of a folder."""
+    """The files of one SAE, in a local folder. What cannot be read is a UserError that names `where`."""
 
     folder: Path
-    where: str  # what the user called it
-    places: tuple[str, ...]  # the folder's path from the top, as its owner laid it out
+    where: str  # The folder or file as the user named it
+    places: tuple[str, ...]  # Names of the folders that lead to it in the owner's layout, outermost first
 
     def json(self, name: str) -> dict:
         try:
@@ -136,7 +154,7 @@ class _Source:
         return self.json(name) if (self.folder / name).exists() else {}
 
     def section(self, content: dict, name: str) -> dict:
-        """An object inside a JSON file's `content`, empty where it is missing."""
+        """The object `name` inside a JSON file's `content`, or an empty one if it is missing."""
         found = content.get(name) or {}
         if not isinstance(found, dict):
             raise self.refused(f"its {name} is {found!r}, which is not a JSON object")
@@ -167,54 +185,53 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Parts:
-    """An autoencoder as its owner wrote it, weights latent-major."""
+    """An autoencoder as its owner wrote it. Weights are latent-major."""
 
-    architecture: str  # relu, topk or jumprelu
-    tensors: Mapping[
-        str, Tensor | None
-    ]  # W_enc (n, d), W_dec (n, d), b_enc (n,), b_dec (d,), threshold (n,) for jumprelu; None where missing
-    names: Mapping[str, str]  # what the owner calls them, for messages
-    subtracts_b_dec: bool  # from the encoder's input
+    architecture: str  # Our name: relu, topk or jumprelu
+    # W_enc (n, d), W_dec (n, d), b_enc (n,), b_dec (d,), and threshold (n,) for jumprelu. None where missing.
+    tensors: Mapping[str, Tensor | None]
+    names: Mapping[str, str]  # The owner's names of these tensors, for messages
+    subtracts_b_dec: bool  # True if the encoder takes x − b_dec, False if it takes x
     hook_point: str | None
     k: int | None = None
-    by_decoder_norm: bool = (
-        False  # topk chooses by pre-activation times the norm of the decoder row, and decodes with rows of norm 1
-    )
+    # A topk that ranks by pre-activation times the decoder row's norm, and decodes with rows of norm 1
+    by_decoder_norm: bool = False
 
 
 def _saelens(source: _Source) -> _Parts:
     config, tensors = source.json(CONFIG), source.tensors(WEIGHTS)
     metadata = source.section(config, "metadata")
     architecture = str(config.get("architecture", "standard"))
-    activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))  # up to version 5
+    activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))  # A key up to version 5
     k = config.get("k", source.section(config, "activation_fn_kwargs").get("k"))
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
     elif architecture == "standard" and activation != "relu":
-        raise source.refused(f"its activation function is {activation}; raysae has relu and topk")
+        raise source.refused(f"its activation function is {activation}. raysae loads relu and topk")
     known = {facts.saelens: name for name, facts in ARCHITECTURES.items() if facts.native}
     if architecture not in known:
-        raise source.refused(f"its architecture is {architecture}; raysae loads {', '.join(known)} from SAELens")
+        raise source.refused(f"its architecture is {architecture}. raysae loads {', '.join(known)} from SAELens")
     normalised = config.get("normalize_activations") or "none"
     if normalised not in ("none", False):
         raise source.refused(
-            f"it normalises activations ({normalised}), which is not folded into its weights: fold it in SAELens and save it again"
+            f"it normalises activations ({normalised}), and its weights do not contain that step. "
+            "Fold the step into the weights with SAELens and save the SAE again"
         )
     if "scaling_factor" in tensors or "finetuning_scaling_factor" in tensors:
         raise source.refused("it has a fine-tuning scaling factor, which raysae does not apply")
-    said = config | metadata  # beside each other up to version 5
+    said = config | metadata  # Up to version 5 there is no metadata, and its keys are in the configuration
     processed = source.section(said, "model_from_pretrained_kwargs")
     for option in ("center_writing_weights", "fold_ln"):
         if processed.get(option):
             raise source.refused(
-                f"it was trained on activations of processed weights ({option}), which the model's own weights do not give: name an SAE of a model "
-                "loaded without processing"
+                f"it was trained on a model with processed weights ({option}), which gives other activations. "
+                "Name an SAE that was trained on the model's own weights"
             )
     head = next(
         (said[name] for name in ("hook_head_index", "hook_point_head_index") if said.get(name) is not None), None
     )
     if head is not None:
-        raise source.refused(f"it was trained on attention head {head} alone; raysae's hook points hold all heads")
+        raise source.refused(f"it was trained on attention head {head} alone. raysae's hook points hold all heads")
     hook_name = metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point")
     return _Parts(
         known[architecture],
@@ -229,10 +246,12 @@ def _saelens(source: _Source) -> _Parts:
 def _sparsify(source: _Source) -> _Parts:
     config, tensors = source.json(CONFIG), source.tensors(SPARSIFY)
     if config.get("transcode") or config.get("skip_connection") or "W_skip" in tensors:
-        raise source.refused("it is a transcoder (it predicts one place from another), not an autoencoder")
+        raise source.refused(
+            "it is a transcoder, which predicts one hook point from another. raysae loads autoencoders"
+        )
     if config.get("activation", "topk") != "topk" or config.get("signed"):
         activation = "signed topk" if config.get("signed") else config["activation"]
-        raise source.refused(f"its activation is {activation}; raysae loads topk from sparsify")
+        raise source.refused(f"its activation is {activation}. raysae loads topk from sparsify")
     names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
     hook_point = _from_module_path("".join(source.places[-1:]))
     return _Parts("topk", *_named(tensors, names), subtracts_b_dec=True, hook_point=hook_point, k=config.get("k"))
@@ -245,11 +264,13 @@ def _gemma_scope(source: _Source) -> _Parts:
     }
     config = source.optional_json(DICTIONARY_CONFIG)
     if config.get("architecture", "jump_relu") != "jump_relu":
-        raise source.refused(f"its architecture is {config['architecture']}; raysae loads jump_relu from Gemma Scope")
+        raise source.refused(f"its architecture is {config['architecture']}. raysae loads jump_relu from Gemma Scope")
     if "affine_skip_connection" in tensors or config.get(
         "hf_hook_point_out", config.get("hf_hook_point_in")
     ) != config.get("hf_hook_point_in"):
-        raise source.refused("it is a transcoder (it predicts one place from another), not an autoencoder")
+        raise source.refused(
+            "it is a transcoder, which predicts one hook point from another. raysae loads autoencoders"
+        )
     spelt = str if file == GEMMA_2 else str.lower
     parts, names = _named(tensors, {name: name for name in CLASSES["jumprelu"].SAVED}, transposed=("W_enc",))
     return _Parts(
@@ -275,12 +296,11 @@ def _dictionary_learning(source: _Source) -> _Parts:
         "JumpReluAutoEncoder": ("jumprelu", plain, ("W_enc",), False),
     }
     if kind not in known:
-        raise source.refused(f"its dict_class is {kind}; raysae loads {', '.join(known)} from dictionary_learning")
+        raise source.refused(f"its dict_class is {kind}. raysae loads {', '.join(known)} from dictionary_learning")
     architecture, names, transposed, subtracts = known[kind]
     if "threshold" in names and "threshold" in tensors and tensors["threshold"].ndim == 0 and names["b_enc"] in tensors:
-        tensors["threshold"] = tensors["threshold"].expand_as(
-            tensors[names["b_enc"]]
-        )  # BatchTopK has one for all latents
+        # BatchTopK has one threshold for all latents.
+        tensors["threshold"] = tensors["threshold"].expand_as(tensors[names["b_enc"]])
     k = trainer.get("k", tensors["k"].item() if "k" in tensors else None)
     hook_point = _from_submodule_name(str(trainer.get("submodule_name")))
     return _Parts(
@@ -288,7 +308,7 @@ def _dictionary_learning(source: _Source) -> _Parts:
     )
 
 
-# files that tell the format, its reader, and how many trailing parts of the path make a name
+# Files that tell a format, its reader, and how many of the path's last folders make the SAE's name
 READERS: tuple[tuple[set[str], Callable[[_Source], _Parts], int], ...] = (
     ({CONFIG, WEIGHTS}, _saelens, 1),
     ({CONFIG, SPARSIFY}, _sparsify, 2),
@@ -301,7 +321,16 @@ READERS: tuple[tuple[set[str], Callable[[_Source], _Parts], int], ...] = (
 def _named(
     tensors: Mapping[str, Tensor], names: Mapping[str, str], transposed: tuple[str, ...] = ()
 ) -> tuple[dict[str, Tensor | None], Mapping[str, str]]:
-    """Our name → tensor (None where missing), and our name → the owner's."""
+    """Picks an SAE's tensors.
+
+    Args:
+        tensors: What the owner's file holds.
+        names: Our name of each tensor → the owner's name.
+        transposed: Our names of weights that the owner stores the other way round.
+
+    Returns:
+        Our name → tensor, latent-major, None where it is missing. And `names`.
+    """
     found = {ours: tensors.get(theirs) for ours, theirs in names.items()}
     return {
         ours: tensor.T if ours in transposed and tensor is not None else tensor for ours, tensor in found.items()
@@ -312,7 +341,7 @@ def _named(
 
 
 def _from_transformer_lens(name: object) -> str | None:
-    """`blocks.3.hook_resid_post` → `resid_post.3`; raysae's own names stay."""
+    """`blocks.3.hook_resid_post` → `resid_post.3`. raysae's own names stay. None for other places."""
     for kind, pattern in TRANSFORMER_LENS.items():
         if match := re.fullmatch(re.escape(pattern).replace(r"\{\}", r"(\d+)") + rf"|{kind}\.(\d+)", str(name)):
             return f"{kind}.{match[1] or match[2]}"
@@ -320,7 +349,7 @@ def _from_transformer_lens(name: object) -> str | None:
 
 
 def _from_module_path(name: str) -> str | None:
-    """`layers.5` → `resid_post.5`, `h.5.mlp` → `mlp_out.5`: what a module returns."""
+    """`layers.5` → `resid_post.5`, `h.5.mlp` → `mlp_out.5`: the hook point of a module's output."""
     match = re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(mlp|attn|self_attn|attention))?", name)
     if match is None:
         return None
@@ -328,7 +357,10 @@ def _from_module_path(name: str) -> str | None:
 
 
 def _from_submodule_name(name: str) -> str | None:
-    """`resid_post_layer_8` → `resid_post.8`, `mlp_layer_8` → `mlp_out.8`, `attn_layer_8` → `attn_out.8`: what dictionary_learning calls outputs."""
+    """dictionary_learning's names of outputs.
+
+    `resid_post_layer_8` → `resid_post.8`, `mlp_layer_8` → `mlp_out.8`, `attn_layer_8` → `attn_out.8`.
+    """
     match = re.fullmatch(r"(resid_post|mlp|attn|attention)_layer_(\d+)", name)
     if match is None:
         return None
@@ -336,7 +368,10 @@ def _from_submodule_name(name: str) -> str | None:
 
 
 def _from_gemma(source: _Source, config: dict) -> str | None:
-    """From Gemma 3's config.json, or from the names of the repository's folders, e.g. gemma-scope-2b-pt-att/layer_20/…"""
+    """Reads the hook point from Gemma 3's config.json.
+
+    Failing that, it reads the names of the repository's folders, e.g. gemma-scope-2b-pt-att/layer_20/….
+    """
     modules = {
         r"model\.layers\.(\d+)\.output": "resid_post",
         r"model\.layers\.(\d+)\.self_attn\.o_proj\.input": "attn_z",
@@ -359,15 +394,16 @@ def _assemble(parts: _Parts, where: str, hook_point: str | None) -> SAE:
     missing = [parts.names[name] for name, tensor in parts.tensors.items() if tensor is None]
     if missing:
         raise UserError(
-            f"{where} lacks the tensor{'s' * (len(missing) > 1)} {', '.join(missing)}, which {parts.architecture} SAEs have"
+            f"{where} lacks the tensor{'s' * (len(missing) > 1)} {', '.join(missing)}, "
+            f"which {parts.architecture} SAEs have"
         )
     tensors = {name: tensor.double() for name, tensor in parts.tensors.items()}
     _check_shapes(tensors, parts.names, where)
     hook_point = hook_point or parts.hook_point
     if hook_point is None:
         raise UserError(
-            f"{where} does not say where its activations come from in words that raysae knows: name its hook point, "
-            "e.g. resid_post.3"
+            f"{where} does not say where its activations come from, or raysae does not know the place: "
+            "name its hook point, e.g. resid_post.3"
         )
     n, d = tensors["W_dec"].shape
     by_k = ARCHITECTURES[parts.architecture].level == "k"
@@ -375,10 +411,10 @@ def _assemble(parts: _Parts, where: str, hook_point: str | None) -> SAE:
         raise UserError(
             f"{where}: k is {parts.k}, but a {parts.architecture} SAE of {n} latents needs a number from 1 to {n}"
         )
-    # Learning rate and coefficient belong to training and have no use here.
+    # A learning rate and a coefficient must be given. They belong to training and have no use here.
     level = ARCHITECTURES[parts.architecture].pick(k=parts.k, sparsity=0)
     config = SAEConfig(architecture=parts.architecture, hook_point=hook_point, width=n, learning_rate=1, **level)
-    sae = build(config, d, TrainConfig()).requires_grad_(False).double()  # Rounded once, at the end
+    sae = build(config, d, TrainConfig()).requires_grad_(False).double()  # Rounding happens once, at the end
     sae.restore(tensors)
     if not parts.subtracts_b_dec:
         sae.subtract_b_dec_()
@@ -389,7 +425,7 @@ def _assemble(parts: _Parts, where: str, hook_point: str | None) -> SAE:
 
 def _check_shapes(tensors: dict[str, Tensor], names: Mapping[str, str], where: str) -> None:
     if tensors["W_dec"].ndim != 2:
-        raise UserError(f"{where}: {names['W_dec']} has {tensors['W_dec'].ndim} dimensions; a decoder has 2")
+        raise UserError(f"{where}: {names['W_dec']} has {tensors['W_dec'].ndim} dimensions, but a decoder has 2")
     n, d = tensors["W_dec"].shape
     for name, tensor in tensors.items():
         shape = {"W_enc": (n, d), "W_dec": (n, d), "b_dec": (d,)}.get(name, (n,))

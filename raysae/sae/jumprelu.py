@@ -1,13 +1,22 @@
-"""JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435): a latent is active where its pre-activation exceeds a threshold θ of its own.
+"""JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435): each latent has a threshold θ, and is active above it.
 
-Loss = mean over rows of ‖x − x̂‖² + sparsity · mean over rows of ‖c‖₀, in normalised units (mean of ‖x‖² is d). The step at θ has straight-through
-derivatives with a rectangle kernel K of width ε = train.bandwidth (equations 11 and 12): ∂c/∂θ = −θ/ε · K((π − θ)/ε), ∂‖c‖₀/∂θ = −1/ε · K((π − θ)/ε);
-pre-activations π get a gradient only where their latent is active. θ is positive, its logarithm is the parameter.
+The readable twin is `jumprelu` in `tests/sae/naive.py`. In normalised units (the mean of ‖x‖² is d):
 
-θ starts where min(2d, n/4) latents per row are active, on the first rows. The paper's start, a small constant, suits runs of some hundred thousand
-steps: a logarithm moves by at most about the learning rate per step, and in a thousand steps no penalty could bring it to where L0 is small.
+    loss = mean over rows of ‖x − x̂‖² + sparsity · mean over rows of ‖c‖₀
 
-The input of the encoder is x − b_dec as in the other architectures: the paper's W_enc x + b_enc with another name for the bias.
+Codes jump at θ. The derivatives there are straight-through ones (equations 11 and 12), for a pre-activation π:
+
+    ∂c/∂θ = −θ/ε · K((π − θ)/ε)        ∂‖c‖₀/∂θ = −1/ε · K((π − θ)/ε)
+
+K is a rectangle: it is 1 where |π − θ| < ε/2, and else 0. The width ε is train.bandwidth. A pre-activation gets a
+gradient only if its latent is active. The parameter is log θ, so that θ is positive.
+
+On the first rows, θ starts where min(2d, n/4) latents per row are active. It starts at ε if that is larger. The
+paper starts at a small constant, which suits some hundred thousand steps. A logarithm moves by at most about the
+learning rate per step. So in a thousand steps no penalty could bring it to where L0 is small.
+
+The encoder's input is x − b_dec as in the other architectures. The paper has W_enc x + b_enc. This is the same with
+another name for the bias.
 """
 
 from __future__ import annotations
@@ -21,13 +30,13 @@ from raysae.config import SAEConfig, TrainConfig
 from raysae.kernels.elements import All, Few
 from raysae.sae.dense import DenseSAE, Rows
 
-INITIAL_ROWS = 128  # that thresholds are first set from
+INITIAL_ROWS = 128  # Rows that set the first thresholds
 
 
 class JumpReLU(DenseSAE):
     """c = π where π > θ, else 0, with π = W_enc (x − b_dec) + b_enc.
 
-    `threshold` (n,) is θ, which codes are made with; `after_step` follows the parameter `log_threshold`.
+    `threshold` (n,) is θ, and codes use it. The parameter is `log_threshold`. `after_step` sets θ to its exponential.
     """
 
     SAVED = (*DenseSAE.SAVED, "threshold")
@@ -48,9 +57,8 @@ class JumpReLU(DenseSAE):
         self.log_threshold.copy_(self.threshold.log())
 
     def _matter(self, pre: Tensor) -> Tensor:
-        return (
-            pre <= (self.threshold - self.train_config.bandwidth).unsqueeze(1)
-        ).logical_not_()  # and a few more, for rounding
+        # K ends at θ − ε/2. The other half of ε is a margin for rounding.
+        return (pre <= (self.threshold - self.train_config.bandwidth).unsqueeze(1)).logical_not_()
 
     def _activate(self, pre: Tensor, elements: All | Few) -> Tensor:
         return pre * (pre > elements.spread(self.threshold))
@@ -85,7 +93,7 @@ class JumpReLU(DenseSAE):
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Others apply a ReLU too, so that a negative threshold means 0."""
+        """Takes negative thresholds as 0. Their owners apply a ReLU too, so both mean the same."""
         threshold = tensors["threshold"].clamp_min(0)
         super().restore({**tensors, "threshold": threshold, "log_threshold": threshold.log()})
 

@@ -1,7 +1,11 @@
-"""The tied autoencoder of Cunningham et al. 2023 (arXiv 2309.08600), section 2: c = ReLU(M̂x + b), x̂ = M̂ᵀc, M̂ = M with rows of norm 1.
+"""The tied autoencoder of Cunningham et al. 2023 (arXiv 2309.08600), section 2: one matrix M for encoder and decoder.
 
-Loss = mean((x − x̂)²) + sparsity · mean over rows of ‖c‖₁, on raw activations (scale 1): the squared error is a mean over d as well, so the
-coefficient is the paper's α (its equation 4) divided by d. M starts Xavier-uniform, b at 0; there is no decoder bias.
+The readable twin is `tied` in `tests/sae/naive.py`. With M̂ = M with rows of norm 1, and c = ReLU(M̂x + b), x̂ = M̂ᵀc:
+
+    loss = mean((x − x̂)²) + sparsity · mean over rows of ‖c‖₁
+
+It takes raw activations (scale 1). The squared error is a mean over d too. So the coefficient is the paper's α (its
+equation 4) divided by d. M starts Xavier-uniform and b at 0. There is no decoder bias.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from raysae.sae.relu import ReLU
 
 
 class Tied(ReLU):
-    """M is W_dec, free in norm: `encoder()` and `decoder()` both give M̂."""
+    """M is W_dec, and its rows have any norm. `encoder()` and `decoder()` both give M̂."""
 
     def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
         super().__init__(config, d, train)
@@ -36,7 +40,7 @@ class Tied(ReLU):
         return self.W_dec
 
     def initialise(self, rows: Tensor, centre: Tensor | None = None) -> None:
-        """Nothing depends on the data."""
+        """Does nothing: no start value depends on the data."""
 
     def encoder(self) -> Tensor:
         return unit_rows(self.W_dec)
@@ -50,17 +54,17 @@ class Tied(ReLU):
         self.b_enc.grad.add_(elements.sum(grad_pre))
 
     def _finish_grads(self, grad_x_hat_sum: Tensor) -> None:
-        # from the gradient for M̂ to that for M
+        # Turns the gradient for M̂ into the gradient for M, in place.
         for gradients, rows in row_blocks(self.W_dec.grad, self.W_dec):
             norms = row_norms(rows)
             remove_parallel_(gradients, rows / norms)
             gradients.div_(norms)
 
     def after_grads(self) -> None:
-        """Nothing to remove: the norms of M are free, and its gradient is perpendicular to its rows."""
+        """Does nothing: norms of M are free, and its gradient is perpendicular to its rows already."""
 
     def after_step(self) -> None:
-        """Nothing to restore."""
+        """Does nothing: M keeps the norms it has."""
 
     @torch.no_grad()
     def folded(self) -> Tied:

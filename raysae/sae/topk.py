@@ -1,12 +1,19 @@
-"""TopK (Gao et al. 2024, arXiv 2406.04093): the k largest pre-activations of each row, then ReLU; dead latents revived by AuxK.
+"""TopK (Gao et al. 2024, arXiv 2406.04093): the k largest pre-activations of each row, then ReLU.
 
-Loss = mean over rows of ‖x − x̂‖² + aux_coefficient · d · ‖e − ê‖² / ‖e − ē‖², where e = x − x̂ (a constant here) and ê is its reconstruction
-from the k_aux dead latents of largest pre-activation, k_aux = d/2 rounded to a power of two, or from all of them where there are fewer.
-Rows are scaled so that the mean of ‖x‖² is d: both terms are then fractions of Σ‖x‖² or of an error's variance, times d. In the paper the first is a
-fraction of the variance; where the mean of x is large, AuxK weighs accordingly less here.
+The readable twin is `topk` in `tests/sae/naive.py`. AuxK revives dead latents. With e = x − x̂, taken as a constant:
 
-The gradients are written by hand: one dense product per step (the pre-activations, or bounds of them in integers), everything else touches active
-latents only.
+    loss = mean over rows of ‖x − x̂‖² + aux_coefficient · d · ‖e − ê‖² / ‖e − ē‖²
+
+In each row the k_aux dead latents of largest pre-activation reconstruct e as ê. ē is the batch mean of e. k_aux is d/2
+rounded to a power of two. All dead latents take part where there are fewer.
+
+Rows are scaled so that the mean of ‖x‖² is d. The first term is then d times a fraction of Σ‖x‖². AuxK is d times a
+fraction of the variance of e. The paper divides the first term by the variance of x instead. So AuxK weighs more here
+than there where the mean of x is large.
+
+Speed comes from gradients written by hand. All latents take part in one dense product per step. It gives their
+pre-activations, or bounds of them in integers. AuxK adds one for dead latents. Everything else touches active latents
+only, unless a dense matrix of codes is faster.
 """
 
 from __future__ import annotations
@@ -24,34 +31,34 @@ from raysae.kernels.rows import sum_of_squares
 from raysae.kernels.screening import top_pre_activations
 from raysae.sae.base import SAE, Codes, StepInfo
 
-AUX_NONZEROS = {"cpu": 1 << 19, "cuda": 1 << 21}  # of AuxK handled at a time
+AUX_NONZEROS = {"cpu": 1 << 19, "cuda": 1 << 21}  # Most codes of AuxK at a time, which bounds memory
 
 
 @dataclass(frozen=True)
 class DeadCodes:
-    """Codes of AuxK for a whole batch: places in `dead` and values, (b, k_aux) each."""
+    """Codes of AuxK for a whole batch."""
 
-    dead: Tensor  # (n_dead,) int64: which latents are dead
-    places: Tensor
-    values: Tensor
+    dead: Tensor  # (n_dead,) int64, the dead latents
+    places: Tensor  # (b, k_aux) int64, places in `dead`
+    values: Tensor  # (b, k_aux), at least 0
 
 
 class Fit(NamedTuple):
-    """What the reconstruction of a batch leaves."""
+    """What the reconstruction leaves of a batch."""
 
     error: Tensor  # (b, d), target − x̂
-    pull: Tensor  # (b, d), −b/2 times the loss's gradient for x̂: the error itself, or a sum of errors
-    loss: Tensor | None = None  # Mean over rows of what is minimised. None: of ‖error‖²
+    pull: Tensor  # (b, d), −b/2 · the loss's gradient for x̂: the error, or a sum of errors
+    loss: Tensor | None = None  # Mean over rows of what is minimised. None stands for ‖error‖²
 
 
 class TopK(SAE):
-    """x̂ from the k largest pre-activations of each row that are positive."""
+    """x̂ comes from the k largest pre-activations of each row. Only positive ones count."""
 
-    FACTOR_WITHOUT_DIRECTION = 0.0  # Its owner ranks such a latent with a pre-activation of 0
+    FACTOR_WITHOUT_DIRECTION = 0.0  # SAELens ranks a latent with a decoder row of zeros by 0
 
     @property
     def code_width(self) -> int:
-        return 3 * self.config.k  # a value and an index of 8 bytes each
+        return 3 * self.config.k  # An index of 8 bytes takes the room of two values
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Codes | Tensor:
@@ -79,7 +86,8 @@ class TopK(SAE):
 
         # b_dec is in the encoder's input and in the error. Its gradient needs no dense gradient of the input.
         torch.sub(fit.pull.sum(0).mul_(-2 / len(x)), self.b_enc.grad @ self.W_enc, out=self.b_dec.grad)
-        # a place behind the last latent's for what is not active: to leave it out, a GPU would wait for how much that is
+        # Inactive codes mark an extra place behind the last latent. Dropping them would need their number, and the host
+        # would wait for a GPU to count them.
         fired = torch.zeros(self.n + 1, dtype=torch.bool, device=x.device).index_fill_(
             0, codes.features.where(active, self.n), True
         )
@@ -87,9 +95,12 @@ class TopK(SAE):
         return terms
 
     def _fit(self, codes: Nonzeros, x: Tensor, target: Tensor) -> Fit:
-        """How well `codes` reconstruct `target` (b, d). Writes the gradients of W_enc, b_enc and W_dec.
+        """Decodes `codes` and writes the gradients of W_enc, b_enc and W_dec.
 
-        `x` (b, d) is the encoder's input. Both are less b_dec.
+        Args:
+            codes: The batch's codes.
+            x: The encoder's input (b, d), less b_dec.
+            target: What the codes are to reconstruct (b, d), less b_dec.
         """
         matrix = code_matrix(codes, self.n, self._workspace, precision=self.precision)
         error = matrix.residual(target, self.W_dec)
@@ -97,7 +108,12 @@ class TopK(SAE):
         return Fit(error, error)
 
     def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
-        """The batch's codes, and AuxK's where there are dead latents, from x − b_dec (b, d), rounded to `precision` already."""
+        """Selects the batch's codes, and AuxK's if there are dead latents.
+
+        Args:
+            centred: x − b_dec (b, d), rounded to `precision` already.
+            dead: The dead latents (n_dead,) int64. None, or at least one.
+        """
         weight = self.W_enc.to(centred.dtype)
         values, indices = top_pre_activations(
             centred, weight, self.b_enc, self.config.k, self._workspace, self.precision
@@ -111,13 +127,16 @@ class TopK(SAE):
 
     @property
     def k_aux(self) -> int:
-        """d/2 rounded (in the exponent) to a power of two."""
+        """The most dead latents per row: d/2 rounded to a power of two, by its exponent."""
         return 2 ** max(0, round(math.log2(self.d_out / 2)))
 
     def _aux(self, codes: DeadCodes, centred: Tensor, target: Tensor, error: Tensor) -> Tensor:
-        """‖e − ê‖² / ‖e − ē‖² of the batch's `error` (b, d); adds the gradients of its share of the loss."""
+        """Returns ‖e − ê‖² / ‖e − ē‖² of the batch's `error` e (b, d). Adds the gradients of AuxK's term of the loss.
+
+        Where the error hardly varies there is nothing to divide by, as in a single row. Then the result is 0, and no
+        gradient changes.
+        """
         variance = sum_of_squares(error - error.mean(0))
-        # rows with no error, or one row alone, have nothing to normalise by: no AuxK then
         enough = variance > torch.finfo(error.dtype).eps * sum_of_squares(target)
         share = torch.where(enough, 1 / variance, 0)
         weight = 2 * self.train_config.aux_coefficient * self.d_out * share

@@ -1,4 +1,15 @@
-"""TODO docstring."""
+"""What a stream of activations is: the facts that fix its numbers, and which contexts each shard holds.
+
+Shard i at a hook point is a pure function of (spec, hook point, i). So a lost shard can be produced again, and the
+cache finds its files by the spec's hash. Every shard has the same number of rows. So a consumer's position is one
+number.
+
+Rows are shuffled on two levels, because nobody holds a whole pass. Contexts are permuted over an epoch, and rows within
+a shard. An epoch has whole shards only: the contexts that its permutation puts behind them are not used.
+
+Hook points are not in a spec, so streams at all hook points of a model share one. Nothing here runs the model:
+`shard.py` does. What bits depend on beside the spec, such as the device, is in `shard.numerics`.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +22,18 @@ from raysae.config import Strict, digest
 
 
 class ActivationSpec(Strict):
-    """What fixes the activations of a pass, and with them its content hash. Shard i at a hook point is a function of (spec, hook point, i)."""
+    """The facts that fix the activations of a pass. Their digest is its content hash."""
 
-    model: str  # digest of the model's weights and configuration
-    text: str  # digest of the tokenised contexts
-    contexts: int = Field(gt=0)  # contexts in the text, one epoch
-    context_length: int = Field(ge=4)
-    skip_positions: int = Field(ge=0)
+    model: str  # Digest of the model's weights and configuration
+    text: str  # Digest of the tokenised contexts
+    contexts: int = Field(gt=0)  # Contexts in the text. Each epoch permutes them all.
+    context_length: int = Field(ge=4)  # Tokens
+    skip_positions: int = Field(ge=0)  # First positions of each context that give no rows
     dtype: Literal["float32", "bfloat16"]
     seed: int
     epochs: int = Field(gt=0)
-    shard_contexts: int = Field(gt=0)
-    batch_contexts: int = Field(gt=0)  # contexts per forward pass: part of what the bits depend on
+    shard_contexts: int = Field(gt=0)  # Contexts per shard
+    batch_contexts: int = Field(gt=0)  # Contexts per forward pass. Bits depend on it.
 
     @property
     def hash(self) -> str:
@@ -45,13 +56,19 @@ class ActivationSpec(Strict):
         return self.shards * self.rows_per_shard
 
     def contexts_of(self, shard: int) -> np.ndarray:
-        """Indices of shard's contexts, `(shard_contexts,)`; the order of contexts is a permutation seeded with (seed, epoch)."""
+        """Indices of the shard's contexts in the text, (shard_contexts,).
+
+        Each epoch has an order of its own: a permutation of all contexts, seeded with (seed, epoch).
+        """
         epoch, within = divmod(shard, self.shards_per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.contexts)
         return order[within * self.shard_contexts : (within + 1) * self.shard_contexts]
 
     def permutation_of(self, shard: int) -> np.ndarray:
-        """Order of the shard's rows, `(rows_per_shard,)`: row r of the stream's shard is row permutation[r] of the contexts laid end to end."""
+        """Order of the shard's rows, (rows_per_shard,), seeded with (seed, epoch, shard).
+
+        Row r of the shard is row permutation[r] of its contexts laid end to end, without skipped positions.
+        """
         return np.random.default_rng([self.seed, shard // self.shards_per_epoch, shard, 1]).permutation(
             self.rows_per_shard
         )

@@ -1,4 +1,9 @@
-"""TODO docstring."""
+"""What a trainer is told when it starts.
+
+Ray hands the same value to a restarted trainer. So it holds settled facts and names, and no Ray objects. It does not
+hold progress, which a trainer reads from its checkpoints. The type has a module of its own, so that readers of rows
+need not import the actor.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from raysae.stream.spec import ActivationSpec
 
 @dataclass(frozen=True)
 class Training:
-    """What a trainer needs to know. The fields are the arguments of `start_trainer`.
+    """What a trainer needs to know. The fields are the arguments of `actor.start_trainer`, which explains them.
 
     The queue is given by name. Ray counts handles in the object store, and a restarted actor must not depend on it.
     """

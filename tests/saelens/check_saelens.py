@@ -1,9 +1,11 @@
-"""Compares saved autoencoders with SAELens itself, which has its own environment.
+"""Compares saved autoencoders with SAELens itself.
 
-python check_saelens.py write FOLDER      with raysae: saves an SAE of each architecture, activations, reconstructions
-python check_saelens.py compare FOLDER    with sae_lens: loads each SAE, reconstructs and compares
+SAELens has its own environment, so there are two commands.
 
-`compare` exits with code 1 where a reconstruction differs by more than 1e-5 of its largest value.
+python check_saelens.py write FOLDER      Needs raysae. Saves an SAE of each architecture, activations, reconstructions.
+python check_saelens.py compare FOLDER    Needs sae_lens. Loads each SAE, reconstructs and compares.
+
+`compare` exits with 1 if a reconstruction differs by more than 1e-5 of its largest value.
 """
 
 from __future__ import annotations
