@@ -65,8 +65,8 @@ def explain(error: ValidationError) -> str:
         return f"unknown key {name}"
     needed = _needed(kind, context) or mistake["msg"][:1].lower() + mistake["msg"][1:]
     if in_list:
-        return f"{name} contains {_shown(value)}: each must be {needed}"
-    return f"{name} is {_shown(value)}: it must be {needed}"
+        return f"{name} contains {shown(value)}: each must be {needed}"
+    return f"{name} is {shown(value)}: it must be {needed}"
 
 
 def _needed(kind: str, context: Mapping[str, Any]) -> str | None:
@@ -83,7 +83,7 @@ def _needed(kind: str, context: Mapping[str, Any]) -> str | None:
     return next((word for prefix, word in words.items() if kind.startswith(prefix)), None)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     if value == "" or value == [] or value == {}:
         return "empty"
     text = value if isinstance(value, str) else json.dumps(value, default=str)

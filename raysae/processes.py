@@ -10,10 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 INTERRUPTED = 130
 # OpenMP threads that spin at barriers slow every process of a shared machine down, 15-fold where there are more of them than cores. glibc gives

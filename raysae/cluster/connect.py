@@ -34,7 +34,7 @@ def connect(address: str | None, store_bytes: int) -> None:
         except (ConnectionError, ValueError) as error:
             raise UserError(f"resources.address is {address}, where no Ray cluster answers ({str(error).splitlines()[0]})") from error
         return
-    _stay_on_loopback()
+    stay_on_loopback()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this machine's users can reach it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error", "ignore_reinit_error": True}
@@ -86,7 +86,7 @@ def _bare() -> Iterator[None]:
             setattr(Node, name, method)
 
 
-def _stay_on_loopback() -> None:
+def stay_on_loopback() -> None:
     """A local Ray's servers bind to the loopback address, as they do on macOS. On Linux they would bind to every interface of the machine, and
     whoever reaches them can run code. Ray has no option for this: the variable is for the processes it starts, the constant for this one."""
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"

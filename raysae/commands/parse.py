@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from raysae.commands.help import help_text
 from raysae.config import UserError
-from raysae.knobs import Model, _shown, coerced, explain, fields, flattened, kind_of, nested
+from raysae.knobs import Model, coerced, explain, fields, flattened, kind_of, nested, shown
 from raysae.processes import INTERRUPTED
 
 USAGE_ERROR = 2
@@ -138,7 +138,7 @@ def _read_yaml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     for name in [n for n in settings if n not in knobs]:
         value = settings.pop(name)
         if name in sections and value is not None:
-            raise UserError(f"{name} in {path} is {_shown(value)}: it must be a section with keys of its own")
+            raise UserError(f"{name} in {path} is {shown(value)}: it must be a section with keys of its own")
         if name not in sections:
             raise UserError(f"unknown key {name} in {path}{_suggestion(name, list(knobs))}")
     return settings

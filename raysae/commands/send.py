@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raysae.commands.parse import main
 from raysae.config import UserError
-from raysae.tracking.client import absolute, connect, experiment_id
+from raysae.tracking.client import absolute, client_of, experiment_id
 from raysae.tracking.delivery import Delivery
 from raysae.tracking.outbox import KILLED, RUNNING, STUDY, Outbox, refusal
 from raysae.tracking.runs import direct
@@ -37,7 +37,7 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
     with lock:
         uri, experiment = absolute(uri or outbox.meta("uri")), experiment or outbox.meta("experiment")
         try:
-            experiment_id(connect(uri), uri, experiment)  # does it answer? Then the outbox may be addressed to it
+            experiment_id(client_of(uri), uri, experiment)  # does it answer? Then the outbox may be addressed to it
             direct(outbox, uri, experiment)
             if any(run.status == RUNNING for run in outbox.runs()):
                 outbox.end(STUDY, KILLED, outbox.last_time())

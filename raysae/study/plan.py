@@ -123,12 +123,19 @@ def _enough(config: SweepConfig, held_out: int) -> dict[str, int]:
     return {split: config.stream.shard_contexts * 2 ** math.ceil(math.log2(count)) for split, count in shards.items()}
 
 
-def store_bytes(settled: Plan) -> int:
-    """What a Ray of its own needs as object store: activations in flight, the held-out ones, and the contexts."""
+def store_bytes(settled: Plan, held_out_width: int | None = None, token_copies: int = 1) -> int:
+    """Bytes of object store that a local Ray needs: activations in flight, held-out activations, and contexts.
+
+    Args:
+        held_out_width: width of a held-out row, summed over the hook points whose rows lie there at the same time.
+            Unset: all hook points that the sweep streams.
+        token_copies: how many times the contexts lie there.
+    """
+    width = sum(settled.streamed_widths.values()) if held_out_width is None else held_out_width
     item = 2 if settled.config.model.dtype == "bfloat16" else 4
-    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * sum(settled.streamed_widths.values())
+    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * width
     tokens = sum(contexts.tokens.nbytes for contexts in settled.contexts.values())
-    return int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + tokens) + 256 * MIB
+    return int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + token_copies * tokens) + 256 * MIB
 
 
 def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: str | None) -> None:

@@ -68,7 +68,7 @@ def check_cluster(plan: Plan) -> int:
     ask = plan.config.resources
     nodes = [n for n in ray.nodes() if n["Alive"]]
     machines = {n["NodeManagerHostname"] for n in nodes}
-    limits = _limits()
+    limits = growth_limits()
     if (len(machines) > 1 or limits) and "://" not in plan.config.output and not ask.shared_storage:
         has = f"has {len(machines)} machines" if len(machines) > 1 else "grows by further machines"
         raise UserError(
@@ -116,7 +116,7 @@ def _fits(parts: list[float], rooms: list[float]) -> bool:
     return True
 
 
-def _limits() -> dict[str, float]:
+def growth_limits() -> dict[str, float]:
     """What the cluster may grow to, by kind of resource; empty where no autoscaler adds machines."""
     from ray._private import state
 

@@ -28,11 +28,11 @@ from raysae.tracking.find import URL_TAG
 from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
 
-SECONDS = 1.0  # between two questions to an actor that is starting
+ASK_SECONDS = 1.0  # between two questions to an actor that is starting
 EVALUATED_BYTES = 2 << 30  # of the largest SAEs that a producer evaluates together
 
 
-def go_on(config: SweepConfig, place: Place) -> str:
+def resume_command(config: SweepConfig, place: Place) -> str:
     """The command that goes on with the study."""
     return command(f"jobs/scaling_sweep.py --output {config.output} --resume {place.name}")
 
@@ -41,17 +41,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def results_of(settled: Plan, trainer_of: Mapping[str, ActorHandle], study: Study, watch: Watch) -> pd.DataFrame:
+def collect_results(settled: Plan, trainer_of: Mapping[str, ActorHandle], study: Study, watch: Watch) -> pd.DataFrame:
     """One row per SAE: its knobs, the numbers of its last report, and how it ended. Waits until all have: a trial ends before its SAE is saved, and
     the final report of one that the scheduler ended comes after its trial."""
     rows = []
     for sae in settled.saes:
-        numbers, ended = outcome_of(trainer_of[sae.name], sae.name, study, watch)
+        numbers, ended = _outcome(trainer_of[sae.name], sae.name, study, watch)
         rows.append({**numbers, "name": sae.name, **sae.model_dump(), **ended})
     return pd.DataFrame(rows)
 
 
-def outcome_of(trainer: ActorHandle, name: str, study: Study, watch: Watch) -> tuple[dict, dict]:
+def _outcome(trainer: ActorHandle, name: str, study: Study, watch: Watch) -> tuple[dict, dict]:
     """The numbers of the SAE's last report, and its tokens, status and reason once it has ended. StuckError: it never will."""
     last: dict = {}
     seen, over = 0, False
@@ -67,7 +67,7 @@ def outcome_of(trainer: ActorHandle, name: str, study: Study, watch: Watch) -> t
         return {}, {"tokens": 0, "status": "failed", "reason": f"its trainer died: {str(error).splitlines()[0]}"}
     ended = None
     while ended is None or ended["state"] not in ENDED:  # a process just restarted looks into its files first
-        time.sleep(SECONDS if ended else 0)
+        time.sleep(ASK_SECONDS if ended else 0)
         ended = next(row for row in _answer(trainer.status.remote(), watch) if row["name"] == name)
     numbers = {key: value for key, value in last.items() if isinstance(value, (int, float))}
     return numbers, {"tokens": ended["tokens"], "status": ended["state"], "reason": ended["message"]}
@@ -78,10 +78,10 @@ def _answer(question: ray.ObjectRef, watch: Watch) -> Any:
     while True:
         watch.check()
         with suppress(ray.exceptions.GetTimeoutError):
-            return ray.get(question, timeout=SECONDS)
+            return ray.get(question, timeout=ASK_SECONDS)
 
 
-def questions_of(settled: Plan, trainer_of: Mapping[str, ActorHandle], results: pd.DataFrame, place: Place, watch: Watch) -> Iterator[tuple]:
+def downstream_questions(settled: Plan, trainer_of: Mapping[str, ActorHandle], results: pd.DataFrame, place: Place, watch: Watch) -> Iterator[tuple]:
     """What `StreamQueue.evaluate` is to be asked, for each hook point that has SAEs to evaluate."""
     predicted = settled.config.evaluation.predicted_tokens
     if not predicted:
@@ -158,7 +158,7 @@ def finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream: 
             console.print(f"Skipped: shard {shard} of the {of} stream, {noted['reason']}", highlight=False, soft_wrap=True)
     for sentence in unmeasured:
         console.print(sentence, highlight=False, soft_wrap=True)
-    for sentence in _what_next(results, unmeasured, config, place):
+    for sentence in what_next(results, unmeasured, config, place):
         console.print(sentence, highlight=False, soft_wrap=True)
     unsent = study.flush(60)
     console.print(f"SAEs:    {place.folder}/saes\nSummary: {place.local / 'summary'}", highlight=False, soft_wrap=True)
@@ -172,7 +172,7 @@ def finish(settled: Plan, results: pd.DataFrame, unmeasured: list[str], stream: 
     return 1 if failed or unmeasured else 0
 
 
-def _what_next(results: pd.DataFrame, unmeasured: list[str], config: SweepConfig, place: Place) -> Iterator[str]:
+def what_next(results: pd.DataFrame, unmeasured: list[str], config: SweepConfig, place: Place) -> Iterator[str]:
     """What can be done about what has failed. An SAE that has an outcome, be it that its loss was NaN, is not trained again."""
     failed = results.loc[~results["status"].isin(("done", "stopped")), "name"]
     if len(failed):
@@ -186,10 +186,10 @@ def _what_next(results: pd.DataFrame, unmeasured: list[str], config: SweepConfig
                 "such as a lower learning rate, may do better."
             )
         if len(for_good) < len(failed):
-            yield f"SAEs that have not come to their end go on with: {go_on(config, place)}"
+            yield f"SAEs that have not come to their end go on with: {resume_command(config, place)}"
             return
     if unmeasured:
-        yield f"It is tried again with: {go_on(config, place)}"
+        yield f"It is tried again with: {resume_command(config, place)}"
 
 
 def _headlines(results: pd.DataFrame, stream: dict, needed: int) -> dict[str, float]:

@@ -49,14 +49,14 @@ def draw(results: pd.DataFrame, folder: Path, model: str) -> list[Path]:
         drawn = results[results[x].notna() & results[y].notna()]
         if drawn[x].nunique() < 2 or drawn[x].max() < 1.05 * drawn[x].min():  # nothing to see along x
             continue
-        figure = _figure(drawn, title, x, y, lines, model)
+        figure = figure_of(drawn, title, x, y, lines, model)
         for suffix in ("png", "pdf"):
             files.append(folder / f"{name}.{suffix}")
             figure.savefig(files[-1], dpi=200)
     return files
 
 
-def _figure(results: pd.DataFrame, title: str, x: str, y: str, lines: str, model: str) -> Figure:
+def figure_of(results: pd.DataFrame, title: str, x: str, y: str, lines: str, model: str) -> Figure:
     from matplotlib.figure import Figure
 
     results = results.assign(level=results.apply(_level, axis=1))

@@ -19,20 +19,20 @@ import ray
 from raysae.cluster.connect import connect
 from raysae.cluster.room import machine_of
 from raysae.config import SweepConfig, error_kind
+from raysae.processes import INTERRUPTED
 from raysae.stream.queue import patiently, start_stream
 from raysae.stream.relay import CONSUMERS, start_relays
 from raysae.study.place import Place, check_writable, driving, new_place, with_absolute_paths
 from raysae.study.plan import Plan, plan, store_bytes
 from raysae.sweep.capacity import BankPlan, check_cluster, pack
-from raysae.sweep.ending import counted, evaluate_downstream, finish, go_on, questions_of, results_of
-from raysae.sweep.trials import tuner
+from raysae.sweep.ending import collect_results, counted, downstream_questions, evaluate_downstream, finish, resume_command
+from raysae.sweep.trials import make_tuner
 from raysae.sweep.watch import StuckError, Watch
 from raysae.tracking.client import import_ahead
 from raysae.tracking.runs import Study
 from raysae.train.actor import start_trainer
 
 START_SECONDS = 60.0  # at most, that Ray Tune waits for the training: its processes would take the cores that trainers and producers start with
-INTERRUPTED = 130
 
 
 def run_sweep(config: SweepConfig, resume: str | None = None, allow: frozenset[str] = frozenset(), made_for: str | None = None) -> int:
@@ -60,15 +60,15 @@ def _drive(settled: Plan, banks: list[BankPlan], place: Place, allow: frozenset[
     for sae in settled.saes:
         study.child(sae.name, sae.model_dump(exclude_none=True) | {"model": settled.config.model.name})
     print(f"Study {place.name}: {counted(len(settled.saes), 'SAE')} in {counted(len(banks), 'bank')}, {place.folder}", flush=True)
-    with _interruptible() as interruptions:
+    with interruptible() as interruptions:
         try:
             results, unmeasured, stream = _train_and_evaluate(settled, banks, study, place, allow, interruptions)
             return finish(settled, results, unmeasured, stream, study, place, time.monotonic() - began)
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt)
             told = "Interrupted" if interrupted else "The sweep broke off"
-            print(f"\n{told}; checkpoints are kept. To go on: {go_on(settled.config, place)}", file=sys.stderr)
-            _close(study, "KILLED" if interrupted else "FAILED")
+            print(f"\n{told}; checkpoints are kept. To go on: {resume_command(settled.config, place)}", file=sys.stderr)
+            close_runs(study, "KILLED" if interrupted else "FAILED")
             if interrupted:
                 return INTERRUPTED
             if isinstance(error, StuckError):
@@ -77,7 +77,7 @@ def _drive(settled: Plan, banks: list[BankPlan], place: Place, allow: frozenset[
             raise
 
 
-def _close(study: Study, status: str) -> None:
+def close_runs(study: Study, status: str) -> None:
     """End the study's runs in MLflow. Nothing is heard meanwhile, half a minute at most: broken off, it would leave them open."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -89,7 +89,7 @@ def _close(study: Study, status: str) -> None:
 def _train_and_evaluate(
     settled: Plan, banks: list[BankPlan], study: Study, place: Place, allow: frozenset[str], interruptions: list[int]
 ) -> tuple[pd.DataFrame, list[str], dict]:
-    """The results of all SAEs, what could not be measured, and the stream's statistics. `interruptions`: see `_interruptible`."""
+    """The results of all SAEs, what could not be measured, and the stream's statistics. `interruptions`: see `interruptible`."""
     config = settled.config
     name = f"raysae-{place.name}-{time.time_ns()}"
     queue = start_stream(
@@ -112,10 +112,10 @@ def _train_and_evaluate(
     try:
         with Watch(settled, queue, trainers, study, relays) as watch:
             watch.await_training(START_SECONDS)
-            tuner(settled, trainer_of, place, watch).fit()
-            results = results_of(settled, trainer_of, study, watch)
+            make_tuner(settled, trainer_of, place, watch).fit()
+            results = collect_results(settled, trainer_of, study, watch)
             began = time.monotonic()
-            calls = [(question, [queue.evaluate.remote(*question)]) for question in questions_of(settled, trainer_of, results, place, watch)]
+            calls = [(question, [queue.evaluate.remote(*question)]) for question in downstream_questions(settled, trainer_of, results, place, watch)]
             watch.dismiss_trainers()
             unmeasured = evaluate_downstream(settled, queue, calls, results, study)
             took = time.monotonic() - began
@@ -154,7 +154,7 @@ def _cores() -> tuple[int, int]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[int]]:
+def interruptible() -> Iterator[list[int]]:
     """SIGTERM counts as Ctrl-C: trainers checkpoint and runs are closed. Yields the list of such signals so far: at the second nobody wants to wait
     for checkpoints any more."""
     interruptions: list[int] = []

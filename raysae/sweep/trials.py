@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ray
 from ray import tune
@@ -19,9 +18,6 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from raysae.study.place import Place
 from raysae.study.plan import MIB, Plan
 from raysae.sweep.watch import Watch
-
-if TYPE_CHECKING:
-    from raysae.sweep.watch import Watch
 
 log = logging.getLogger(__name__)
 LOST = "lost"  # in a trial's last report: its trainer is gone
@@ -103,7 +99,7 @@ class Rungs(ASHAScheduler):
         return decision
 
 
-def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], place: Place, watch: Watch) -> tune.Tuner:
+def make_tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], place: Place, watch: Watch) -> tune.Tuner:
     """One trial per SAE, one after another. The trainers train all SAEs whether or not their trials run yet; a trial that begins late replays what
     it missed. A scheduler that compares trials needs them all at once. They reserve memory alone: a share of a core, however small, could be the one
     that a producer lacks.

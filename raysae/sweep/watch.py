@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import ray
 from ray._private import state
@@ -22,13 +21,10 @@ from raysae.study.plan import Plan
 from raysae.sweep.live_table import ENDED, LiveTable
 from raysae.tracking.runs import Study
 
-if TYPE_CHECKING:
-    from raysae.sweep.watch import Watch
-
 log = logging.getLogger(__name__)
-SECONDS = 1.0  # between two looks
+LOOK_SECONDS = 1.0  # between two looks
 ANSWER_SECONDS = 10.0  # the last look waits so long for its answers
-METRICS = ("fvu", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "tokens", "tokens_per_second", "learning_rate")
+TRACKED = ("fvu", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "tokens", "tokens_per_second", "learning_rate")
 
 
 class StuckError(RuntimeError):
@@ -36,7 +32,7 @@ class StuckError(RuntimeError):
 
 
 @dataclass
-class _Trainer:
+class WatchedTrainer:
     """A trainer as the watch sees it: what it was last asked and what it last said."""
 
     actor: ActorHandle
@@ -49,7 +45,7 @@ class _Trainer:
 
 
 @dataclass
-class _Relay:
+class WatchedRelay:
     """A relay as the watch sees it."""
 
     actor: ActorHandle
@@ -68,13 +64,13 @@ class Watch:
         self.needs = {"num_cpus": settled.config.resources.trainer_cpus, "num_gpus": settled.config.resources.trainer_gpus}
         self.rows = settled.config.train.steps * settled.config.train.batch
         self.queue, self.study = queue, study
-        self.trainers = {bank: _Trainer(actor) for bank, actor in trainers.items()}
-        self.relays = [_Relay(actor) for actor in relays]
+        self.trainers = {bank: WatchedTrainer(actor) for bank, actor in trainers.items()}
+        self.relays = [WatchedRelay(actor) for actor in relays]
         self.tracked = dict.fromkeys((sae.name for sae in settled.saes), 0)
         self.failure: str | None = None
         self._ended_since: float | None = None
         self._dismissed = False
-        self._left = False
+        self.abandoned = False
         self._draining: set[str] = set()
         self._stream: list[ray.ObjectRef] | None = None  # the queue's statistics and warnings, not answered yet
         self._stream_since = 0.0  # when it was asked for them
@@ -90,7 +86,7 @@ class Watch:
         try:
             self._thread.join(30)
         finally:  # an impatient second Ctrl-C: who still waits for answers then writes nothing more, the study is about to be closed
-            self._left = True
+            self.abandoned = True
 
     @property
     def ended(self) -> bool:
@@ -109,14 +105,14 @@ class Watch:
         while not self.failure and time.monotonic() < give_up:
             if any(row["state"] != "waiting" or row["tokens"] for trainer in self.trainers.values() for row in trainer.status):
                 return
-            time.sleep(SECONDS / 10)
+            time.sleep(LOOK_SECONDS / 10)
 
     def dismiss_trainers(self) -> None:
         """End the trainers' processes, now that nobody will ask them anything: they take more memory than all others together. Waits until the watch
         knows that their SAEs have ended."""
         give_up = time.monotonic() + ANSWER_SECONDS
         while self._ended_since is None and time.monotonic() < give_up:
-            time.sleep(SECONDS / 10)
+            time.sleep(LOOK_SECONDS / 10)
         self._dismissed = True
         for trainer in self.trainers.values():
             ray.kill(trainer.actor)
@@ -127,25 +123,25 @@ class Watch:
         with LiveTable(self.rows) as table:
             stream: dict | None = None
             while True:
-                last = self._over.wait(SECONDS)
+                last = self._over.wait(LOOK_SECONDS)
                 try:
                     self._move()
                     for bank, trainer in self.trainers.items():
-                        self._look(bank, trainer, ANSWER_SECONDS if last else 0)
+                        self.look(bank, trainer, ANSWER_SECONDS if last else 0)
                     stream = self._stream_stats(ANSWER_SECONDS if last else 0) or stream
                     self._look_at_relays()
                 except Exception:  # whatever it is (Ray's head restarts, say), the sweep must go on being watched
-                    if not self._left:
+                    if not self.abandoned:
                         log.exception("the sweep could not be watched")
                 saes = [row for trainer in self.trainers.values() for row in trainer.status]
                 if len(saes) == len(self.tracked) and all(row["state"] in ENDED for row in saes):
                     self._ended_since = self._ended_since or time.monotonic()
-                if saes and stream and not self._left:
+                if saes and stream and not self.abandoned:
                     table(saes, stream, last=last)
                 if last:
                     return
 
-    def _look(self, bank: str, trainer: _Trainer, patience: float) -> None:
+    def look(self, bank: str, trainer: WatchedTrainer, patience: float) -> None:
         """Take in what the trainer answers, or note that it does not."""
         now = time.monotonic()
         if trainer.asked is None:
@@ -164,7 +160,7 @@ class Watch:
             trainer.asked = None
             self.queue.leave.remote(bank)  # at every look, for the queue may restart: nobody else is to wait for it
             return
-        if self._left:
+        if self.abandoned:
             return
         trainer.asked = trainer.starts_since = None
         trainer.status = status
@@ -179,9 +175,9 @@ class Watch:
         if silent > self.faults.hang_seconds and trainer.stopping is None:  # it answers, and does not train
             self._restart(bank, trainer, silent)
 
-    def _silent(self, bank: str, trainer: _Trainer, now: float) -> None:
+    def _silent(self, bank: str, trainer: WatchedTrainer, now: float) -> None:
         """A trainer has not answered yet: does it hang, does it still start, or has it no place?"""
-        if trainer.stopping is not None or now - trainer.since < SECONDS:
+        if trainer.stopping is not None or now - trainer.since < LOOK_SECONDS:
             return
         if machine_of(trainer.actor):
             trainer.starts_since = None
@@ -198,7 +194,7 @@ class Watch:
                 self.failure = f"no machine has had room for the trainer {bank} for {self.faults.start_seconds:g} s: {missing(self.needs)}"
 
     @staticmethod
-    def _restart(bank: str, trainer: _Trainer, silent: float) -> None:
+    def _restart(bank: str, trainer: WatchedTrainer, silent: float) -> None:
         log.warning("trainer %s has been silent for %.0f s: it is restarted from its checkpoints", bank, silent)
         ray.kill(trainer.actor, no_restart=False)
 
@@ -220,7 +216,7 @@ class Watch:
                     seconds = min(seconds, deadline / 1000 - time.time())
                 trainer.stopping, trainer.stop_by = trainer.actor.stop.remote(), time.monotonic() + seconds
 
-    def _restart_elsewhere(self, bank: str, trainer: _Trainer) -> None:
+    def _restart_elsewhere(self, bank: str, trainer: WatchedTrainer) -> None:
         """Once its checkpoints are written, or there is no more time for it."""
         stopped, _ = ray.wait([trainer.stopping], timeout=0)
         if stopped or time.monotonic() > trainer.stop_by:
@@ -270,5 +266,5 @@ class Watch:
 
 def track(study: Study, name: str, report: dict) -> None:
     """Into the outbox; what it has already is dropped there."""
-    metrics = {key: report[key] for key in METRICS if report.get(key) is not None}
+    metrics = {key: report[key] for key in TRACKED if report.get(key) is not None}
     study.metrics(name, metrics, step=int(report["tokens"]), time=report["time"])

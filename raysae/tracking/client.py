@@ -40,7 +40,7 @@ def _set_environment() -> None:
         os.environ.setdefault(key, value)
 
 
-def connect(uri: str) -> MlflowClient:
+def client_of(uri: str) -> MlflowClient:
     """A client for `uri`. Slow: MLflow's import takes seconds, and so does the first use of a new SQLite file, which is migrated table by table."""
     _set_environment()
     from mlflow import MlflowClient

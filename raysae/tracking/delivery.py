@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from raysae.tracking.client import connect, experiment_id
+from raysae.tracking.client import client_of, experiment_id
 from raysae.tracking.outbox import KILLED, REFUSED, RUNNING, SENT, STUDY, Outbox, Run
 from raysae.tracking.tags import KIND_ANALYSED, KIND_ANALYSIS, KIND_SAE, KIND_STUDY, KIND_TAG, MADE_FOR_TAG, PARENT_TAG, SAE_TAG, STUDY_TAG, condition
 from raysae.tracking.views import LATEST, VIEW_TAG, analysis_view_tags, view_tags
@@ -34,7 +34,7 @@ class Delivery:
         self.kind = outbox.meta("kind") or KIND_STUDY
         self.made_for = outbox.meta("made_for")
         uri = outbox.meta("uri")
-        self.client = connect(uri)
+        self.client = client_of(uri)
         self.experiment = experiment_id(self.client, uri, outbox.meta("experiment"))
         self._begun: set[str] = set()  # runs that this delivery has created: nobody else writes to them
         self._steps_there: dict[tuple[str, str], set[int]] = {}  # (run id, key) → steps of the other runs

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from raysae.config import FaultsConfig
-from raysae.sweep.watch import Watch, _Trainer
+from raysae.sweep.watch import Watch, WatchedTrainer
 
 
 @pytest.fixture
 def watch() -> Watch:
     """A watch of one trainer, without the thread that asks it."""
     watch = object.__new__(Watch)
-    watch.failure, watch.trainers, watch._left = None, {"bank": _Trainer(actor=None)}, False
+    watch.failure, watch.trainers, watch.abandoned = None, {"bank": WatchedTrainer(actor=None)}, False
     return watch
 
 
@@ -49,8 +49,8 @@ def test_a_bank_that_has_ended_has_left_the_stream(watch: Watch, last: str, monk
     monkeypatch.setattr("raysae.sweep.watch.ray.get", lambda answers, timeout: answers)
     status = [{"name": "a", "state": "stopped"}, {"name": "b", "state": last}]
     watch.queue, watch.tracked, watch.faults = Actor(), {}, FaultsConfig()
-    trainer = _Trainer(Actor(status=status, news={}, silent_seconds=0.0, warnings=[]))
-    watch._look("bank", trainer, 0)
+    trainer = WatchedTrainer(Actor(status=status, news={}, silent_seconds=0.0, warnings=[]))
+    watch.look("bank", trainer, 0)
     assert watch.queue.asked == ([("leave", "bank")] if last == "done" else [])
 
 
@@ -58,11 +58,17 @@ def test_what_comes_after_the_end_is_not_tracked(watch: Watch, monkeypatch: pyte
     """A second Ctrl-C leaves the watch while it waits for a silent trainer. Then the study is closed."""
     monkeypatch.setattr("raysae.sweep.watch.ray.get", lambda answers, timeout: answers)
     monkeypatch.setattr("raysae.sweep.watch.track", lambda *arguments: pytest.fail("tracked"))
-    watch.queue, watch.tracked, watch.faults, watch.study, watch._left = Actor(), {"a": 0}, FaultsConfig(), None, True
-    trainer = _Trainer(
+    watch.queue, watch.tracked, watch.faults, watch.study, watch.abandoned = (
+        Actor(),
+        {"a": 0},
+        FaultsConfig(),
+        None,
+        True,
+    )
+    trainer = WatchedTrainer(
         Actor(status=[{"name": "a", "state": "working"}], news={"a": [{}]}, silent_seconds=0.0, warnings=[])
     )
-    watch._look("bank", trainer, 0)
+    watch.look("bank", trainer, 0)
     assert trainer.status == []
 
 
