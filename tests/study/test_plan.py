@@ -10,7 +10,8 @@ import pytest
 
 from raysae.commands.parse import parse
 from raysae.config import SweepConfig, UserError
-from raysae.study.plan import MIB, plan, store_bytes
+from raysae.stream.spec import ActivationSpec
+from raysae.study.plan import MIB, check_enough, plan, store_bytes
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,30 @@ def test_the_object_store_holds_what_is_in_flight_and_the_held_out_rows() -> Non
     )  # fmt: skip
     assert store_bytes(settled) == int((100 + 256) * MIB + 1.2 * 3 * 1000 * 4 * (64 + 32) + 2000)
     assert store_bytes(settled, 4 * 64, token_copies=4) == int((100 + 256) * MIB + 1.2 * 3 * 1000 * 4 * 4 * 64 + 8000)
+
+
+def spec_of(contexts: int, epochs: int) -> ActivationSpec:
+    return ActivationSpec(
+        model="m", text="t", contexts=contexts, context_length=16, skip_positions=8, dtype="float32", seed=0, epochs=epochs,
+        shard_contexts=256, batch_contexts=32,
+    )  # fmt: skip
+
+
+def test_check_enough_names_the_epochs_that_do():
+    rows = 256 * 8  # per shard; 700 contexts are 2 shards
+    check_enough(spec_of(700, 1), 2 * rows, "train.tokens", "stream.epochs")
+    with pytest.raises(
+        UserError, match=r"4,096 tokens per epoch, 12,289 are needed for train.tokens: set stream.epochs to 4 or more"
+    ):
+        check_enough(spec_of(700, 3), 6 * rows + 1, "train.tokens", "stream.epochs")
+    check_enough(spec_of(700, 4), 6 * rows + 1, "train.tokens", "stream.epochs")
+    with pytest.raises(UserError, match="fewer than the 256 contexts of 16 tokens"):
+        check_enough(spec_of(255, 9), 1, "train.tokens", "stream.epochs")
+    with pytest.raises(
+        UserError, match=r"held-out text .* lower evaluation.rows, raise text.evaluation_fraction"
+    ) as error:
+        check_enough(spec_of(256, 1), rows + 1, "evaluation.rows", None)
+    assert "epochs" not in str(error.value)
 
 
 def test_the_readmes_commands_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:

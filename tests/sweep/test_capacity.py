@@ -87,7 +87,7 @@ def test_a_bank_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             (2, 2),
             {},
-            "output is the local folder 'runs' but the cluster has 2 machines: name storage that all of them reach",
+            "output is the local folder 'runs' but the cluster has 2 machines. Name storage that all of them reach",
         ),
         ((2,), {"limits": {"CPU": 64}}, "output is the local folder 'runs' but the cluster grows by further machines"),
         ((2,), {"trainer_gpus": 1}, "resources.trainer_gpus is 1 but this Ray cluster has no GPU"),
