@@ -14,7 +14,12 @@ from raysae.config import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-LIMITS = {"greater_than": "greater than", "greater_than_equal": "at least", "less_than": "less than", "less_than_equal": "at most"}
+LIMITS = {
+    "greater_than": "greater than",
+    "greater_than_equal": "at least",
+    "less_than": "less than",
+    "less_than_equal": "at most",
+}
 UNSET = ("none", "null")
 
 
@@ -90,7 +95,9 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def flattened(content: Mapping[Any, Any], knobs: Mapping[str, FieldInfo], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(
+    content: Mapping[Any, Any], knobs: Mapping[str, FieldInfo], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and name not in knobs:
@@ -117,7 +124,9 @@ def coerced(name: str, value: Any, annotation: Any) -> Any:
         return None
     if kind is list and value is not None:
         items = value if isinstance(value, list) else [value]
-        parts = [part for item in items for part in (map(str.strip, item.split(",")) if isinstance(item, str) else [item])]
+        parts = [
+            part for item in items for part in (map(str.strip, item.split(",")) if isinstance(item, str) else [item])
+        ]
         return [coerced(name, part, get_args(inner)[0]) for part in parts if part != ""]
     if kind is dict and isinstance(value, str):
         return _mapping(value)

@@ -24,7 +24,9 @@ def connect(address: str | None, store_bytes: int) -> None:
     UserError: no cluster answers there; this machine has no such store.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # interruptions are handled by the driver, so that trainers checkpoint
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = (
+        "1"  # interruptions are handled by the driver, so that trainers checkpoint
+    )
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     if address and address != "local":
@@ -32,12 +34,19 @@ def connect(address: str | None, store_bytes: int) -> None:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
         except (ConnectionError, ValueError) as error:
-            raise UserError(f"resources.address is {address}, where no Ray cluster answers ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                f"resources.address is {address}, where no Ray cluster answers ({str(error).splitlines()[0]})"
+            ) from error
         return
     stay_on_loopback()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this machine's users can reach it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error", "ignore_reinit_error": True}
+    options = {
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": "error",
+        "ignore_reinit_error": True,
+    }
     try:
         with _out_of_reach(), _bare():
             ray.init("local", object_store_memory=store_bytes, _system_config={"num_workers_soft_limit": 0}, **options)
@@ -75,7 +84,9 @@ def _out_of_reach() -> Iterator[None]:
 def _bare() -> Iterator[None]:
     """A Ray started meanwhile has no autoscaler, no forwarding of logs to this process and no server of a dashboard that nobody asked for: 170 MiB,
     and a second of start-up. `ray.init` has no options for these."""
-    names = [name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)]  # internals: others in other Rays
+    names = [
+        name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)
+    ]  # internals: others in other Rays
     before = {name: getattr(Node, name) for name in names}
     for name in names:
         setattr(Node, name, lambda self, **options: None)

@@ -29,7 +29,11 @@ def missing(needs: Mapping[str, float]) -> str:
     free = state.available_resources_per_node()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     rooms = [
-        ", ".join(f"{free.get(node['NodeID'], {}).get(kind, 0):g} of {node['Resources'].get(kind, 0):g} {kind}s" for kind in asked) for node in nodes
+        ", ".join(
+            f"{free.get(node['NodeID'], {}).get(kind, 0):g} of {node['Resources'].get(kind, 0):g} {kind}s"
+            for kind in asked
+        )
+        for node in nodes
     ]
     more = f" and {len(rooms) - NODES_NAMED} machines more" if len(rooms) > NODES_NAMED else ""
     wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in asked.items())

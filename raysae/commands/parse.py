@@ -25,7 +25,9 @@ from raysae.processes import INTERRUPTED
 USAGE_ERROR = 2
 
 
-def parse(model: type[Model], argv: Sequence[str], description: str, extra: Mapping[str, dict] | None = None) -> tuple[Model, argparse.Namespace]:
+def parse(
+    model: type[Model], argv: Sequence[str], description: str, extra: Mapping[str, dict] | None = None
+) -> tuple[Model, argparse.Namespace]:
     """The job's config and its other flags, from `argv` (without the program's name).
 
     Strongest first: overrides (`--train.tokens 2e6`, `--widths 256 512` or `--widths 256,512`), `--config FILE.yaml`, the model's defaults.
@@ -57,7 +59,9 @@ def parse(model: type[Model], argv: Sequence[str], description: str, extra: Mapp
     given = _read_yaml(Path(flags.config), model) if flags.config else {}
     for dest in [d for d in vars(flags) if d.startswith("knob ")]:
         name, value = dest.removeprefix("knob "), vars(flags).pop(dest)
-        if isinstance(value, list) and not any(word.strip(" ,") for word in value):  # as an unset variable of the shell gives it
+        if isinstance(value, list) and not any(
+            word.strip(" ,") for word in value
+        ):  # as an unset variable of the shell gives it
             raise UserError(f"{name} is empty: give at least one value, or leave the flag out")
         given[name] = value
     flags.given = {name: coerced(name, value, knobs[name].annotation) for name, value in given.items()}
@@ -97,7 +101,9 @@ def _suggestion(key: str, known: Sequence[str], prefix: str = "") -> str:
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-    similar = difflib.get_close_matches(key, known, 1, 0.7) or [leaves[leaf] for leaf in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
+    similar = difflib.get_close_matches(key, known, 1, 0.7) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(leaf, leaves, 1, 0.6)
+    ]
     close = same_leaf or similar
     return f": did you mean {prefix}{close[0]}?" if close else ": --help lists every knob"
 
@@ -123,7 +129,9 @@ def _read_yaml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: the file cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
+        raise UserError(
+            f"--config {path}: the file cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}: {error.problem})" if mark else ""

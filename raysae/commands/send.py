@@ -45,7 +45,9 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
             Delivery(outbox).deliver()
         except (MlflowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"MLflow at {uri} takes nothing now ({reason}): what it has not taken is kept in {path}") from error
+            raise UserError(
+                f"MLflow at {uri} takes nothing now ({reason}): what it has not taken is kept in {path}"
+            ) from error
         sent = waiting - (sum(outbox.refused().values()) - refused)
     outbox.close()
     return sent
@@ -53,7 +55,8 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
 
 def job(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m raysae.commands.send", description="Sends the numbers and artifacts that a study has kept on disk."
+        prog="python -m raysae.commands.send",
+        description="Sends the numbers and artifacts that a study has kept on disk.",
     )
     parser.add_argument("outbox", help="the outbox file in the study's folder")
     parser.add_argument("--uri", help="MLflow tracking URI; unset: the study's own")

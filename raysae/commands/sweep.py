@@ -38,7 +38,9 @@ def sweep(description: str) -> Callable[[list[str]], int]:
 def _facts(allow: str) -> frozenset[str]:
     facts = frozenset(filter(None, allow.split(",")))
     if unknown := sorted(fact for fact in facts if fact not in FACTS and not fact.startswith(("sae.", "train."))):
-        raise UserError(f"--allow {unknown[0]}: there is no such fact. There are {', '.join(FACTS)}, sae.KNOB and train.KNOB")
+        raise UserError(
+            f"--allow {unknown[0]}: there is no such fact. There are {', '.join(FACTS)}, sae.KNOB and train.KNOB"
+        )
     return facts
 
 
@@ -46,7 +48,9 @@ def _resumed(config: SweepConfig, study: str, given: set[str]) -> SweepConfig:
     """The study's own config, with the faults.* that are `given` now."""
     faults = {knob.removeprefix("faults.") for knob in given if knob.startswith("faults.")}
     if others := sorted(given - {"output"} - {f"faults.{name}" for name in faults}):
-        raise UserError(f"--resume {study} keeps the study's own config. Leave out --{', --'.join(others)}: only --faults.* can be changed")
+        raise UserError(
+            f"--resume {study} keeps the study's own config. Leave out --{', --'.join(others)}: only --faults.* can be changed"
+        )
     from raysae.study.place import saved_config
 
     return saved_config(config.output, study, {name: getattr(config.faults, name) for name in faults})

@@ -32,9 +32,13 @@ get = build_opener(ProxyHandler({})).open  # a proxy does not know this machine'
 
 def job(argv: list[str]) -> int:
     default = TrackingConfig()
-    parser = argparse.ArgumentParser(prog="python -m raysae.commands.ui", description="Opens MLflow's UI on the tracked studies.")
+    parser = argparse.ArgumentParser(
+        prog="python -m raysae.commands.ui", description="Opens MLflow's UI on the tracked studies."
+    )
     parser.add_argument("--uri", default=default.uri, help=f"MLflow tracking URI of a database, default {default.uri}")
-    parser.add_argument("--experiment", default=default.experiment, help=f"MLflow experiment, default {default.experiment}")
+    parser.add_argument(
+        "--experiment", default=default.experiment, help=f"MLflow experiment, default {default.experiment}"
+    )
     parser.add_argument("--port", type=int, default=PORT, help=f"port on {HOST}, default {PORT}")
     arguments = parser.parse_args(argv)
     check(arguments.uri, arguments.port)
@@ -53,7 +57,9 @@ def check(uri: str, port: int) -> None:
     if uri.startswith(("http://", "https://")):
         raise UserError(f"--uri is {uri}: this is a server already, open it in a browser")
     if uri.startswith(SQLITE) and not Path(absolute(uri).removeprefix(SQLITE)).is_file():
-        raise UserError(f"--uri is {uri}: there is no such database yet; train SAEs first (make sweep), or name the database of your sweeps")
+        raise UserError(
+            f"--uri is {uri}: there is no such database yet; train SAEs first (make sweep), or name the database of your sweeps"
+        )
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose server has just ended is free
         try:
@@ -61,15 +67,34 @@ def check(uri: str, port: int) -> None:
         except (OSError, OverflowError) as error:
             taken = getattr(error, "errno", None) == errno.EADDRINUSE
             why = "another program has it" if taken else "it cannot be used"
-            raise UserError(f"--port is {port}: {why}; choose another one, e.g. make ui PORT={PORT + 1 if port == PORT else PORT}") from error
+            raise UserError(
+                f"--port is {port}: {why}; choose another one, e.g. make ui PORT={PORT + 1 if port == PORT else PORT}"
+            ) from error
 
 
 @contextmanager
 def running_server(uri: str, port: int) -> Iterator[subprocess.Popen]:
     """MLflow's server on this database until the body ends; Ctrl-C and SIGTERM end it with all its processes."""
-    command = [sys.executable, "-W", "ignore", "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+    ]
     command += ["--workers", "1", "--uvicorn-opts", "--log-level warning"]
-    environment = ENVIRONMENT | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_LOGGING_LEVEL": "WARNING", "PYTHONWARNINGS": "ignore"}
+    environment = ENVIRONMENT | {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+        "PYTHONWARNINGS": "ignore",
+    }
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     server = subprocess.Popen(command, env=environment | os.environ, start_new_session=True)
     try:
@@ -96,13 +121,23 @@ def welcome(address: str, experiment: str) -> str:
     """Where to look: the views that the studies of this experiment have saved."""
     lines = [f"MLflow is at {address}, until Ctrl-C"]
     try:
-        with get(f"{address}/api/2.0/mlflow/experiments/get-by-name?{urlencode({'experiment_name': experiment})}", timeout=30) as answer:
+        with get(
+            f"{address}/api/2.0/mlflow/experiments/get-by-name?{urlencode({'experiment_name': experiment})}", timeout=30
+        ) as answer:
             found = json.load(answer)["experiment"]
     except HTTPError:
         return "\n".join([*lines, f"It has no experiment {experiment} yet: name yours with --experiment"])
     number, tags = found["experiment_id"], {tag["key"] for tag in found.get("tags", [])}
-    views = [("latest study, charts", LATEST, "CHART"), ("latest study, table", LATEST, "TABLE"), ("all SAEs, table", ALL, "TABLE")]
-    lines += [f"  {name + ':':22}{view_url(address, number, view, mode)}" for name, view, mode in views if VIEW_TAG + view in tags]
+    views = [
+        ("latest study, charts", LATEST, "CHART"),
+        ("latest study, table", LATEST, "TABLE"),
+        ("all SAEs, table", ALL, "TABLE"),
+    ]
+    lines += [
+        f"  {name + ':':22}{view_url(address, number, view, mode)}"
+        for name, view, mode in views
+        if VIEW_TAG + view in tags
+    ]
     return "\n".join(lines)
 
 

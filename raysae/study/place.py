@@ -60,7 +60,9 @@ def with_absolute_paths(config: SweepConfig) -> SweepConfig:
     if Path(model.name).expanduser().exists():
         model = model.model_copy(update={"name": _absolute(model.name)})
     if text.source != "stdlib" and not text.source.startswith("hf:"):
-        text = text.model_copy(update={"source": ",".join(_absolute(part.strip()) for part in text.source.split(",") if part.strip())})
+        text = text.model_copy(
+            update={"source": ",".join(_absolute(part.strip()) for part in text.source.split(",") if part.strip())}
+        )
     errors = {field: _absolute(value) if value and "://" not in value else value for field, value in errors.items()}
     return config.model_copy(update={"model": model, "text": text, "errors": config.errors.model_copy(update=errors)})
 
@@ -71,7 +73,9 @@ def check_writable(config: SweepConfig) -> None:
         return
     there = next(path for path in (Path(config.output), *Path(config.output).parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"output is {config.output}, which cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}")
+        raise UserError(
+            f"output is {config.output}, which cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}"
+        )
 
 
 def new_place(config: SweepConfig, resume: str | None) -> Place:
@@ -82,15 +86,21 @@ def new_place(config: SweepConfig, resume: str | None) -> Place:
     try:
         files, path = fsspec.core.url_to_fs(folder)
         if not resume and files.exists(path):
-            raise UserError(f"study is '{name}' but {folder} exists: choose another name, or go on with it by --resume {name}")
+            raise UserError(
+                f"study is '{name}' but {folder} exists: choose another name, or go on with it by --resume {name}"
+            )
         files.makedirs(path, exist_ok=True)
         place.local.mkdir(parents=True, exist_ok=True)
         settled = yaml.safe_dump(config.model_copy(update={"study": name}).model_dump(), sort_keys=False)
-        write_atomically(files, f"{path}/{CONFIG}", settled.encode())  # a study whose config were torn could not be gone on with
+        write_atomically(
+            files, f"{path}/{CONFIG}", settled.encode()
+        )  # a study whose config were torn could not be gone on with
     except (OSError, ImportError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"output is {config.output}, which cannot be written ({error}): name a folder or a URL such as s3://bucket/runs") from error
+        raise UserError(
+            f"output is {config.output}, which cannot be written ({error}): name a folder or a URL such as s3://bucket/runs"
+        ) from error
     return place
 
 
@@ -114,16 +124,23 @@ def saved_config(output: str, study: str, faults: Mapping[str, Any] = {}) -> Swe
     files, path = fsspec.core.url_to_fs(output)
     if not files.exists(f"{path}/{study}/{CONFIG}"):
         known = sorted(found.split("/")[-2] for found in files.glob(f"{path}/*/{CONFIG}"))
-        raise UserError(f"--resume {study}: there is no such study in {output}" + (f", there are {', '.join(known)}" if known else ""))
+        raise UserError(
+            f"--resume {study}: there is no such study in {output}"
+            + (f", there are {', '.join(known)}" if known else "")
+        )
     Skipped(f"{output}/{study}/{SKIPPED}")
     try:
         saved = yaml.safe_load(files.cat_file(f"{path}/{study}/{CONFIG}"))
         config = SweepConfig.model_validate(saved)
-        if lacking := _paths(config.model_dump()) - _paths(saved):  # with defaults for them, another sweep would be trained
+        if lacking := _paths(config.model_dump()) - _paths(
+            saved
+        ):  # with defaults for them, another sweep would be trained
             raise ValueError(f"{min(lacking)} is not in it")
         return config.model_copy(update={"faults": config.faults.model_copy(update=faults)})
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}/{study}/{CONFIG} is damaged, or of another version of raysae ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}/{study}/{CONFIG} is damaged, or of another version of raysae ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _paths(settings: Mapping[str, Any], prefix: str = "") -> set[str]:

@@ -69,9 +69,13 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
         UserError: model or file not found, unknown hook point, context too long, too little text, too little room for a shard.
     """
     if config.model.device_map and find_spec("accelerate") is None:
-        raise UserError(f"model.device_map is {config.model.device_map}, which needs the package accelerate: pip install 'raysae[multi-gpu]'")
+        raise UserError(
+            f"model.device_map is {config.model.device_map}, which needs the package accelerate: pip install 'raysae[multi-gpu]'"
+        )
     if config.train.precision == "bfloat16" and not config.resources.trainer_gpus:
-        raise UserError("train.precision is bfloat16 but trainers run on CPUs (resources.trainer_gpus is 0): leave it unset, or set float32")
+        raise UserError(
+            "train.precision is bfloat16 but trainers run on CPUs (resources.trainer_gpus is 0): leave it unset, or set float32"
+        )
     open_location("stream.cache_dir", config.stream.cache_dir)
     facts = model_facts(config.model)
     hooks = config.hook_points or [f"resid_post.{facts.layers // 2 - 1 if facts.layers > 1 else 0}"]
@@ -82,15 +86,23 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
             _check_errors(config, hook)
     length = config.stream.context_length or min(facts.context_length, LONGEST_DEFAULT_CONTEXT)
     if length > facts.context_length:
-        raise UserError(f"stream.context_length is {length}: {config.model.name} takes at most {facts.context_length} tokens.")
+        raise UserError(
+            f"stream.context_length is {length}: {config.model.name} takes at most {facts.context_length} tokens."
+        )
     skipped = config.stream.skip_positions or (SKIPPED_LONG if length >= LONG_CONTEXT else SKIPPED)
     if skipped > length - 2:
-        raise UserError(f"stream.skip_positions is {skipped}: it must be at most the context length less 2, {length - 2}")
+        raise UserError(
+            f"stream.skip_positions is {skipped}: it must be at most the context length less 2, {length - 2}"
+        )
     stream = config.stream.model_copy(update={"context_length": length, "skip_positions": skipped})
-    model = config.model.model_copy(update={"revision": facts.commit or config.model.revision})  # whatever appears on the hub meanwhile
+    model = config.model.model_copy(
+        update={"revision": facts.commit or config.model.revision}
+    )  # whatever appears on the hub meanwhile
     config = config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream, "model": model})
     enough = _enough(config, held_out) if config.text.source.startswith("hf:") else None
-    contexts = build_contexts(config.text, partial(load_tokenizer, config.model), tokenizer_digest(config.model), length, enough, run=apart)
+    contexts = build_contexts(
+        config.text, partial(load_tokenizer, config.model), tokenizer_digest(config.model), length, enough, run=apart
+    )
 
     def spec(split: str, epochs: int) -> ActivationSpec:
         return ActivationSpec(
@@ -110,7 +122,9 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
 def _check_errors(config: SweepConfig, hook: str) -> None:
     for field, value in config.errors.model_dump().items():
         if value is None:
-            raise UserError(f"hook point {hook!r} is an error of an SAE, and errors.{field} is unset: name the SAE's folder and its probe")
+            raise UserError(
+                f"hook point {hook!r} is an error of an SAE, and errors.{field} is unset: name the SAE's folder and its probe"
+            )
         if "://" not in value and not Path(value).expanduser().exists():
             raise UserError(f"errors.{field} is {value}: there is no such file or folder")
 
@@ -118,7 +132,10 @@ def _check_errors(config: SweepConfig, hook: str) -> None:
 def _enough(config: SweepConfig, held_out: int) -> dict[str, int]:
     """Contexts that the run takes of each split, rounded up to a power of two of shards: runs of like size share the tokenised text."""
     rows = config.stream.context_length - config.stream.skip_positions
-    needed = {"train": config.train.steps * config.train.batch / config.stream.epochs, "evaluation": max(config.evaluation.rows, held_out)}
+    needed = {
+        "train": config.train.steps * config.train.batch / config.stream.epochs,
+        "evaluation": max(config.evaluation.rows, held_out),
+    }
     shards = {split: math.ceil(count / rows / config.stream.shard_contexts) for split, count in needed.items()}
     return {split: config.stream.shard_contexts * 2 ** math.ceil(math.log2(count)) for split, count in shards.items()}
 
@@ -143,7 +160,11 @@ def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: s
     the epochs, or None where there is only one: then the text is the evaluation split.
     """
     whose = "held-out text" if epochs_field is None else "text"
-    more = f"lower {asked_by}, raise text.evaluation_fraction or give more text" if epochs_field is None else "give more text"
+    more = (
+        f"lower {asked_by}, raise text.evaluation_fraction or give more text"
+        if epochs_field is None
+        else "give more text"
+    )
     if spec.shards_per_epoch == 0:
         raise UserError(
             f"the {whose} is too small: it packs into fewer than the {spec.shard_contexts} contexts of {spec.context_length} tokens that one shard "
@@ -152,4 +173,6 @@ def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: s
     per_epoch = spec.shards_per_epoch * spec.rows_per_shard
     if per_epoch * spec.epochs < rows:
         epochs = "" if epochs_field is None else f"set {epochs_field} to {-(-rows // per_epoch)} or more, or "
-        raise UserError(f"the {whose} yields {per_epoch:,} tokens per epoch, {rows:,} are needed for {asked_by}: {epochs}{more}")
+        raise UserError(
+            f"the {whose} yields {per_epoch:,} tokens per epoch, {rows:,} are needed for {asked_by}: {epochs}{more}"
+        )

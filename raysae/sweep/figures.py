@@ -62,19 +62,34 @@ def figure_of(results: pd.DataFrame, title: str, x: str, y: str, lines: str, mod
     results = results.assign(level=results.apply(_level, axis=1))
     panels = list(results.groupby(["hook_point", "architecture"], sort=True))
     architectures = results["architecture"].nunique()
-    columns = architectures if architectures > 1 else len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
+    columns = (
+        architectures if architectures > 1 else len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
+    )
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(PANEL[0] * columns + 1.2, PANEL[1] * rows + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    facts = [model, *(results[column].iloc[0] for column in ("hook_point", "architecture") if results[column].nunique() == 1)]
-    several = [name for name, column in (("learning rates", "learning_rate"), ("seeds", "seed")) if results[column].nunique() > 1]
-    facts += [f"{short(results['tokens'].max())} tokens"] + ([f"lines through the best of the {' and '.join(several)}"] if several else [])
+    facts = [
+        model,
+        *(results[column].iloc[0] for column in ("hook_point", "architecture") if results[column].nunique() == 1),
+    ]
+    several = [
+        name
+        for name, column in (("learning rates", "learning_rate"), ("seeds", "seed"))
+        if results[column].nunique() > 1
+    ]
+    facts += [f"{short(results['tokens'].max())} tokens"] + (
+        [f"lines through the best of the {' and '.join(several)}"] if several else []
+    )
     figure.suptitle(f"{title}\n{' · '.join(facts)}", fontsize=11)
 
     styles = _styles(results, lines)
     for ax, ((hook, architecture), group) in zip(axes.flat, panels, strict=False):
         _panel(ax, group, x, y, lines, styles)
-        named = [name for name, column in ((hook, "hook_point"), (architecture, "architecture")) if results[column].nunique() > 1]
+        named = [
+            name
+            for name, column in ((hook, "hook_point"), (architecture, "architecture"))
+            if results[column].nunique() > 1
+        ]
         ax.set_title(" · ".join(named), fontsize=10)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
@@ -88,7 +103,11 @@ def figure_of(results: pd.DataFrame, title: str, x: str, y: str, lines: str, mod
     handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     ordered = [label for label in styles if label in handles]
     figure.legend(
-        [handles[label] for label in ordered], ordered, loc="outside right center", frameon=False, title="width" if lines == "width" else None
+        [handles[label] for label in ordered],
+        ordered,
+        loc="outside right center",
+        frameon=False,
+        title="width" if lines == "width" else None,
     )
     return figure
 
@@ -100,8 +119,26 @@ def _panel(ax: Axes, group: pd.DataFrame, x: str, y: str, lines: str, styles: di
         best = members.loc[members.groupby(along)[y].agg("idxmax" if y == "ce_recovered" else "idxmin")].sort_values(x)
         others = members.drop(best.index)
         style = styles[_label(value)]
-        ax.plot(others[x], others[y], linestyle="", alpha=0.3, markersize=4, markeredgewidth=0, color=style["color"], marker=style["marker"])
-        ax.plot(best[x], best[y], label=_label(value), linewidth=1.6, markersize=6, markeredgecolor="white", markeredgewidth=0.6, **style)
+        ax.plot(
+            others[x],
+            others[y],
+            linestyle="",
+            alpha=0.3,
+            markersize=4,
+            markeredgewidth=0,
+            color=style["color"],
+            marker=style["marker"],
+        )
+        ax.plot(
+            best[x],
+            best[y],
+            label=_label(value),
+            linewidth=1.6,
+            markersize=6,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            **style,
+        )
     ax.grid(True, color="0.9", linewidth=0.7)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -116,12 +153,17 @@ def _styles(results: pd.DataFrame, lines: str) -> dict[str, dict]:
     values = results.sort_values([column for column in order if column in results])[lines].unique()
     shades = colormaps["viridis"]
     return {
-        _label(value): {"color": shades(0.88 * i / max(1, len(values) - 1)), "marker": MARKERS[i % len(MARKERS)]} for i, value in enumerate(values)
+        _label(value): {"color": shades(0.88 * i / max(1, len(values) - 1)), "marker": MARKERS[i % len(MARKERS)]}
+        for i, value in enumerate(values)
     }
 
 
 def _level(row: pd.Series) -> str:
-    return f"k = {row['k']:g}" if row.get("k") == row.get("k") and row.get("k") is not None else f"coefficient {row['sparsity']:g}"
+    return (
+        f"k = {row['k']:g}"
+        if row.get("k") == row.get("k") and row.get("k") is not None
+        else f"coefficient {row['sparsity']:g}"
+    )
 
 
 def _label(value: object) -> str:
@@ -136,7 +178,15 @@ def _scale(axis: Axis, values: pd.Series, ticks: Sequence[float] = ()) -> None:
         return
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     decades = math.log10(values.max() / values.min())
-    subs = (1, 1.5, 2, 3, 4, 5, 6, 8) if decades < 0.7 else (1, 2, 3, 5) if decades < 1.5 else (1, 3) if decades < 3 else (1,)
+    subs = (
+        (1, 1.5, 2, 3, 4, 5, 6, 8)
+        if decades < 0.7
+        else (1, 2, 3, 5)
+        if decades < 1.5
+        else (1, 3)
+        if decades < 3
+        else (1,)
+    )
     axis.set_major_locator(FixedLocator(ticks) if 0 < len(ticks) <= 8 else LogLocator(subs=subs))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:g}"))

@@ -31,13 +31,21 @@ LINE_SECONDS = 10.0
 BAR = 12  # characters
 OTHER_COLUMNS = 58  # characters of all but the name
 FRAME_LINES = 7  # header, table head, rules, the line about hidden rows
-NAME = re.compile(r"(?P<architecture>[a-z]+)_(?P<width>w\d+)_(?P<level>[kc][^_]+)_(?P<hook>.+)_(?P<rate>lr[^_]+)_(?P<seed>s\d+)$")
+NAME = re.compile(
+    r"(?P<architecture>[a-z]+)_(?P<width>w\d+)_(?P<level>[kc][^_]+)_(?P<hook>.+)_(?P<rate>lr[^_]+)_(?P<seed>s\d+)$"
+)
 
 Status = Mapping[str, Any]
 
 
 def progress(
-    saes: Sequence[Status], stream: Status, tokens: int, elapsed: float, title: str = "", height: int | None = None, width: int = 110
+    saes: Sequence[Status],
+    stream: Status,
+    tokens: int,
+    elapsed: float,
+    title: str = "",
+    height: int | None = None,
+    width: int = 110,
 ) -> RenderableType:
     """A header with totals, and a row per SAE of `tokens` to be seen each.
 
@@ -62,7 +70,11 @@ def progress(
     if title or common:
         parts.append(Text(" · ".join(part for part in (title, common and f"all SAEs: {common}") if part), style="dim"))
     hidden = Counter(sae["state"] for sae in saes) - Counter(sae["state"] for sae in shown)
-    more = [Text("and " + ", ".join(f"{count} more {state}" for state, count in hidden.items()), style="dim")] if hidden else []
+    more = (
+        [Text("and " + ", ".join(f"{count} more {state}" for state, count in hidden.items()), style="dim")]
+        if hidden
+        else []
+    )
     return Group(*parts, "", table, *more)
 
 
@@ -74,11 +86,21 @@ def header(saes: Sequence[Status], stream: Status, tokens: int, elapsed: float) 
     parts = [
         f"{done}/{len(saes)} SAEs done" + (f", {failed} failed" if failed else ""),
         f"{duration(elapsed)} elapsed",
-        "" if done + failed == len(saes) else f"about {duration(left)} left" if left is not None else "time left unknown",
+        ""
+        if done + failed == len(saes)
+        else f"about {duration(left)} left"
+        if left is not None
+        else "time left unknown",
     ]
     parts += [f"{stream['contexts_forwarded']:,} LM contexts"] if stream.get("contexts_forwarded") is not None else []
-    parts += [f"{stream['bytes_in_flight'] / 2**20:,.0f} MiB in flight"] if stream.get("bytes_in_flight") is not None else []
-    parts += [f"{stream['producers']} producer{'s' * (stream['producers'] != 1)}"] if stream.get("producers") is not None else []
+    parts += (
+        [f"{stream['bytes_in_flight'] / 2**20:,.0f} MiB in flight"] if stream.get("bytes_in_flight") is not None else []
+    )
+    parts += (
+        [f"{stream['producers']} producer{'s' * (stream['producers'] != 1)}"]
+        if stream.get("producers") is not None
+        else []
+    )
     return " · ".join(part for part in parts if part)
 
 
@@ -126,7 +148,10 @@ def short_names(names: Sequence[str]) -> tuple[dict[str, str], str]:
     if not any(differs):
         differs = [part in ("width", "level") for part in NAME.groupindex]
     widest = [max(map(len, column)) for column in zip(*parts, strict=True)]
-    short = [" ".join(part.ljust(size) for part, keep, size in zip(name, differs, widest, strict=True) if keep).rstrip() for name in parts]
+    short = [
+        " ".join(part.ljust(size) for part, keep, size in zip(name, differs, widest, strict=True) if keep).rstrip()
+        for name in parts
+    ]
     common = " ".join(part for part, differing in zip(parts[0], differs, strict=True) if not differing)
     return dict(zip(names, short, strict=True)), common
 
@@ -159,7 +184,9 @@ class LiveTable:
         self._start = time.monotonic()  # of the training: make it when the first SAE begins
         self._last_line = -LINE_SECONDS
         self._tokens_before: dict[str, int] = {}
-        self._live = Live(console=self.console, auto_refresh=False, transient=False) if self.console.is_terminal else None
+        self._live = (
+            Live(console=self.console, auto_refresh=False, transient=False) if self.console.is_terminal else None
+        )
 
     def __enter__(self) -> LiveTable:
         if self._live:
@@ -175,7 +202,10 @@ class LiveTable:
         elapsed = time.monotonic() - self._start
         saes = [{**sae, "tokens_before": self._tokens_before.setdefault(sae["name"], sae["tokens"])} for sae in saes]
         if self._live:
-            self._live.update(progress(saes, stream, self.tokens, elapsed, self.title, self.console.height, self.console.width), refresh=True)
+            self._live.update(
+                progress(saes, stream, self.tokens, elapsed, self.title, self.console.height, self.console.width),
+                refresh=True,
+            )
         elif last or elapsed - self._last_line >= LINE_SECONDS:
             self._last_line = elapsed
             self.console.print(line(saes, stream, self.tokens, elapsed), soft_wrap=True, highlight=False, markup=False)
