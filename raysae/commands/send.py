@@ -1,4 +1,7 @@
-"""Sends an outbox that could not be sent while its sweep ran: `python -m raysae.commands.send OUTBOX [--uri URI] [--experiment NAME]`."""
+"""Sends an outbox that could not be sent while its sweep ran.
+
+python -m raysae.commands.send OUTBOX [--uri URI] [--experiment NAME]
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,17 @@ from raysae.tracking.sender import try_lock
 
 
 def send(path: str | Path, uri: str | None = None, experiment: str | None = None) -> int:
-    """Sends what the outbox at `path` still holds; to another `uri` or `experiment`, all of it. Returns how many entries were sent.
-    What MLflow refuses for good is not among them, and stays in the outbox (see `outbox.refusal`).
+    """Send what the outbox at `path` still holds. Everything goes to another `uri` or `experiment`.
 
-    Runs that a dead driver has left open are closed as KILLED, at the time of its last sign of life (`--resume` opens them again).
-    Raises UserError where there is no outbox, its sweep is alive, the experiment was deleted, or MLflow does not answer: what has not been sent is
-    kept.
+    Runs that a dead driver has left open are closed as KILLED, at the time of its last sign of life. `--resume` opens
+    them again.
+
+    Returns:
+        How many entries were sent. What MLflow refuses for good stays in the outbox (see `outbox.refusal`).
+
+    Raises:
+        UserError: there is no outbox, its sweep is alive, the experiment was deleted, or MLflow does not answer. What
+            has not been sent is kept.
     """
     if Path(path).is_dir():
         path = Path(path) / "outbox.db"
@@ -37,7 +45,7 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
     with lock:
         uri, experiment = absolute(uri or outbox.meta("uri")), experiment or outbox.meta("experiment")
         try:
-            experiment_id(client_of(uri), uri, experiment)  # does it answer? Then the outbox may be addressed to it
+            experiment_id(client_of(uri), uri, experiment)  # Once MLflow answers, the outbox may be addressed to it
             direct(outbox, uri, experiment)
             if any(run.status == RUNNING for run in outbox.runs()):
                 outbox.end(STUDY, KILLED, outbox.last_time())

@@ -1,4 +1,7 @@
-"""Opens MLflow's UI on the studies of a database: `python -m raysae.commands.ui [--uri URI] [--experiment NAME] [--port PORT]`."""
+"""Opens MLflow's UI on the studies of a database.
+
+python -m raysae.commands.ui [--uri URI] [--experiment NAME] [--port PORT]
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ from raysae.config import TrackingConfig, UserError
 from raysae.tracking.client import ENVIRONMENT, SQLITE, absolute
 from raysae.tracking.views import ALL, LATEST, VIEW_TAG, view_url
 
-HOST = "127.0.0.1"  # nobody else can reach the server
+HOST = "127.0.0.1"  # Nobody on another machine can reach the server
 PORT = 5000
-LONGEST_STOP = 10  # seconds that the server has to end by itself
+LONGEST_STOP = 10  # Seconds that the server has to end by itself
 
-get = build_opener(ProxyHandler({})).open  # a proxy does not know this machine's loopback address
+get = build_opener(ProxyHandler({})).open  # A proxy does not know this machine's loopback address
 
 
 def job(argv: list[str]) -> int:
@@ -53,28 +56,29 @@ def job(argv: list[str]) -> int:
 
 
 def check(uri: str, port: int) -> None:
-    """Raises UserError where the server could not start: there is no database, or another program has the port."""
+    """Raise UserError where the server could not start: there is no database, or another program has the port."""
     if uri.startswith(("http://", "https://")):
         raise UserError(f"--uri is {uri}: this is a server already, open it in a browser")
     if uri.startswith(SQLITE) and not Path(absolute(uri).removeprefix(SQLITE)).is_file():
         raise UserError(
-            f"--uri is {uri}: there is no such database yet; train SAEs first (make sweep), or name the database of your sweeps"
+            f"--uri is {uri}: there is no such database yet. "
+            "Train SAEs first (make sweep), or name the database of your sweeps"
         )
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose server has just ended is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # A port whose server has just ended is free
         try:
             probe.bind((HOST, port))
         except (OSError, OverflowError) as error:
             taken = getattr(error, "errno", None) == errno.EADDRINUSE
             why = "another program has it" if taken else "it cannot be used"
             raise UserError(
-                f"--port is {port}: {why}; choose another one, e.g. make ui PORT={PORT + 1 if port == PORT else PORT}"
+                f"--port is {port}: {why}. Choose another one, e.g. make ui PORT={PORT + 1 if port == PORT else PORT}"
             ) from error
 
 
 @contextmanager
 def running_server(uri: str, port: int) -> Iterator[subprocess.Popen]:
-    """MLflow's server on this database until the body ends; Ctrl-C and SIGTERM end it with all its processes."""
+    """Run MLflow's server on this database until the body ends. Ctrl-C and SIGTERM end it with all its processes."""
     command = [
         sys.executable,
         "-W",
@@ -118,7 +122,7 @@ def answers(address: str) -> bool:
 
 
 def welcome(address: str, experiment: str) -> str:
-    """Where to look: the views that the studies of this experiment have saved."""
+    """Where to look: the address, and the views that the studies of this experiment have saved."""
     lines = [f"MLflow is at {address}, until Ctrl-C"]
     try:
         with get(

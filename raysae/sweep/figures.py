@@ -1,4 +1,8 @@
-"""The figures of a sweep's results: a panel per hook point and architecture, a line per width or sparsity, in colours fit for the colour-blind."""
+"""The figures of a sweep's results.
+
+A figure has a panel per hook point and architecture, and a line per width or sparsity. Its colours are fit for the
+colour-blind. The SAEs of a line differ in learning rate and seed: the line goes through the best.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-KNOBS = {  # what tells SAEs apart: column, heading
+KNOBS = {  # Columns that tell SAEs apart, with their headings
     "architecture": "kind",
     "hook_point": "hook point",
     "width": "width",
@@ -28,17 +32,17 @@ LABELS = {
     "width": "latents (width)",
     "ce_recovered": "cross-entropy recovered (fraction)",
 }
-FIGURES = {  # file: (title, x, y, a line per)
+FIGURES = {  # File: (title, x, y, column that has a line per value)
     "frontier": ("Reconstruction against sparsity", "l0", "fvu", "width"),
     "fvu_width": ("Reconstruction against width", "width", "fvu", "level"),
     "ce_frontier": ("Recovered cross-entropy against sparsity", "l0", "ce_recovered", "width"),
 }
 MARKERS = "osD^vP*Xp<>h"
-PANEL = (4.6, 3.7)  # inches
+PANEL = (4.6, 3.7)  # Width and height in inches
 
 
 def draw(results: pd.DataFrame, folder: Path, model: str) -> list[Path]:
-    """Draws every figure that finished `results` have numbers for, as PNG (200 dpi) and PDF; returns the files."""
+    """Draw every figure that finished `results` have numbers for, as PNG (200 dpi) and PDF. Returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,7 +51,7 @@ def draw(results: pd.DataFrame, folder: Path, model: str) -> list[Path]:
         if y not in results:
             continue
         drawn = results[results[x].notna() & results[y].notna()]
-        if drawn[x].nunique() < 2 or drawn[x].max() < 1.05 * drawn[x].min():  # nothing to see along x
+        if drawn[x].nunique() < 2 or drawn[x].max() < 1.05 * drawn[x].min():  # The points would lie above each other
             continue
         figure = figure_of(drawn, title, x, y, lines, model)
         for suffix in ("png", "pdf"):
@@ -93,7 +97,7 @@ def figure_of(results: pd.DataFrame, title: str, x: str, y: str, lines: str, mod
         ax.set_title(" · ".join(named), fontsize=10)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    for ax in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest panel of each column
+    for ax in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # The lowest panel of each column
         ax.tick_params(labelbottom=True)
     _scale(axes.flat[0].xaxis, results[x], sorted(results[x].round().unique()))
     if y == "fvu":
@@ -113,7 +117,7 @@ def figure_of(results: pd.DataFrame, title: str, x: str, y: str, lines: str, mod
 
 
 def _panel(ax: Axes, group: pd.DataFrame, x: str, y: str, lines: str, styles: dict[str, dict]) -> None:
-    """One line per width or sparsity level through its best SAEs (over learning rates and seeds); the others are faint points."""
+    """Draw one line per width or sparsity through its best SAEs. The others are faint points."""
     along = "width" if lines == "level" else "level"
     for value, members in group.groupby(lines, sort=False):
         best = members.loc[members.groupby(along)[y].agg("idxmax" if y == "ce_recovered" else "idxmin")].sort_values(x)
@@ -146,7 +150,7 @@ def _panel(ax: Axes, group: pd.DataFrame, x: str, y: str, lines: str, styles: di
 
 
 def _styles(results: pd.DataFrame, lines: str) -> dict[str, dict]:
-    """Label: colour and marker, from dark (least) to light (most), the same in all panels."""
+    """Label → colour and marker, the same in all panels. Colours go from dark (least) to light (most)."""
     from matplotlib import colormaps
 
     order = ["width"] if lines == "width" else ["k", "sparsity"]
@@ -171,7 +175,10 @@ def _label(value: object) -> str:
 
 
 def _scale(axis: Axis, values: pd.Series, ticks: Sequence[float] = ()) -> None:
-    """Logarithmic where the values span at least a factor of two, with plain numbers at the `ticks` (if these are few)."""
+    """Make the axis logarithmic where the values span at least a factor of two.
+
+    Its labels are plain numbers, at the `ticks` if these are few.
+    """
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     if values.min() <= 0 or values.max() < 2 * values.min():

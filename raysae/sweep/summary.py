@@ -1,7 +1,8 @@
-"""What a sweep ends with: the table of its SAEs, and figures of the FVU–L0 frontier, FVU against width and recovered cross-entropy.
+"""What a sweep ends with: the table of its SAEs, and the figures of `figures.py`.
 
-Input is a DataFrame with a row per SAE: name, architecture, width, k, sparsity, hook_point, learning_rate, seed, fvu, l0, dead_fraction,
-ce_recovered, kl, cosine, norm_ratio, tokens, status ("done", "stopped" early, else what happened) and, where it is not done, `reason`.
+Input is a DataFrame with a row per SAE. It has the SAE's name and knobs (architecture, width, k, sparsity, hook_point,
+learning_rate, seed) and its numbers (see `METRICS`). `status` is "done", "stopped" (early) or what else happened. Where
+it is not "done", `reason` says why.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from raysae.sweep.figures import KNOBS, draw
 if TYPE_CHECKING:
     import pandas as pd
 
-EVALUATED = ("done", "stopped")  # with a final evaluation: at the end of the run, or when the scheduler ended it
-METRICS = {  # column: heading, format
+# Statuses with a final evaluation, at the end of the run or when the scheduler ended the SAE
+EVALUATED = ("done", "stopped")
+METRICS = {  # Column: heading, format
     "fvu": ("FVU", ".4f"),
     "l0": ("L0", ".1f"),
     "dead_fraction": ("dead", ".1%"),
@@ -32,7 +34,10 @@ METRICS = {  # column: heading, format
 
 
 def summary_table(results: pd.DataFrame, title: str = "") -> RenderableType:
-    """The results as a table for the terminal; columns that are equal for all SAEs go into the caption, SAEs that failed are listed below."""
+    """The results as a table for the terminal.
+
+    Columns that are equal for all SAEs go into the caption. SAEs that failed are listed below.
+    """
     varying, common = _knobs(results)
     finished, others = split(results)
     metrics = [column for column in METRICS if column in finished and finished[column].notna().any()]
@@ -64,7 +69,7 @@ def failures(others: pd.DataFrame) -> str:
 
 
 def write_summary(results: pd.DataFrame, folder: Path, model: str) -> list[Path]:
-    """Writes summary.csv (everything), summary.md (the table) and the figures into `folder`; returns the files."""
+    """Write summary.csv (everything), summary.md (the table) and the figures into `folder`. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     csv, markdown = folder / "summary.csv", folder / "summary.md"
     results.to_csv(csv, index=False)

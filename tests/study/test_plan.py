@@ -50,13 +50,13 @@ def test_the_object_store_holds_what_is_in_flight_and_the_held_out_rows() -> Non
 
 def spec_of(contexts: int, epochs: int) -> ActivationSpec:
     return ActivationSpec(
-        model="m", text="t", contexts=contexts, context_length=16, skip_positions=8, dtype="float32", seed=0, epochs=epochs,
-        shard_contexts=256, batch_contexts=32,
+        model="m", text="t", contexts=contexts, context_length=16, skip_positions=8, dtype="float32", seed=0,
+        epochs=epochs, shard_contexts=256, batch_contexts=32,
     )  # fmt: skip
 
 
 def test_check_enough_names_the_epochs_that_do():
-    rows = 256 * 8  # per shard; 700 contexts are 2 shards
+    rows = 256 * 8  # Rows of a shard. 700 contexts are 2 shards.
     check_enough(spec_of(700, 1), 2 * rows, "train.tokens", "stream.epochs")
     with pytest.raises(
         UserError, match=r"4,096 tokens per epoch, 12,289 are needed for train.tokens: set stream.epochs to 4 or more"
