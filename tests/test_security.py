@@ -56,7 +56,7 @@ EXCEPTIONS = {
     # The reference came through Ray, which runs whatever code it is sent anyway
     ("raysae/stream/producer.py", "ray.cloudpickle.loads"),
     # The file is an analysis's own unfinished work, in its own folder
-    ("raysae/analysis/parts.py", "pickle.loads"),
+    ("raysae/analysis/lab/tasks.py", "pickle.loads"),
 }
 
 

@@ -66,9 +66,9 @@ def job(argv: list[str]) -> int:
         prog="python -m raysae.commands.send",
         description="Sends the numbers and artifacts that a study has kept on disk.",
     )
-    parser.add_argument("outbox", help="the outbox file in the study's folder")
-    parser.add_argument("--uri", help="MLflow tracking URI; unset: the study's own")
-    parser.add_argument("--experiment", help="MLflow experiment; unset: the study's own")
+    parser.add_argument("outbox", help="Outbox file in the study's folder.")
+    parser.add_argument("--uri", help="MLflow tracking URI. The default is the study's own.")
+    parser.add_argument("--experiment", help="MLflow experiment. The default is the study's own.")
     arguments = parser.parse_args(argv)
     print(f"{send(arguments.outbox, arguments.uri, arguments.experiment)} entries sent")
     if refused := refusal(Outbox(arguments.outbox)):

@@ -26,11 +26,11 @@ from raysae.config import TrackingConfig, UserError
 from raysae.tracking.client import ENVIRONMENT, SQLITE, absolute
 from raysae.tracking.views import ALL, LATEST, VIEW_TAG, view_url
 
-HOST = "127.0.0.1"  # Nobody on another machine can reach the server
+HOST = "127.0.0.1"  # Nobody else can reach the server
 PORT = 5000
 LONGEST_STOP = 10  # Seconds that the server has to end by itself
 
-get = build_opener(ProxyHandler({})).open  # A proxy does not know this machine's loopback address
+get = build_opener(ProxyHandler({})).open  # Bypasses proxies, which do not know this machine's loopback address
 
 
 def job(argv: list[str]) -> int:
@@ -38,11 +38,13 @@ def job(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m raysae.commands.ui", description="Opens MLflow's UI on the tracked studies."
     )
-    parser.add_argument("--uri", default=default.uri, help=f"MLflow tracking URI of a database, default {default.uri}")
     parser.add_argument(
-        "--experiment", default=default.experiment, help=f"MLflow experiment, default {default.experiment}"
+        "--uri", default=default.uri, help=f"MLflow tracking URI of a database. The default is {default.uri}."
     )
-    parser.add_argument("--port", type=int, default=PORT, help=f"port on {HOST}, default {PORT}")
+    parser.add_argument(
+        "--experiment", default=default.experiment, help=f"MLflow experiment. The default is {default.experiment}."
+    )
+    parser.add_argument("--port", type=int, default=PORT, help=f"Port on {HOST}. The default is {PORT}.")
     arguments = parser.parse_args(argv)
     check(arguments.uri, arguments.port)
     address = f"http://{HOST}:{arguments.port}"
@@ -56,13 +58,17 @@ def job(argv: list[str]) -> int:
 
 
 def check(uri: str, port: int) -> None:
-    """Raise UserError where the server could not start: there is no database, or another program has the port."""
+    """Checks that the server could start.
+
+    Raises:
+        UserError: there is no database, or another program has the port.
+    """
     if uri.startswith(("http://", "https://")):
-        raise UserError(f"--uri is {uri}: this is a server already, open it in a browser")
+        raise UserError(f"--uri is {uri}, which is a server already. Open it in a browser.")
     if uri.startswith(SQLITE) and not Path(absolute(uri).removeprefix(SQLITE)).is_file():
         raise UserError(
             f"--uri is {uri}: there is no such database yet. "
-            "Train SAEs first (make sweep), or name the database of your sweeps"
+            "Train SAEs first (make sweep), or name the database of your sweeps."
         )
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # A port whose server has just ended is free
@@ -71,14 +77,16 @@ def check(uri: str, port: int) -> None:
         except (OSError, OverflowError) as error:
             taken = getattr(error, "errno", None) == errno.EADDRINUSE
             why = "another program has it" if taken else "it cannot be used"
-            raise UserError(
-                f"--port is {port}: {why}. Choose another one, e.g. make ui PORT={PORT + 1 if port == PORT else PORT}"
-            ) from error
+            other = PORT + 1 if port == PORT else PORT
+            raise UserError(f"--port is {port}: {why}. Choose another one, e.g. make ui PORT={other}") from error
 
 
 @contextmanager
 def running_server(uri: str, port: int) -> Iterator[subprocess.Popen]:
-    """Run MLflow's server on this database until the body ends. Ctrl-C and SIGTERM end it with all its processes."""
+    """Runs MLflow's server on this database until the body ends.
+
+    Ctrl-C and SIGTERM end it with all its processes.
+    """
     command = [
         sys.executable,
         "-W",

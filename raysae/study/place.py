@@ -18,6 +18,7 @@ import fsspec
 import yaml
 
 from raysae.config import SweepConfig, UserError
+from raysae.knobs import completed
 from raysae.storage import write_atomically
 from raysae.stream.skipped import FILE as SKIPPED
 from raysae.stream.skipped import Skipped
@@ -147,6 +148,7 @@ def saved_config(output: str, study: str, faults: Mapping[str, Any] = {}) -> Swe
     Skipped(f"{output}/{study}/{SKIPPED}")  # Raises where it is damaged
     try:
         saved = yaml.safe_load(files.cat_file(f"{path}/{study}/{CONFIG}"))
+        saved = completed(SweepConfig, saved)
         config = SweepConfig.model_validate(saved)
         if lacking := _paths(config.model_dump()) - _paths(saved):  # Defaults for these would train another sweep
             raise ValueError(f"{min(lacking)} is not in it")

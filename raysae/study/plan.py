@@ -49,7 +49,7 @@ class Plan:
 
     @property
     def hook_points(self) -> list[str]:
-        return list(dict.fromkeys(sae.hook_point for sae in self.saes))
+        return list(dict.fromkeys(hook for sae in self.saes for hook in sae.hook_points))
 
     @property
     def widths(self) -> dict[str, int]:
@@ -172,11 +172,17 @@ def store_bytes(settled: Plan, held_out_width: int | None = None, token_copies: 
 
 
 def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: str | None) -> None:
-    """Raise UserError unless the spec has `rows` rows.
+    """Check that the spec has `rows` rows.
 
     Args:
+        spec: the spec of a stream.
+        rows: how many rows are needed.
         asked_by: the knob that asks for them, such as `train.tokens`.
-        epochs_field: the knob that sets the epochs. None for the evaluation split, which has one epoch.
+        epochs_field: the knob that sets the number of epochs. None means that there is only one epoch and the text is
+            the evaluation split.
+
+    Raises:
+        UserError: the text yields too few rows.
     """
     whose = "held-out text" if epochs_field is None else "text"
     more = (
@@ -186,13 +192,12 @@ def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: s
     )
     if spec.shards_per_epoch == 0:
         raise UserError(
-            f"the {whose} is too small: it packs into fewer than the {spec.shard_contexts} contexts of "
-            f"{spec.context_length} tokens that one shard takes (stream.shard_contexts): "
-            "lower stream.context_length or give more text"
+            f"the {whose} fills fewer than the {spec.shard_contexts} contexts of {spec.context_length} tokens that one "
+            "shard takes (stream.shard_contexts): lower stream.context_length or give more text"
         )
     per_epoch = spec.shards_per_epoch * spec.rows_per_shard
     if per_epoch * spec.epochs < rows:
         epochs = "" if epochs_field is None else f"set {epochs_field} to {-(-rows // per_epoch)} or more, or "
         raise UserError(
-            f"the {whose} yields {per_epoch:,} tokens per epoch, {rows:,} are needed for {asked_by}: {epochs}{more}"
+            f"the {whose} yields {per_epoch:,} tokens per epoch, but {asked_by} needs {rows:,}: {epochs}{more}"
         )

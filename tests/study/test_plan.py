@@ -59,7 +59,7 @@ def test_check_enough_names_the_epochs_that_do():
     rows = 256 * 8  # Rows of a shard. 700 contexts are 2 shards.
     check_enough(spec_of(700, 1), 2 * rows, "train.tokens", "stream.epochs")
     with pytest.raises(
-        UserError, match=r"4,096 tokens per epoch, 12,289 are needed for train.tokens: set stream.epochs to 4 or more"
+        UserError, match=r"4,096 tokens per epoch, but train.tokens needs 12,289: set stream.epochs to 4 or more"
     ):
         check_enough(spec_of(700, 3), 6 * rows + 1, "train.tokens", "stream.epochs")
     check_enough(spec_of(700, 4), 6 * rows + 1, "train.tokens", "stream.epochs")

@@ -1,4 +1,4 @@
-"""Contexts against their definition, written out naively; the cache of tokenised text."""
+"""Contexts against a naive version of their definition, and the cache of tokenised text."""
 
 import hashlib
 import json
@@ -11,15 +11,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raysae.config import TextConfig, UserError
 from raysae.text import contexts as module
-from raysae.text.contexts import Contexts, _pieces, _write_splits, build_contexts, is_held_out
+from raysae.text.contexts import Contexts, _pieces, _write_splits, build_contexts, documents, is_held_out
 
 DOCUMENTS = [
-    f"Story {i}: " + " ".join(f"word{j * i % 17}" for j in range(i % 40 + 1)) + ("\nsays <s> and </s>" if i % 7 == 0 else "") for i in range(300)
+    f"Story {i}: "
+    + " ".join(f"word{j * i % 17}" for j in range(i % 40 + 1))
+    + ("\nsays <s> and </s>" if i % 7 == 0 else "")
+    for i in range(300)
 ]
 
 
 def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """One token per byte, special tokens after them."""
+    """A tokenizer with one token per byte. Special tokens come after those in the vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -32,11 +35,20 @@ BOS = byte_tokenizer(bos_token="<s>", eos_token="</s>")
 @pytest.fixture
 def text(tmp_path) -> TextConfig:
     (tmp_path / "stories.txt").write_text("\n<|end|>\n".join(DOCUMENTS))
-    return TextConfig(source=str(tmp_path / "stories.txt"), delimiter="<|end|>", cache=str(tmp_path / "cache"), evaluation_fraction=0.3)
+    return TextConfig(
+        source=str(tmp_path / "stories.txt"),
+        delimiter="<|end|>",
+        cache=str(tmp_path / "cache"),
+        evaluation_fraction=0.3,
+    )
 
 
 def naive(documents: list[str], tokenizer, length: int, first: int | None) -> np.ndarray:
-    ids = [i for document in documents for i in tokenizer(document + "\n\n", add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+    ids = [
+        i
+        for document in documents
+        for i in tokenizer(document + "\n\n", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ]
     head = [] if first is None else [first]
     body = length - len(head)
     return np.array([head + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)])
@@ -57,7 +69,7 @@ def halves(fraction: float) -> dict[str, list[str]]:
     ids=["bos", "eos", "neither"],
 )
 def test_contexts_equal_their_definition(text, split, tokenizer, first, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)  # many batches
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)  # Gives many batches
     found = build_contexts(text, lambda: tokenizer, "t", 32)[split]
     expected = naive(halves(0.3)[split], tokenizer, 32, first)
     assert 0.15 < len(halves(0.3)["evaluation"]) / len(DOCUMENTS) < 0.45
@@ -84,14 +96,14 @@ def test_long_documents_are_cut_at_line_ends(text, monkeypatch):
         assert "".join(pieces) == document
         assert all(len(piece) <= 40 for piece in pieces)
     assert list(_pieces("a" * 39 + "\n" + "b" * 90)) == ["a" * 39 + "\n", "b" * 40, "b" * 40, "b" * 10]
-    found = build_contexts(text, lambda: BOS, "t", 32)["train"]  # a byte tokenizer does not care where it is cut
+    found = build_contexts(text, lambda: BOS, "t", 32)["train"]  # Cuts change nothing for a byte tokenizer
     assert np.array_equal(found.tokens, naive(halves(0.3)["train"], BOS, 32, BOS.bos_token_id))
 
 
 def test_a_separator_of_special_tokens_becomes_those(text):
     found = build_contexts(text.model_copy(update={"separator": "</s>"}), lambda: BOS, "t", 32)["train"]
     ends = (found.tokens == BOS.eos_token_id).sum()
-    assert abs(ends - len(halves(0.3)["train"])) <= 1  # the last may be in the remainder
+    assert abs(ends - len(halves(0.3)["train"])) <= 1  # The last separator may fall into the dropped rest
 
 
 def test_large_vocabularies_take_four_bytes(text):
@@ -103,7 +115,9 @@ def test_large_vocabularies_take_four_bytes(text):
 def test_equal_inputs_give_equal_digests_wherever_they_lie(text, tmp_path):
     first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     (tmp_path / "other.jsonl").write_text("\n".join(json.dumps({"body": document}) for document in DOCUMENTS))
-    other = TextConfig(source=str(tmp_path / "other.jsonl"), field="body", cache=str(tmp_path / "elsewhere"), evaluation_fraction=0.3)
+    other = TextConfig(
+        source=str(tmp_path / "other.jsonl"), field="body", cache=str(tmp_path / "elsewhere"), evaluation_fraction=0.3
+    )
     assert build_contexts(other, lambda: BOS, "t", 32)["train"].digest == first.digest
     different = [
         build_contexts(text, lambda: BOS, "t", 32)["evaluation"],
@@ -121,7 +135,7 @@ def test_the_cache_is_used(text, monkeypatch):
     assert again.digest == first.digest
     assert np.array_equal(again.tokens, first.tokens)
     assert not again.tokens.flags.writeable
-    build_contexts(text, lambda: BOS, "t", 32)["evaluation"]  # made in the same pass
+    build_contexts(text, lambda: BOS, "t", 32)["evaluation"]  # The same pass has made this split
     with pytest.raises(pytest.fail.Exception):
         build_contexts(text, lambda: BOS, "another tokenizer", 32)["train"]
 
@@ -135,15 +149,21 @@ def test_a_source_that_changes_is_tokenised_again(text, tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "evaluation"])
 def test_documents_of_contexts_equal_their_definition(text, split, monkeypatch):
-    monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)  # documents in several pieces
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)  # Cuts documents into several pieces
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     found = build_contexts(text, lambda: BOS, "t", 32)[split]
     documents = halves(0.3)[split]
-    owner = [i for i, document in enumerate(documents) for _ in BOS(document + "\n\n", split_special_tokens=True)["input_ids"]]
+    owner = [
+        i
+        for i, document in enumerate(documents)
+        for _ in BOS(document + "\n\n", split_special_tokens=True)["input_ids"]
+    ]
     expected = [(owner[i], owner[i + 30]) for i in range(0, len(owner) - 30, 31)]
     assert found.spans.tolist() == [list(span) for span in expected]
     assert found.documents.dtype == np.uint64
-    assert [int(h) for h in found.documents] == [int(hashlib.sha256(document.encode()).hexdigest()[:16], 16) for document in documents]
+    assert [int(h) for h in found.documents] == [
+        int(hashlib.sha256(document.encode()).hexdigest()[:16], 16) for document in documents
+    ]
     assert (found.spans[:, 0] != found.spans[:, 1]).any()
     assert (found.spans[:, 0] == found.spans[:, 1]).any()
 
@@ -153,7 +173,13 @@ def test_damaged_files_are_made_anew_with_a_warning(text, tmp_path, damage):
     first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     expected = first.tokens.copy()
     (folder,) = (tmp_path / "cache").iterdir()
-    path = folder / ("train.tokens" if damage in ("flipped", "truncated") else "train.documents" if damage == "documents" else "contexts.json")
+    path = folder / (
+        "train.tokens"
+        if damage in ("flipped", "truncated")
+        else "train.documents"
+        if damage == "documents"
+        else "contexts.json"
+    )
     content = bytearray(path.read_bytes())
     if damage in ("flipped", "documents"):
         content[100] ^= 1
@@ -197,7 +223,9 @@ def test_sources_that_cannot_be_split(text, tmp_path):
     with pytest.raises(UserError, match=r"a single document, .* unless text\.delimiter"):
         build_contexts(text.model_copy(update={"delimiter": None}), lambda: BOS, "t", 32)["train"]
     with pytest.raises(UserError, match=r"5 documents, all of them in one split, .* text\.delimiter"):
-        build_contexts(text.model_copy(update={"evaluation_fraction": 1e-9, "max_documents": 5}), lambda: BOS, "t", 32)["train"]
+        build_contexts(text.model_copy(update={"evaluation_fraction": 1e-9, "max_documents": 5}), lambda: BOS, "t", 32)[
+            "train"
+        ]
     (tmp_path / "stories.txt").write_text(" \n")
     with pytest.raises(UserError, match="holds no text"):
         build_contexts(text, lambda: BOS, "t", 32)["train"]
@@ -223,8 +251,10 @@ def test_evaluation_fraction_is_kept():
 def test_reading_stops_once_there_is_enough(text, monkeypatch):
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     read = []
-    all_documents = module.documents
-    monkeypatch.setattr(module, "documents", lambda config: (read.append(document) or document for document in all_documents(config)))
+    all_documents = documents
+    monkeypatch.setattr(
+        module, "documents", lambda config: (read.append(document) or document for document in all_documents(config))
+    )
     enough = {"train": 20, "evaluation": 5}
     some = build_contexts(text, lambda: BOS, "bytes", 32, enough)
     assert 0 < len(read) < len(DOCUMENTS) / 2

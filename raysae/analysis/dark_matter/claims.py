@@ -10,7 +10,18 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD, Claim, Tables, Verdict, between, claim_of, unanimous, within
+from raysae.analysis.report.claims import (
+    FAILS,
+    HOLDS,
+    UNTOLD,
+    Claim,
+    Tables,
+    Verdict,
+    between,
+    claim_of,
+    unanimous,
+    within,
+)
 
 FLAT = 0.25  # "nearly flat": falls by at most this share of FVU's fall per doubling of the width
 HALF = (0.35, 0.65)  # "about one half"

@@ -12,9 +12,30 @@ from matplotlib.figure import Figure
 from raysae.analysis.dark_matter.breakdown import breakdown_figure
 from raysae.analysis.dark_matter.measures import breakdown
 from raysae.analysis.dark_matter.measures.error_regression import BASELINES, NORMS, ErrorRegression
-from raysae.analysis.dark_matter.probes import Shown, described, model_name, per_hook_point, regression_table, regressions, shown
+from raysae.analysis.dark_matter.probes import (
+    Shown,
+    described,
+    model_name,
+    per_hook_point,
+    regression_table,
+    regressions,
+    shown,
+)
 from raysae.analysis.dark_matter.pursuit import pursuit_tasks
-from raysae.analysis.instruments.plots import BLUE, GREEN, L0_LABEL, ORANGE, PAPER_WIDTH, PURPLE, SKY, VERMILION, WIDTH_LABEL, short, styled, titled
+from raysae.analysis.instruments.plots import (
+    BLUE,
+    GREEN,
+    L0_LABEL,
+    ORANGE,
+    PAPER_WIDTH,
+    PURPLE,
+    SKY,
+    VERMILION,
+    WIDTH_LABEL,
+    short,
+    styled,
+    titled,
+)
 from raysae.analysis.instruments.regression import save_linear
 from raysae.analysis.lab.lab import Lab
 from raysae.analysis.lab.results import Findings
