@@ -1,8 +1,8 @@
-"""Every analysis of SAEs' errors on one sweep, and a report with a verdict per claim of the paper.
+"""Run every analysis of SAEs' errors on one sweep. Its report has a verdict for each claim of the paper.
 
 python jobs/dark_matter.py                               the latest sweep in MLflow
 python jobs/dark_matter.py --sweep STUDY                 another, by its name or run id
-python jobs/dark_matter.py --sae FOLDER --sae RUN_ID     single SAEs: of MLflow, saved, or public
+python jobs/dark_matter.py --sae FOLDER --sae RUN_ID     SAEs in a folder, in MLflow, or public
 ray job submit --working-dir . -- python jobs/dark_matter.py
 """
 

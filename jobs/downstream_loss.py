@@ -1,8 +1,8 @@
-"""What the linear and the nonlinear part of the error cost the language model (analysis 5).
+"""Measure what the linear and the nonlinear error cost the language model (analysis 5).
 
 python jobs/downstream_loss.py                               the latest sweep in MLflow
 python jobs/downstream_loss.py --sweep STUDY                 another, by its name or run id
-python jobs/downstream_loss.py --sae FOLDER --sae RUN_ID     single SAEs: of MLflow, saved, or public
+python jobs/downstream_loss.py --sae FOLDER --sae RUN_ID     SAEs in a folder, in MLflow, or public
 ray job submit --working-dir . -- python jobs/downstream_loss.py
 """
 

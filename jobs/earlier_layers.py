@@ -1,8 +1,8 @@
-"""How much of the error is a linear function of what earlier parts of the model hold (analysis 8). Trains the SAEs it lacks.
+"""Predict SAEs' error linearly from earlier layers of the model (analysis 8). Trains the SAEs it lacks.
 
 python jobs/earlier_layers.py                               the latest sweep in MLflow
 python jobs/earlier_layers.py --sweep STUDY                 another, by its name or run id
-python jobs/earlier_layers.py --sae FOLDER --sae RUN_ID     single SAEs: of MLflow, saved, or public
+python jobs/earlier_layers.py --sae FOLDER --sae RUN_ID     SAEs in a folder, in MLflow, or public
 ray job submit --working-dir . -- python jobs/earlier_layers.py
 """
 

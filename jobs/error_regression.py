@@ -1,8 +1,8 @@
-"""How much of SAEs' error is a linear function of the activation, and how it falls with width (analyses 1 and 2).
+"""Predict SAEs' error linearly from the activation, and see how it falls with width (analyses 1 and 2).
 
 python jobs/error_regression.py                               the latest sweep in MLflow
 python jobs/error_regression.py --sweep STUDY                 another, by its name or run id
-python jobs/error_regression.py --sae FOLDER --sae RUN_ID     single SAEs: of MLflow, saved, or public
+python jobs/error_regression.py --sae FOLDER --sae RUN_ID     SAEs in a folder, in MLflow, or public
 ray job submit --working-dir . -- python jobs/error_regression.py
 """
 

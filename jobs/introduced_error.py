@@ -1,8 +1,8 @@
-"""What the regression makes of errors put in on purpose, where the truth is known (analysis 4).
+"""Put errors in on purpose and see what the regression makes of them (analysis 4).
 
 python jobs/introduced_error.py                               the latest sweep in MLflow
 python jobs/introduced_error.py --sweep STUDY                 another, by its name or run id
-python jobs/introduced_error.py --sae FOLDER --sae RUN_ID     single SAEs: of MLflow, saved, or public
+python jobs/introduced_error.py --sae FOLDER --sae RUN_ID     SAEs in a folder, in MLflow, or public
 ray job submit --working-dir . -- python jobs/introduced_error.py
 """
 

@@ -1,8 +1,8 @@
-"""How well a small SAE's error on a token tells a large one's; the per-token tables (analysis 3).
+"""Predict a large SAE's error on a token from a small one's (analysis 3). Writes per-token tables.
 
 python jobs/per_token_scaling.py                               the latest sweep in MLflow
 python jobs/per_token_scaling.py --sweep STUDY                 another, by its name or run id
-python jobs/per_token_scaling.py --sae FOLDER --sae RUN_ID     single SAEs: of MLflow, saved, or public
+python jobs/per_token_scaling.py --sae FOLDER --sae RUN_ID     SAEs in a folder, in MLflow, or public
 ray job submit --working-dir . -- python jobs/per_token_scaling.py
 """
 

@@ -1,4 +1,16 @@
-"""TODO docstring."""
+"""Knobs as text and back: for the command line, YAML files and MLflow's parameters.
+
+A knob is a field of a pydantic model, or of a section of it. Its name is dotted: `train.tokens`.
+
+- `fields` lists the knobs of a model. `kind_of` and `inner_of` say what type a knob has.
+- `coerced` turns text into a value that pydantic takes. pydantic itself reads neither `1e6` as an integer nor
+  `256,512` as a list.
+- `flattened` and `nested` go from sections to dotted names and back.
+- `from_flat` makes a config from dotted names and text.
+- `explain` turns pydantic's error into one sentence for the user. `shown` shortens a value for such a sentence.
+
+Nothing here knows any particular knob. Values are checked by pydantic alone, with the bounds in `config.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +25,24 @@ from pydantic.fields import FieldInfo
 from raysae.config import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
+# Bounds of a field, as pydantic calls them, with their signs
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-LIMITS = {"greater_than": "greater than", "greater_than_equal": "at least", "less_than": "less than", "less_than_equal": "at most"}
-UNSET = ("none", "null")
+LIMITS = {
+    "greater_than": "greater than",
+    "greater_than_equal": "at least",
+    "less_than": "less than",
+    "less_than_equal": "at most",
+}
+UNSET = ("none", "null")  # Text that unsets a knob
 
 
 def from_flat(model: type[Model], flat: Mapping[str, str]) -> Model:
-    """The config of which `flat` are the knobs as text, e.g. as MLflow has them as a run's parameters; what is unset there has its default.
+    """The config whose knobs are `flat`: dotted name → text, such as the parameters of a run in MLflow.
 
-    Knobs that `model` does not have (any more) are left out. Raises UserError where a value does not fit.
+    Knobs that are missing there have their defaults. Names that are no knobs of `model` (any more) are passed over.
+
+    Raises:
+        UserError: a value does not fit its knob.
     """
     knobs = dict(fields(model))
     known: dict[str, Any] = {name: value for name, value in earlier(model).items() if name not in flat}
@@ -38,7 +59,7 @@ def from_flat(model: type[Model], flat: Mapping[str, str]) -> Model:
 
 
 def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every knob of `model` as (dotted name, field), depth first; sections are the fields that are models themselves."""
+    """Every knob of `model` as (dotted name, field), depth first. A field that is a model itself is a section."""
     for name, field in model.model_fields.items():
         if _is_section(field):
             yield from fields(field.annotation, f"{prefix}{name}.")
@@ -50,7 +71,7 @@ def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def explain(error: ValidationError) -> str:
-    """The first mistake of a ValidationError as one sentence: the field, its value, what would be right."""
+    """The first mistake of a ValidationError as one sentence: the knob, its value, and what would be right."""
     mistake = error.errors(include_url=False)[0]
     *path, last = mistake["loc"] or ("",)
     in_list = isinstance(last, int)
@@ -65,11 +86,12 @@ def explain(error: ValidationError) -> str:
         return f"unknown key {name}"
     needed = _needed(kind, context) or mistake["msg"][:1].lower() + mistake["msg"][1:]
     if in_list:
-        return f"{name} contains {_shown(value)}: each must be {needed}"
-    return f"{name} is {_shown(value)}: it must be {needed}"
+        return f"{name} contains {shown(value)}: each must be {needed}"
+    return f"{name} is {shown(value)}: it must be {needed}"
 
 
 def _needed(kind: str, context: Mapping[str, Any]) -> str | None:
+    """What would be right, by pydantic's kind of error. None for kinds without words of ours."""
     if kind == "literal_error":
         return "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
     if kind in LIMITS:
@@ -83,14 +105,21 @@ def _needed(kind: str, context: Mapping[str, Any]) -> str | None:
     return next((word for prefix, word in words.items() if kind.startswith(prefix)), None)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value for a sentence, in at most 60 characters."""
     if value == "" or value == [] or value == {}:
         return "empty"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def flattened(content: Mapping[Any, Any], knobs: Mapping[str, FieldInfo], prefix: str = "") -> Iterator[tuple[str, Any]]:
+# ---------------------------------------------------------------- sections and dotted names
+
+
+def flattened(
+    content: Mapping[Any, Any], knobs: Mapping[str, FieldInfo], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """The settings in nested sections as (dotted name, value). A dict that is the value of a knob stays whole."""
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and name not in knobs:
@@ -100,6 +129,7 @@ def flattened(content: Mapping[Any, Any], knobs: Mapping[str, FieldInfo], prefix
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings by dotted name as nested sections."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *path, leaf = name.split(".")
@@ -110,14 +140,26 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+# ---------------------------------------------------------------- from text to values
+
+
 def coerced(name: str, value: Any, annotation: Any) -> Any:
-    """`value` in the form pydantic takes for `annotation`: `"1e6"` for an int, `"256,512"` for a list, `"none"` for what may be unset."""
+    """`value` in the form that pydantic takes for `annotation`.
+
+    `"1e6"` becomes an int, `"256,512"` a list, and `"none"` unsets what may be unset. Text that fits nothing stays as
+    it is, and pydantic refuses it.
+
+    Raises:
+        UserError: a boolean where a number is wanted, or an infinite number. pydantic would take both.
+    """
     kind, inner, optional = kind_of(annotation), inner_of(annotation), _is_optional(annotation)
     if optional and isinstance(value, str) and value.lower() in UNSET:
         return None
     if kind is list and value is not None:
         items = value if isinstance(value, list) else [value]
-        parts = [part for item in items for part in (map(str.strip, item.split(",")) if isinstance(item, str) else [item])]
+        parts = [
+            part for item in items for part in (map(str.strip, item.split(",")) if isinstance(item, str) else [item])
+        ]
         return [coerced(name, part, get_args(inner)[0]) for part in parts if part != ""]
     if kind is dict and isinstance(value, str):
         return _mapping(value)
@@ -133,7 +175,7 @@ def coerced(name: str, value: Any, annotation: Any) -> Any:
 
 
 def _whole(text: str) -> int | str:
-    """`"1e6"` and `"1_000_000"` as integers; the text itself where it is no whole number, for the sentence about it."""
+    """`"1e6"` and `"1_000_000"` as integers. Other text stays, for pydantic to refuse."""
     try:
         return int(text)
     except ValueError:
@@ -146,7 +188,7 @@ def _whole(text: str) -> int | str:
 
 
 def _mapping(text: str) -> dict[str, str] | str:
-    """`{"blocks": "h"}` (JSON) or `blocks=h,attn=attn` as a dict; other text is left for the sentence about it."""
+    """`{"blocks": "h"}` (JSON) or `blocks=h,attn=attn` as a dict. Other text stays, for pydantic to refuse."""
     if text.lstrip().startswith("{"):
         try:
             return json.loads(text)
@@ -169,7 +211,7 @@ def inner_of(annotation: Any) -> Any:
 
 
 def kind_of(annotation: Any) -> Any:
-    """int, float, str, bool, list, dict or Literal."""
+    """What a knob's value is: int, float, str, bool, list, dict or Literal."""
     inner = inner_of(annotation)
     return get_origin(inner) or inner
 

@@ -1,4 +1,4 @@
-"""A function call in a process of its own: what it imports and leaves allocated ends with it."""
+"""What every process needs: exit code, environment, niceness, and a function call in a process of its own."""
 
 from __future__ import annotations
 
@@ -10,37 +10,43 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-
-INTERRUPTED = 130
-# OpenMP threads that spin at barriers slow every process of a shared machine down, 15-fold where there are more of them than cores. glibc gives
-# threads arenas of their own, in which a large tensor leaves more unusable room than in one: 50 MiB in a trainer.
+INTERRUPTED = 130  # Exit code of a job that Ctrl-C or SIGTERM ended
+# Environment of Ray's processes. OpenMP threads that spin at barriers slow down every process of a shared machine,
+# 15-fold where there are more threads than cores. glibc gives each thread an arena of its own. A large tensor leaves
+# more unusable room in many arenas than in one, 50 MiB in a trainer.
 ENVIRONMENT = {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1"}}
-NICENESS = 10  # on CPU, trainers come first: shards made ahead of need only wait in memory
+NICENESS = 10  # Niceness of producers on CPUs. Trainers come first: shards made ahead of need only wait in memory.
 
 
 def apart(function: Callable, *arguments: Any) -> Any:
-    """What `function(*arguments)` returns or raises; all of these must pickle."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # not forked: this process may have threads
+    """Call `function(*arguments)` in a process of its own, and return or raise what it does.
+
+    What the function imports and leaves allocated ends with that process. Arguments, result and exception must pickle.
+    """
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn")
+    ) as pool:  # A fork may not work: this process may have threads
         return pool.submit(function, *arguments).result()
 
 
 def command(words: str) -> str:
-    """How to call this Python with `words` from the present folder: to be pasted."""
+    """A command line for the user to paste: this Python with `words`, called from the present folder."""
     interpreter = Path(sys.executable)
     return f"{interpreter.relative_to(Path.cwd()) if interpreter.is_relative_to(Path.cwd()) else interpreter} {words}"
 
 
 def threads() -> set[int]:
-    """The system's ids of this process's threads, where it tells them."""
+    """The system's ids of this process's threads. Empty where the system does not tell them."""
     return set(map(int, os.listdir("/proc/self/task"))) if os.path.isdir("/proc/self/task") else set()
 
 
 def be_nice(others: set[int]) -> None:
-    """This thread is, and all others of the process but the ones in `others`: those that PyTorch has started since are."""
+    """Lower the priority of this thread and of all threads that are not in `others`.
+
+    With `others` from before PyTorch's import, PyTorch's threads are nice.
+    """
     for thread in threads() - others | {threading.get_native_id()}:
-        with suppress(ProcessLookupError):  # it has ended
+        with suppress(ProcessLookupError):  # The thread has ended
             os.setpriority(os.PRIO_PROCESS, thread, NICENESS)

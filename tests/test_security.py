@@ -259,8 +259,8 @@ def test_the_ui_is_for_this_machine() -> None:
 LISTENING = """
 import json, os
 import psutil, ray
-from raysae.cluster.connect import _stay_on_loopback
-_stay_on_loopback()
+from raysae.cluster.connect import stay_on_loopback
+stay_on_loopback()
 quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}
 ray.init("local", num_cpus=1, object_store_memory=80 * 2**20, **quiet)
 @ray.remote

@@ -1,7 +1,4 @@
-"""What actors have to say.
-
-Ray writes their warnings to files where nobody looks. So the driver asks for them and shows them.
-"""
+"""Warnings of actors. Ray writes them to files where nobody looks, so the driver asks for them and shows them."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ from collections import deque
 
 import ray
 
-KEPT = 100  # Lines kept at most, until they are taken
+KEPT = 100  # Most lines that wait to be taken. Older ones are dropped.
 
 
 class Heard(logging.Handler):
-    """The warnings of raysae in this actor's process, from now on.
+    """Collects the warnings of raysae in this actor's process from now on.
 
-    If Ray has restarted the actor, the first one says so.
+    The first line says so if Ray has restarted the actor.
     """
 
     def __init__(self) -> None:
@@ -31,11 +28,11 @@ class Heard(logging.Handler):
         self._lines.append(f"{record.getMessage()}: {one_line(error)}" if error else record.getMessage())
 
     def take(self) -> list[str]:
-        """The warnings that have not been taken yet."""
+        """Return the lines that have not been taken yet."""
         return [self._lines.popleft() for _ in range(len(self._lines))]
 
 
 def one_line(error: BaseException) -> str:
-    """An error in one line. Ray's messages may hold whole stack traces, whose last line is the cause."""
+    """An error in one line. Ray's messages may hold a whole stack trace. Its last line is the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     return lines[-1] if any(line.startswith('File "') for line in lines) else f"{type(error).__name__}: {lines[0]}"

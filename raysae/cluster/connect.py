@@ -1,4 +1,8 @@
-"""Ray for a job: the cluster that is named, or a Ray of its own on this machine."""
+"""Ray for a job: the cluster that is named, or a Ray of its own on this machine.
+
+A local Ray is kept small and out of reach. It has no autoscaler, no dashboard and no server that other machines reach.
+Ray has no options for some of this, so this module patches Ray's internals while Ray starts.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +18,22 @@ from ray._private.node import Node
 
 from raysae.config import UserError
 
-REACHABLE_SECONDS = 5.0
+REACHABLE_SECONDS = 5.0  # Longest wait for a cluster's address to answer
 
 
 def connect(address: str | None, store_bytes: int) -> None:
-    """To the cluster of `address` (resources.address) or RAY_ADDRESS (set inside `ray job submit`), else start Ray on this machine, with an object
-    store of `store_bytes`. Where this process is connected already, nothing happens.
+    """Connect to a cluster, or start Ray on this machine. Does nothing where this process is connected already.
 
-    UserError: no cluster answers there; this machine has no such store.
+    Args:
+        address: the cluster's address (resources.address). None: RAY_ADDRESS, which `ray job submit` sets. Where that
+            is unset too, Ray starts on this machine.
+        store_bytes: size of the object store of a Ray that starts here.
+
+    Raises:
+        UserError: no cluster answers at the address, or this machine has no room for such a store.
     """
     address = address or os.environ.get("RAY_ADDRESS")
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # interruptions are handled by the driver, so that trainers checkpoint
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # The driver handles interruptions, so that trainers checkpoint
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     if address and address != "local":
@@ -32,26 +41,34 @@ def connect(address: str | None, store_bytes: int) -> None:
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
         except (ConnectionError, ValueError) as error:
-            raise UserError(f"resources.address is {address}, where no Ray cluster answers ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                f"resources.address is {address}, where no Ray cluster answers ({str(error).splitlines()[0]})"
+            ) from error
         return
-    _stay_on_loopback()
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this machine's users can reach it
+    stay_on_loopback()
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Only this machine's users can reach it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error", "ignore_reinit_error": True}
+    options = {
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": "error",
+        "ignore_reinit_error": True,
+    }
     try:
         with _out_of_reach(), _bare():
             ray.init("local", object_store_memory=store_bytes, _system_config={"num_workers_soft_limit": 0}, **options)
     except ValueError as error:
         raise UserError(
-            f"the activations in flight (stream.mib_in_flight), the held-out ones (evaluation.rows × hook_points) and the tokens take "
-            f"{store_bytes / 2**30:.1f} GiB of shared memory, which this machine does not have ({str(error).splitlines()[0]}): choose less of them"
+            "the activations in flight (stream.mib_in_flight), the held-out ones (evaluation.rows × hook_points) and "
+            f"the tokens take {store_bytes / 2**30:.1f} GiB of shared memory, which this machine does not have "
+            f"({str(error).splitlines()[0]}): choose less of them"
         ) from error
 
 
 def _check_reachable(address: str) -> None:
-    """UserError where nobody listens at `HOST:PORT`: Ray itself would try for most of a minute."""
+    """Raise UserError where nobody listens at `HOST:PORT`. Ray itself would try for most of a minute."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):  # `auto`, or what only Ray understands
+    if not (host and port.isdigit()):  # It is `auto`, or something only Ray understands
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACHABLE_SECONDS).close()
@@ -61,8 +78,11 @@ def _check_reachable(address: str) -> None:
 
 @contextmanager
 def _out_of_reach() -> Iterator[None]:
-    """Processes that Ray starts meanwhile are in process groups of their own. A SIGTERM to the driver's group (`timeout` sends one, and so do batch
-    systems) would otherwise end Ray before the trainers have written their checkpoints. Where the driver itself is killed, Ray ends with it."""
+    """Put the processes that Ray starts meanwhile into process groups of their own.
+
+    `timeout` and batch systems send SIGTERM to the driver's group. Ray would end before the trainers have written their
+    checkpoints. Where the driver itself is killed, Ray still ends with it.
+    """
     start = services.ConsolePopen
     services.ConsolePopen = partial(start, process_group=0)
     try:
@@ -73,9 +93,13 @@ def _out_of_reach() -> Iterator[None]:
 
 @contextmanager
 def _bare() -> Iterator[None]:
-    """A Ray started meanwhile has no autoscaler, no forwarding of logs to this process and no server of a dashboard that nobody asked for: 170 MiB,
-    and a second of start-up. `ray.init` has no options for these."""
-    names = [name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)]  # internals: others in other Rays
+    """Start Ray without autoscaler, forwarding of logs to this process, and the dashboard's server.
+
+    That saves 170 MiB and a second of start-up. `ray.init` has no options for these.
+    """
+    names = [
+        name for name in ("start_monitor", "start_log_monitor", "start_api_server") if hasattr(Node, name)
+    ]  # internals: others in other Rays
     before = {name: getattr(Node, name) for name in names}
     for name in names:
         setattr(Node, name, lambda self, **options: None)
@@ -86,8 +110,11 @@ def _bare() -> Iterator[None]:
             setattr(Node, name, method)
 
 
-def _stay_on_loopback() -> None:
-    """A local Ray's servers bind to the loopback address, as they do on macOS. On Linux they would bind to every interface of the machine, and
-    whoever reaches them can run code. Ray has no option for this: the variable is for the processes it starts, the constant for this one."""
+def stay_on_loopback() -> None:
+    """Make a local Ray's servers bind to the loopback address, as they do on macOS.
+
+    On Linux they would bind to every interface of the machine, and whoever reaches them can run code. Ray has no option
+    for this. The variable is for the processes that Ray starts, the constant for this one.
+    """
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     ray_constants.ENABLE_RAY_CLUSTER = False

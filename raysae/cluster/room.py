@@ -1,4 +1,4 @@
-"""Words for what the cluster has room for. They go into the message that ends a sweep which cannot go on."""
+"""Where an actor is, and what the cluster has room for, in words for a sweep that cannot go on."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ import ray
 from ray._private import state
 from ray.actor import ActorHandle
 
-NODES_NAMED = 4
+NODES_NAMED = 4  # Most machines that a sentence names
 KINDS = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
 
 
 def placed(actor: ActorHandle) -> bool:
-    """Whether the actor has a process somewhere. The process may still be starting."""
+    """Whether the actor has a process somewhere. It may still be starting."""
     return state.actors(actor._actor_id.hex()).get("Address", {}).get("Port", 0) > 0
 
 
 def machine_of(actor: ActorHandle) -> str | None:
-    """Hexadecimal id of the machine that the actor is alive on.
+    """The hexadecimal id of the machine that the actor is alive on.
 
-    It is None while the actor starts, waits for a place, or is dead.
+    None while the actor starts, waits for a place, or is dead.
     """
     known = state.actors(actor._actor_id.hex())
     return known["Address"]["NodeID"] if known.get("State") == "ALIVE" else None
 
 
 def missing(needs: Mapping[str, float]) -> str:
-    """Words that compare `needs`, which are as in an actor's options, with what the machines have."""
+    """What is needed beside what the machines have free. `needs` is as in an actor's options."""
     asked = {KINDS[key]: amount for key, amount in needs.items() if amount}
     free = state.available_resources_per_node()
     nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -12,7 +12,7 @@ from raysae.config import AnalysisConfig
 
 
 def analyse(analysis: str, description: str) -> Callable[[list[str]], int]:
-    """The job of one analysis of `catalogue.ANALYSES`: from its arguments to its exit code. `description` heads its help."""
+    """The job of one analysis of `catalogue.ANALYSES`, from arguments to exit code. `description` heads its help."""
 
     def job(argv: list[str]) -> int:
         config, flags = parse(AnalysisConfig, argv, description)
@@ -24,7 +24,7 @@ def analyse(analysis: str, description: str) -> Callable[[list[str]], int]:
 
 
 def dark_matter(description: str) -> Callable[[list[str]], int]:
-    """The job of all analyses of the first paper and their report: from its arguments to its exit code."""
+    """The job of all analyses of the first paper and their report, from arguments to exit code."""
 
     def job(argv: list[str]) -> int:
         config, flags = parse(AnalysisConfig, argv, description)

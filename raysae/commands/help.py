@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The text of `--help`: every knob of a config, made from the model's fields. It imports nothing slow."""
 
 from __future__ import annotations
 
@@ -16,24 +16,35 @@ from pydantic.fields import FieldInfo
 
 from raysae.knobs import BOUNDS, fields, inner_of, kind_of
 
-NO_BREAK = "\N{NO-BREAK SPACE}"
+NO_BREAK = "\N{NO-BREAK SPACE}"  # Stands for a space until the lines are wrapped
 
 
-# ---------------------------------------------------------------- help
+def help_text(
+    model: type[BaseModel], description: str, extra: Mapping[str, dict] | None = None, width: int | None = None
+) -> str:
+    """Every knob by section, with its meaning, default and bounds.
 
-
-def help_text(model: type[BaseModel], description: str, extra: Mapping[str, dict] | None = None, width: int | None = None) -> str:
-    """Every knob by section with its meaning, default and bounds, in lines of at most `width` columns (the terminal's, at most 120)."""
+    Args:
+        description: the job, at the head of the text.
+        extra: further flags, as for `parse.parse`.
+        width: columns of a line at most. None: the terminal's, between 80 and 120.
+    """
     width = width or max(80, min(120, shutil.get_terminal_size((110, 24)).columns))
     program = Path(sys.argv[0]).name
     flags = [("--config FILE", "settings from a YAML file; the command line overrides them")]
-    flags += [(f"{flag} {more['metavar']}" if "metavar" in more else flag, more.get("help", "")) for flag, more in (extra or {}).items()]
+    flags += [
+        (f"{flag} {more['metavar']}" if "metavar" in more else flag, more.get("help", ""))
+        for flag, more in (extra or {}).items()
+    ]
     flags += [("--help", "this page")]
     sections: dict[str, list[tuple[str, str]]] = {"": []}
     for name, field in fields(model):
         note = f"[{'; '.join(_together(part) for part in (f'default {_default(field)}', _bounds(field)) if part)}]"
-        sections.setdefault(name.rpartition(".")[0], []).append((f"--{name} {_metavar(field.annotation)}", f"{field.description or name} {note}"))
-    note = "Lists: --widths 256 512 or --widths 256,512. Numbers: 1e6, 1_000_000. 'none' unsets a knob that is unset by default."
+        sections.setdefault(name.rpartition(".")[0], []).append(
+            (f"--{name} {_metavar(field.annotation)}", f"{field.description or name} {note}")
+        )
+    note = "Lists: --widths 256 512 or --widths 256,512. Numbers: 1e6, 1_000_000. "
+    note += "'none' unsets a knob that is unset by default."
     description = inspect.cleandoc(description)
     paragraphs = [
         description if "\n" in description else textwrap.fill(description, width),
@@ -49,7 +60,9 @@ def _section(title: str, rows: Sequence[tuple[str, str]], width: int) -> str:
     column = 36
     lines = [f"{title}:"]
     for option, text in rows:
-        wrapped = [line.replace(NO_BREAK, " ") for line in textwrap.wrap(text, width - column, break_on_hyphens=False)] or [""]
+        wrapped = [
+            line.replace(NO_BREAK, " ") for line in textwrap.wrap(text, width - column, break_on_hyphens=False)
+        ] or [""]
         if len(option) + 2 < column:
             lines.append(f"  {option}".ljust(column) + wrapped.pop(0))
         else:
@@ -59,7 +72,7 @@ def _section(title: str, rows: Sequence[tuple[str, str]], width: int) -> str:
 
 
 def _together(text: str) -> str:
-    """Short text that stays on one line when it is wrapped."""
+    """The text, with spaces at which no line breaks if it is short."""
     return text.replace(" ", NO_BREAK) if len(text) < 40 else text
 
 
@@ -100,4 +113,6 @@ def _bounds(field: FieldInfo) -> str:
     metadata = list(field.metadata)
     if kind_of(field.annotation) is list and get_origin(item := get_args(inner_of(field.annotation))[0]) is Annotated:
         metadata += [bound for info in get_args(item)[1:] for bound in info.metadata]
-    return ", ".join(f"{sign} {getattr(bound, key):g}" for bound in metadata for key, sign in BOUNDS.items() if hasattr(bound, key))
+    return ", ".join(
+        f"{sign} {getattr(bound, key):g}" for bound in metadata for key, sign in BOUNDS.items() if hasattr(bound, key)
+    )

@@ -1,7 +1,11 @@
-"""The command line of every job: one pydantic config from defaults, a YAML file and overrides; mistakes told in one sentence, exit code 2.
+"""The command line of every job: one pydantic config from defaults, a YAML file and overrides.
 
-The parser is generated from the model's fields. (pydantic-settings' own CLI prints a usage wall and a traceback where a sentence is due,
-and takes neither `1e6` for an integer nor `256,512` for a list.) Imports neither torch, Ray nor MLflow, so that `--help` is instant.
+A mistake is told in one sentence, and the exit code is 2.
+
+The parser is made from the model's fields. pydantic-settings has a command line of its own. It prints a usage wall and
+a traceback where a sentence is due, and takes neither `1e6` for an integer nor `256,512` for a list.
+
+This module imports neither torch, Ray nor MLflow, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -19,19 +23,30 @@ from pydantic import BaseModel, ValidationError
 
 from raysae.commands.help import help_text
 from raysae.config import UserError
-from raysae.knobs import Model, _shown, coerced, explain, fields, flattened, kind_of, nested
+from raysae.knobs import Model, coerced, explain, fields, flattened, kind_of, nested, shown
 from raysae.processes import INTERRUPTED
 
-USAGE_ERROR = 2
+USAGE_ERROR = 2  # Exit code for a mistake of the user
 
 
-def parse(model: type[Model], argv: Sequence[str], description: str, extra: Mapping[str, dict] | None = None) -> tuple[Model, argparse.Namespace]:
+def parse(
+    model: type[Model], argv: Sequence[str], description: str, extra: Mapping[str, dict] | None = None
+) -> tuple[Model, argparse.Namespace]:
     """The job's config and its other flags, from `argv` (without the program's name).
 
-    Strongest first: overrides (`--train.tokens 2e6`, `--widths 256 512` or `--widths 256,512`), `--config FILE.yaml`, the model's defaults.
-    `extra` maps further flags to arguments of argparse's `add_argument`, e.g. `{"--resume": {"metavar": "STUDY", "help": "go on with STUDY"}}`.
-    The namespace holds them, `config` (the YAML file's path or None) and `given` (the knobs that file or command line set, `{dotted name: value}`).
-    `--help` prints every knob and exits with 0. Raises UserError, one sentence, for whatever is wrong.
+    Overrides (`--train.tokens 2e6`, `--widths 256 512` or `--widths 256,512`) count more than `--config FILE.yaml`, and
+    that more than the model's defaults. `--help` prints every knob and exits with 0.
+
+    Args:
+        extra: further flags with their arguments of argparse's `add_argument`, such as
+            `{"--resume": {"metavar": "STUDY", "help": "go on with STUDY"}}`.
+
+    Returns:
+        The config, and a namespace. It holds the further flags, `config` (the YAML file's path or None) and `given`:
+        the knobs that file or command line set, as `{dotted name: value}`.
+
+    Raises:
+        UserError: a sentence for whatever is wrong.
     """
     extra = dict(extra or {})
     if {"-h", "--help"} & set(argv):
@@ -57,7 +72,8 @@ def parse(model: type[Model], argv: Sequence[str], description: str, extra: Mapp
     given = _read_yaml(Path(flags.config), model) if flags.config else {}
     for dest in [d for d in vars(flags) if d.startswith("knob ")]:
         name, value = dest.removeprefix("knob "), vars(flags).pop(dest)
-        if isinstance(value, list) and not any(word.strip(" ,") for word in value):  # as an unset variable of the shell gives it
+        # An unset variable of the shell gives an empty word
+        if isinstance(value, list) and not any(word.strip(" ,") for word in value):
             raise UserError(f"{name} is empty: give at least one value, or leave the flag out")
         given[name] = value
     flags.given = {name: coerced(name, value, knobs[name].annotation) for name, value in given.items()}
@@ -68,18 +84,21 @@ def parse(model: type[Model], argv: Sequence[str], description: str, extra: Mapp
 
 
 def main(job: Callable[[list[str]], int | None]) -> NoReturn:
-    """Runs `job(sys.argv[1:])` and exits with what it returns; a mistake of the user's becomes one sentence on stderr and exit code 2."""
+    """Run `job(sys.argv[1:])` and exit with what it returns.
+
+    A mistake of the user becomes one sentence on stderr and exit code 2.
+    """
     try:
         sys.exit(job(sys.argv[1:]) or 0)
     except (UserError, ValidationError) as error:
-        cause = getattr(error, "cause", error)  # Ray wraps what a remote function raised, with its traceback as text
+        cause = getattr(error, "cause", error)  # Ray wraps a remote exception. Its text is a traceback.
         sentence = explain(cause) if isinstance(cause, ValidationError) else str(cause)
         print("error: " + " ".join(sentence.split()), file=sys.stderr)
         sys.exit(USAGE_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # `--help | head`: Python would complain once more while it flushes stdout at exit
+    except BrokenPipeError:  # `--help | head` closes stdout. Python would complain when it flushes it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
@@ -93,11 +112,13 @@ def _unexpected(words: Sequence[str], known: Sequence[str]) -> str:
 
 
 def _suggestion(key: str, known: Sequence[str], prefix: str = "") -> str:
-    """`: did you mean X?`, X being the knob with the same last part in another section, else the one with the most similar name."""
+    """`: did you mean X?`, where X has the same last part in another section, or else the most similar name."""
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-    similar = difflib.get_close_matches(key, known, 1, 0.7) or [leaves[leaf] for leaf in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
+    similar = difflib.get_close_matches(key, known, 1, 0.7) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(leaf, leaves, 1, 0.6)
+    ]
     close = same_leaf or similar
     return f": did you mean {prefix}{close[0]}?" if close else ": --help lists every knob"
 
@@ -111,7 +132,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _underscored(word: str) -> str:
-    """`--train.sparsity-warmup=0.1` → `--train.sparsity_warmup=0.1`; values are left alone."""
+    """`--train.sparsity-warmup=0.1` → `--train.sparsity_warmup=0.1`. Values stay as they are."""
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
@@ -119,11 +140,13 @@ def _underscored(word: str) -> str:
 
 
 def _read_yaml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
-    """The file's settings as `{dotted name: value}`; every name is a knob of `model`."""
+    """The file's settings as `{dotted name: value}`. Every name is a knob of `model`."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: the file cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from error
+        raise UserError(
+            f"--config {path}: the file cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}: {error.problem})" if mark else ""
@@ -138,7 +161,7 @@ def _read_yaml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
     for name in [n for n in settings if n not in knobs]:
         value = settings.pop(name)
         if name in sections and value is not None:
-            raise UserError(f"{name} in {path} is {_shown(value)}: it must be a section with keys of its own")
+            raise UserError(f"{name} in {path} is {shown(value)}: it must be a section with keys of its own")
         if name not in sections:
             raise UserError(f"unknown key {name} in {path}{_suggestion(name, list(knobs))}")
     return settings

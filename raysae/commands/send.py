@@ -10,7 +10,7 @@ from pathlib import Path
 
 from raysae.commands.parse import main
 from raysae.config import UserError
-from raysae.tracking.client import absolute, connect, experiment_id
+from raysae.tracking.client import absolute, client_of, experiment_id
 from raysae.tracking.delivery import Delivery
 from raysae.tracking.outbox import KILLED, RUNNING, STUDY, Outbox, refusal
 from raysae.tracking.runs import direct
@@ -18,13 +18,13 @@ from raysae.tracking.sender import try_lock
 
 
 def send(path: str | Path, uri: str | None = None, experiment: str | None = None) -> int:
-    """Sends what the outbox at `path` still holds, and returns how many entries were sent.
+    """Send what the outbox at `path` still holds. Everything goes to another `uri` or `experiment`.
 
-    If another `uri` or `experiment` is given, all of it goes there. What MLflow refuses for good is not counted. It
-    stays in the outbox (see `outbox.refusal`).
+    Runs that a dead driver has left open are closed as KILLED, at the time of its last sign of life. `--resume` opens
+    them again.
 
-    Runs that a dead driver left open are closed as KILLED. Their end is its last sign of life. `--resume` opens them
-    again.
+    Returns:
+        How many entries were sent. What MLflow refuses for good stays in the outbox (see `outbox.refusal`).
 
     Raises:
         UserError: there is no outbox, its sweep is alive, the experiment was deleted, or MLflow does not answer. What
@@ -45,7 +45,7 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
     with lock:
         uri, experiment = absolute(uri or outbox.meta("uri")), experiment or outbox.meta("experiment")
         try:
-            experiment_id(connect(uri), uri, experiment)  # Raises unless it answers. Then address the outbox to it.
+            experiment_id(client_of(uri), uri, experiment)  # Once MLflow answers, the outbox may be addressed to it
             direct(outbox, uri, experiment)
             if any(run.status == RUNNING for run in outbox.runs()):
                 outbox.end(STUDY, KILLED, outbox.last_time())

@@ -1,4 +1,7 @@
-"""Trains a sweep, or goes on with one that was interrupted. Ray is imported only after `--help` and mistakes in the arguments."""
+"""Trains a sweep, or goes on with one that was interrupted.
+
+Ray is imported only after `--help` and mistakes in the arguments.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,20 @@ from raysae.config import FACTS, SweepConfig, UserError
 FLAGS = {
     "--resume": {
         "metavar": "STUDY",
-        "help": "Go on with the interrupted study of this name in `output`. It keeps its own config. Only faults.* can be changed.",
+        "help": "Go on with the interrupted study of this name in `output`. It keeps its own config. "
+        "Only faults.* can be changed.",
     },
     "--allow": {
         "metavar": "FACTS",
         "default": "",
-        "help": "Facts, separated by commas, in which a resumed run may differ from its checkpoints, e.g. torch,device.",
+        "help": "Facts, separated by commas, in which a resumed run may differ from its checkpoints, "
+        "e.g. torch,device.",
     },
 }
 
 
 def sweep(description: str) -> Callable[[list[str]], int]:
-    """The job that trains a sweep: from its arguments to its exit code. `description` heads its help."""
+    """The job that trains a sweep, from arguments to exit code. `description` heads its help."""
 
     def job(argv: list[str]) -> int:
         config, flags = parse(SweepConfig, argv, description, FLAGS)
@@ -38,7 +43,9 @@ def sweep(description: str) -> Callable[[list[str]], int]:
 def _facts(allow: str) -> frozenset[str]:
     facts = frozenset(filter(None, allow.split(",")))
     if unknown := sorted(fact for fact in facts if fact not in FACTS and not fact.startswith(("sae.", "train."))):
-        raise UserError(f"--allow {unknown[0]}: there is no such fact. There are {', '.join(FACTS)}, sae.KNOB and train.KNOB")
+        raise UserError(
+            f"--allow {unknown[0]}: there is no such fact. There are {', '.join(FACTS)}, sae.KNOB and train.KNOB"
+        )
     return facts
 
 
@@ -46,7 +53,10 @@ def _resumed(config: SweepConfig, study: str, given: set[str]) -> SweepConfig:
     """The study's own config, with the faults.* that are `given` now."""
     faults = {knob.removeprefix("faults.") for knob in given if knob.startswith("faults.")}
     if others := sorted(given - {"output"} - {f"faults.{name}" for name in faults}):
-        raise UserError(f"--resume {study} keeps the study's own config. Leave out --{', --'.join(others)}: only --faults.* can be changed")
+        raise UserError(
+            f"--resume {study} keeps the study's own config. "
+            f"Leave out --{', --'.join(others)}: only --faults.* can be changed"
+        )
     from raysae.study.place import saved_config
 
     return saved_config(config.output, study, {name: getattr(config.faults, name) for name in faults})

@@ -130,7 +130,7 @@ def answers(address: str) -> bool:
 
 
 def welcome(address: str, experiment: str) -> str:
-    """Where to look: the views that the studies of this experiment have saved."""
+    """Where to look: the address, and the views that the studies of this experiment have saved."""
     lines = [f"MLflow is at {address}, until Ctrl-C"]
     try:
         with get(

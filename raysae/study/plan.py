@@ -1,6 +1,7 @@
-"""What is checked and settled before anything starts: the language model, the text, the hook points, the cluster.
+"""What is settled before anything starts: the language model, the text, the hook points, and how much memory they take.
 
-Each failure is a `UserError` of one sentence. Nothing here imports torch or loads weights.
+Every mistake of a user that can be seen without a cluster is found here, as a `UserError`. To be quick, nothing here
+imports torch or loads weights. `sweep/capacity.py` checks the cluster.
 """
 
 from __future__ import annotations
@@ -21,24 +22,25 @@ from raysae.stream.spec import ActivationSpec
 from raysae.text.contexts import Contexts, build_contexts
 
 LONGEST_DEFAULT_CONTEXT = 1024
-SKIPPED, SKIPPED_LONG, LONG_CONTEXT = 8, 200, 1024  # first positions without rows, the second from a long context on
+SKIPPED, SKIPPED_LONG = 8, 200  # First positions of a context that give no rows. The second is for long contexts.
+LONG_CONTEXT = 1024  # Length from which on a context is long
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep with everything resolved: what will be streamed, to which SAEs."""
+    """A sweep with everything settled: what is streamed, and to which SAEs."""
 
     config: SweepConfig
     facts: ModelFacts
-    contexts: dict[str, Contexts]  # "train" and "evaluation"
+    contexts: dict[str, Contexts]  # Keys: "train" and "evaluation"
     training: ActivationSpec
     evaluation: ActivationSpec
     saes: tuple[SAEConfig, ...]
 
     @property
     def shards(self) -> int:
-        """Shards of the training stream that the run reads: its rows, rounded up."""
+        """Shards of the training stream that the run reads. The last may be read in part."""
         return math.ceil(self.config.train.steps * self.config.train.batch / self.training.rows_per_shard)
 
     @property
@@ -51,52 +53,49 @@ class Plan:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Hook point → width of its activations, for the hook points that the SAEs read."""
+        """Hook point → width of its activations, for all hook points that the SAEs read."""
         return {hook: hook_width(error_kind(hook)[1], self.facts) for hook in self.hook_points}
 
     @property
     def streamed_widths(self) -> dict[str, int]:
-        """The same for the model's own hook points, which are streamed: errors are computed where they are used."""
+        """The same for the model's own hook points, which are the ones streamed. Trainers compute errors themselves."""
         return {error_kind(hook)[1]: width for hook, width in self.widths.items()}
 
 
 def plan(config: SweepConfig, held_out: int = 0) -> Plan:
-    """Resolve the defaults that depend on the model, tokenise the text (cached) and check that there is enough of it.
+    """Settle the defaults that depend on the model, tokenise the text (cached) and check that there is enough of it.
 
-    Of a dataset, text for `held_out` held-out rows is read where it has them, though the sweep itself takes fewer.
+    Args:
+        held_out: held-out rows to read from a dataset, if it has them and the sweep itself takes fewer.
 
     Raises:
-        UserError: model or file not found, unknown hook point, context too long, too little text, too little room for a shard.
+        UserError: model or file not found, unknown hook point, context too long, too little text, too little room for
+            a shard.
     """
     if config.model.device_map and find_spec("accelerate") is None:
-        raise UserError(f"model.device_map is {config.model.device_map}, which needs the package accelerate: pip install 'raysae[multi-gpu]'")
+        raise UserError(
+            f"model.device_map is {config.model.device_map}, which needs the package accelerate: "
+            "pip install 'raysae[multi-gpu]'"
+        )
     if config.train.precision == "bfloat16" and not config.resources.trainer_gpus:
-        raise UserError("train.precision is bfloat16 but trainers run on CPUs (resources.trainer_gpus is 0): leave it unset, or set float32")
+        raise UserError(
+            "train.precision is bfloat16 but trainers run on CPUs (resources.trainer_gpus is 0): "
+            "leave it unset, or set float32"
+        )
     open_location("stream.cache_dir", config.stream.cache_dir)
     facts = model_facts(config.model)
-    hooks = config.hook_points or [f"resid_post.{facts.layers // 2 - 1 if facts.layers > 1 else 0}"]
-    for hook in hooks:
-        kind, of = error_kind(hook)
-        hook_width(of, facts)
-        if kind:
-            _check_errors(config, hook)
-    length = config.stream.context_length or min(facts.context_length, LONGEST_DEFAULT_CONTEXT)
-    if length > facts.context_length:
-        raise UserError(f"stream.context_length is {length}: {config.model.name} takes at most {facts.context_length} tokens.")
-    skipped = config.stream.skip_positions or (SKIPPED_LONG if length >= LONG_CONTEXT else SKIPPED)
-    if skipped > length - 2:
-        raise UserError(f"stream.skip_positions is {skipped}: it must be at most the context length less 2, {length - 2}")
-    stream = config.stream.model_copy(update={"context_length": length, "skip_positions": skipped})
-    model = config.model.model_copy(update={"revision": facts.commit or config.model.revision})  # whatever appears on the hub meanwhile
-    config = config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream, "model": model})
+    config = _with_defaults(config, facts)
+    length = config.stream.context_length
     enough = _enough(config, held_out) if config.text.source.startswith("hf:") else None
-    contexts = build_contexts(config.text, partial(load_tokenizer, config.model), tokenizer_digest(config.model), length, enough, run=apart)
+    tokenizer = partial(load_tokenizer, config.model)
+    contexts = build_contexts(config.text, tokenizer, tokenizer_digest(config.model), length, enough, run=apart)
 
     def spec(split: str, epochs: int) -> ActivationSpec:
         return ActivationSpec(
-            model=facts.digest, text=contexts[split].digest, contexts=max(1, len(contexts[split])), context_length=length, epochs=epochs,
-            skip_positions=config.stream.skip_positions, dtype=config.model.dtype, seed=config.stream.seed,
-            shard_contexts=config.stream.shard_contexts, batch_contexts=config.stream.batch_contexts,
+            model=facts.digest, text=contexts[split].digest, contexts=max(1, len(contexts[split])),
+            context_length=length, epochs=epochs, skip_positions=config.stream.skip_positions,
+            dtype=config.model.dtype, seed=config.stream.seed, shard_contexts=config.stream.shard_contexts,
+            batch_contexts=config.stream.batch_contexts,
         )  # fmt: skip
 
     training, evaluation = spec("train", config.stream.epochs), spec("evaluation", 1)
@@ -107,28 +106,69 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
     return settled
 
 
+def _with_defaults(config: SweepConfig, facts: ModelFacts) -> SweepConfig:
+    """`config` with hook points, context length, skipped positions and the model's revision settled."""
+    hooks = config.hook_points or [f"resid_post.{facts.layers // 2 - 1 if facts.layers > 1 else 0}"]
+    for hook in hooks:
+        kind, of = error_kind(hook)
+        hook_width(of, facts)
+        if kind:
+            _check_errors(config, hook)
+    length = config.stream.context_length or min(facts.context_length, LONGEST_DEFAULT_CONTEXT)
+    if length > facts.context_length:
+        raise UserError(
+            f"stream.context_length is {length}: {config.model.name} takes at most {facts.context_length} tokens."
+        )
+    skipped = config.stream.skip_positions or (SKIPPED_LONG if length >= LONG_CONTEXT else SKIPPED)
+    if skipped > length - 2:
+        raise UserError(
+            f"stream.skip_positions is {skipped}: it must be at most the context length less 2, {length - 2}"
+        )
+    stream = config.stream.model_copy(update={"context_length": length, "skip_positions": skipped})
+    # The hub may get a newer revision while the sweep runs
+    model = config.model.model_copy(update={"revision": facts.commit or config.model.revision})
+    return config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream, "model": model})
+
+
 def _check_errors(config: SweepConfig, hook: str) -> None:
+    """Raise UserError where the files of the error at `hook` are not named, or not there."""
     for field, value in config.errors.model_dump().items():
         if value is None:
-            raise UserError(f"hook point {hook!r} is an error of an SAE, and errors.{field} is unset: name the SAE's folder and its probe")
+            raise UserError(
+                f"hook point {hook!r} is an error of an SAE, and errors.{field} is unset: "
+                "name the SAE's folder and its probe"
+            )
         if "://" not in value and not Path(value).expanduser().exists():
             raise UserError(f"errors.{field} is {value}: there is no such file or folder")
 
 
 def _enough(config: SweepConfig, held_out: int) -> dict[str, int]:
-    """Contexts that the run takes of each split, rounded up to a power of two of shards: runs of like size share the tokenised text."""
+    """How many contexts the run takes of each split. Rounded up, so that runs of like size share the tokenised text.
+
+    The number is a power of two of shards.
+    """
     rows = config.stream.context_length - config.stream.skip_positions
-    needed = {"train": config.train.steps * config.train.batch / config.stream.epochs, "evaluation": max(config.evaluation.rows, held_out)}
+    needed = {
+        "train": config.train.steps * config.train.batch / config.stream.epochs,
+        "evaluation": max(config.evaluation.rows, held_out),
+    }
     shards = {split: math.ceil(count / rows / config.stream.shard_contexts) for split, count in needed.items()}
     return {split: config.stream.shard_contexts * 2 ** math.ceil(math.log2(count)) for split, count in shards.items()}
 
 
-def store_bytes(settled: Plan) -> int:
-    """What a Ray of its own needs as object store: activations in flight, the held-out ones, and the contexts."""
+def store_bytes(settled: Plan, held_out_width: int | None = None, token_copies: int = 1) -> int:
+    """Bytes of object store that a local Ray needs: activations in flight, held-out activations, and contexts.
+
+    Args:
+        held_out_width: width of a held-out row, summed over the hook points whose rows lie there at the same time.
+            Unset: all hook points that the sweep streams.
+        token_copies: how many times the contexts lie there.
+    """
+    width = sum(settled.streamed_widths.values()) if held_out_width is None else held_out_width
     item = 2 if settled.config.model.dtype == "bfloat16" else 4
-    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * sum(settled.streamed_widths.values())
+    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * width
     tokens = sum(contexts.tokens.nbytes for contexts in settled.contexts.values())
-    return int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + tokens) + 256 * MIB
+    return int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + token_copies * tokens) + 256 * MIB
 
 
 def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: str | None) -> None:
@@ -137,8 +177,8 @@ def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: s
     Args:
         spec: the spec of a stream.
         rows: how many rows are needed.
-        asked_by: the field that asks for them, e.g. `train.tokens`.
-        epochs_field: the field that sets the number of epochs. None means that there is only one epoch and the text is
+        asked_by: the knob that asks for them, such as `train.tokens`.
+        epochs_field: the knob that sets the number of epochs. None means that there is only one epoch and the text is
             the evaluation split.
 
     Raises:

@@ -1,8 +1,10 @@
 """The sweep's progress: a live table in a terminal, a line every ten seconds elsewhere (job logs, CI).
 
-`progress` and `line` are pure functions of status dicts: an SAE's has name, state (waiting, working, evaluating, done, failed), tokens,
-tokens_per_second, fvu, l0, waited_share (of its time, for activations); the stream's has contexts_forwarded, bytes_in_flight, producers.
-What is unknown may be None or missing.
+`progress` and `line` are pure functions of status dicts. What is unknown may be None or missing there.
+
+- An SAE's has name, state (a key of `STATES`), tokens, tokens_per_second, fvu, l0, and waited_share: the share of its
+  time that it waited for activations.
+- The stream's has contexts_forwarded, bytes_in_flight, producers.
 """
 
 from __future__ import annotations
@@ -18,30 +20,38 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-STATES = {
+STATES = {  # State: colour. The states of most interest come first.
     "working": "green",
     "evaluating": "cyan",
     "failed": "bold red",
     "waiting": "yellow",
     "stopped": "dim",
     "done": "dim",
-}  # in the order of interest
+}
 ENDED = ("done", "stopped", "failed")
-LINE_SECONDS = 10.0
-BAR = 12  # characters
-OTHER_COLUMNS = 58  # characters of all but the name
-FRAME_LINES = 7  # header, table head, rules, the line about hidden rows
-NAME = re.compile(r"(?P<architecture>[a-z]+)_(?P<width>w\d+)_(?P<level>[kc][^_]+)_(?P<hook>.+)_(?P<rate>lr[^_]+)_(?P<seed>s\d+)$")
+LINE_SECONDS = 10.0  # Time between two lines
+BAR = 12  # Characters of a progress bar
+OTHER_COLUMNS = 58  # Characters of all columns beside the name
+FRAME_LINES = 7  # Lines without SAEs: header, table head, rules, number of hidden rows
+NAME = re.compile(
+    r"(?P<architecture>[a-z]+)_(?P<width>w\d+)_(?P<level>[kc][^_]+)_(?P<hook>.+)_(?P<rate>lr[^_]+)_(?P<seed>s\d+)$"
+)
 
 Status = Mapping[str, Any]
 
 
 def progress(
-    saes: Sequence[Status], stream: Status, tokens: int, elapsed: float, title: str = "", height: int | None = None, width: int = 110
+    saes: Sequence[Status],
+    stream: Status,
+    tokens: int,
+    elapsed: float,
+    title: str = "",
+    height: int | None = None,
+    width: int = 110,
 ) -> RenderableType:
-    """A header with totals, and a row per SAE of `tokens` to be seen each.
+    """A header with totals, and a row per SAE. Each SAE is to see `tokens`.
 
-    With more rows than fit in `height` lines, the SAEs that are at work come first, and a last line counts the others.
+    Where the rows do not fit into `height` lines, the SAEs at work stay, and a last line counts the others.
     """
     shown = list(saes) if height is None else _most_interesting(saes, max(1, height - FRAME_LINES))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
@@ -55,14 +65,23 @@ def progress(
         state = sae["state"]
         dim = "dim" if state in ("done", "stopped", "waiting") else ""
         table.add_row(
-            Text(names[sae["name"]], style=dim), _bar(sae["tokens"] / tokens), _number(sae, "tokens_per_second", ",.0f"), _number(sae, "fvu", ".4f"),
-            _number(sae, "l0", ".1f"), _number(sae, "waited_share", ".0%"), Text(state, style=STATES.get(state, "")),
-        )  # fmt: skip
+            Text(names[sae["name"]], style=dim),
+            _bar(sae["tokens"] / tokens),
+            _number(sae, "tokens_per_second", ",.0f"),
+            _number(sae, "fvu", ".4f"),
+            _number(sae, "l0", ".1f"),
+            _number(sae, "waited_share", ".0%"),
+            Text(state, style=STATES.get(state, "")),
+        )
     parts: list[RenderableType] = [Text(header(saes, stream, tokens, elapsed), style="bold")]
     if title or common:
         parts.append(Text(" · ".join(part for part in (title, common and f"all SAEs: {common}") if part), style="dim"))
     hidden = Counter(sae["state"] for sae in saes) - Counter(sae["state"] for sae in shown)
-    more = [Text("and " + ", ".join(f"{count} more {state}" for state, count in hidden.items()), style="dim")] if hidden else []
+    more = (
+        [Text("and " + ", ".join(f"{count} more {state}" for state, count in hidden.items()), style="dim")]
+        if hidden
+        else []
+    )
     return Group(*parts, "", table, *more)
 
 
@@ -74,11 +93,21 @@ def header(saes: Sequence[Status], stream: Status, tokens: int, elapsed: float) 
     parts = [
         f"{done}/{len(saes)} SAEs done" + (f", {failed} failed" if failed else ""),
         f"{duration(elapsed)} elapsed",
-        "" if done + failed == len(saes) else f"about {duration(left)} left" if left is not None else "time left unknown",
+        ""
+        if done + failed == len(saes)
+        else f"about {duration(left)} left"
+        if left is not None
+        else "time left unknown",
     ]
     parts += [f"{stream['contexts_forwarded']:,} LM contexts"] if stream.get("contexts_forwarded") is not None else []
-    parts += [f"{stream['bytes_in_flight'] / 2**20:,.0f} MiB in flight"] if stream.get("bytes_in_flight") is not None else []
-    parts += [f"{stream['producers']} producer{'s' * (stream['producers'] != 1)}"] if stream.get("producers") is not None else []
+    parts += (
+        [f"{stream['bytes_in_flight'] / 2**20:,.0f} MiB in flight"] if stream.get("bytes_in_flight") is not None else []
+    )
+    parts += (
+        [f"{stream['producers']} producer{'s' * (stream['producers'] != 1)}"]
+        if stream.get("producers") is not None
+        else []
+    )
     return " · ".join(part for part in parts if part)
 
 
@@ -94,10 +123,10 @@ def line(saes: Sequence[Status], stream: Status, tokens: int, elapsed: float) ->
 
 
 def remaining(saes: Sequence[Status], tokens: int, elapsed: float) -> float | None:
-    """Seconds until all SAEs have seen their tokens, at the mean pace since the start; None while nothing has moved.
+    """Seconds until all SAEs have seen their tokens, at the mean pace since the start. None while nothing has moved.
 
-    SAEs that stream together end with the slowest; while some have not begun, the pace of all together counts. An SAE that was resumed has
-    `tokens_before`, what it had seen at the start.
+    SAEs that stream together end with the slowest. While some have not begun, the pace of all together counts. What a
+    resumed SAE had seen at the start is in `tokens_before`.
     """
     active = [sae for sae in saes if sae["state"] not in ("done", "stopped", "failed")]
     if not active:
@@ -118,7 +147,10 @@ def duration(seconds: float) -> str:
 
 
 def short_names(names: Sequence[str]) -> tuple[dict[str, str], str]:
-    """Each SAE's name without the parts that all share, and those parts: `{"topk_w256_k8_resid_post.2_…": "w256 k8"}, "topk resid_post.2 …"`."""
+    """Each SAE's name without the fields that all share, and those fields.
+
+    Such as `{"topk_w256_k8_resid_post.2_…": "w256 k8"}, "topk resid_post.2 …"`.
+    """
     parts = [match.groups() if (match := NAME.match(name)) else None for name in names]
     if not names or None in parts:
         return {name: name for name in names}, ""
@@ -126,13 +158,16 @@ def short_names(names: Sequence[str]) -> tuple[dict[str, str], str]:
     if not any(differs):
         differs = [part in ("width", "level") for part in NAME.groupindex]
     widest = [max(map(len, column)) for column in zip(*parts, strict=True)]
-    short = [" ".join(part.ljust(size) for part, keep, size in zip(name, differs, widest, strict=True) if keep).rstrip() for name in parts]
+    short = [
+        " ".join(part.ljust(size) for part, keep, size in zip(name, differs, widest, strict=True) if keep).rstrip()
+        for name in parts
+    ]
     common = " ".join(part for part, differing in zip(parts[0], differs, strict=True) if not differing)
     return dict(zip(names, short, strict=True)), common
 
 
 def _most_interesting(saes: Sequence[Status], rows: int) -> list[Status]:
-    """At most `rows` of the SAEs, those at work before those that wait or are done, in their own order."""
+    """At most `rows` of the SAEs, in their own order. Those at work are kept before those that wait or are done."""
     rank = {state: i for i, state in enumerate(STATES)}
     chosen = sorted(range(len(saes)), key=lambda i: (rank.get(saes[i]["state"], 0), i))[:rows]
     return [saes[i] for i in sorted(chosen)]
@@ -156,10 +191,12 @@ class LiveTable:
         self.tokens = tokens
         self.title = title
         self.console = console or Console()
-        self._start = time.monotonic()  # of the training: make it when the first SAE begins
+        self._start = time.monotonic()  # Start of the training, if this object is made when the first SAE begins
         self._last_line = -LINE_SECONDS
         self._tokens_before: dict[str, int] = {}
-        self._live = Live(console=self.console, auto_refresh=False, transient=False) if self.console.is_terminal else None
+        self._live = (
+            Live(console=self.console, auto_refresh=False, transient=False) if self.console.is_terminal else None
+        )
 
     def __enter__(self) -> LiveTable:
         if self._live:
@@ -171,11 +208,14 @@ class LiveTable:
             self._live.stop()
 
     def __call__(self, saes: Sequence[Status], stream: Status, last: bool = False) -> None:
-        """Redraws the table; without a terminal, prints a line if the previous one is ten seconds old or this is the `last`."""
+        """Redraw the table. Without a terminal, print a line every ten seconds, and for the `last` status."""
         elapsed = time.monotonic() - self._start
         saes = [{**sae, "tokens_before": self._tokens_before.setdefault(sae["name"], sae["tokens"])} for sae in saes]
         if self._live:
-            self._live.update(progress(saes, stream, self.tokens, elapsed, self.title, self.console.height, self.console.width), refresh=True)
+            self._live.update(
+                progress(saes, stream, self.tokens, elapsed, self.title, self.console.height, self.console.width),
+                refresh=True,
+            )
         elif last or elapsed - self._last_line >= LINE_SECONDS:
             self._last_line = elapsed
             self.console.print(line(saes, stream, self.tokens, elapsed), soft_wrap=True, highlight=False, markup=False)

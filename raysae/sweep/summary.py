@@ -1,7 +1,8 @@
-"""What a sweep ends with: the table of its SAEs, and figures of the FVU–L0 frontier, FVU against width and recovered cross-entropy.
+"""What a sweep ends with: the table of its SAEs, and the figures of `figures.py`.
 
-Input is a DataFrame with a row per SAE: name, architecture, width, k, sparsity, hook_point, learning_rate, seed, fvu, l0, dead_fraction,
-ce_recovered, kl, cosine, norm_ratio, tokens, status ("done", "stopped" early, else what happened) and, where it is not done, `reason`.
+Input is a DataFrame with a row per SAE. It has the SAE's name and knobs (architecture, width, k, sparsity, hook_point,
+learning_rate, seed) and its numbers (see `METRICS`). `status` is "done", "stopped" (early) or what else happened. Where
+it is not "done", `reason` says why.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from raysae.sweep.figures import KNOBS, draw
 if TYPE_CHECKING:
     import pandas as pd
 
-EVALUATED = ("done", "stopped")  # with a final evaluation: at the end of the run, or when the scheduler ended it
-METRICS = {  # column: heading, format
+# Statuses with a final evaluation, at the end of the run or when the scheduler ended the SAE
+EVALUATED = ("done", "stopped")
+METRICS = {  # Column: heading, format
     "fvu": ("FVU", ".4f"),
     "l0": ("L0", ".1f"),
     "dead_fraction": ("dead", ".1%"),
@@ -32,7 +34,10 @@ METRICS = {  # column: heading, format
 
 
 def summary_table(results: pd.DataFrame, title: str = "") -> RenderableType:
-    """The results as a table for the terminal; columns that are equal for all SAEs go into the caption, SAEs that failed are listed below."""
+    """The results as a table for the terminal.
+
+    Columns that are equal for all SAEs go into the caption. SAEs that failed are listed below.
+    """
     varying, common = _knobs(results)
     finished, others = split(results)
     metrics = [column for column in METRICS if column in finished and finished[column].notna().any()]
@@ -45,18 +50,26 @@ def summary_table(results: pd.DataFrame, title: str = "") -> RenderableType:
     for heading in [KNOBS[column] for column in varying] + [METRICS[column][0] for column in metrics]:
         table.add_column(heading, justify="right", no_wrap=True)
     for _, row in finished.iterrows():
-        table.add_row(*(_knob(row[column]) for column in varying), *(_value(row[column], METRICS[column][1]) for column in metrics))
-    return Group(table, Text(f" {caption}", style="dim"), *([Text(failures(others), style="bold red")] if len(others) else []))
+        table.add_row(
+            *(_knob(row[column]) for column in varying),
+            *(_value(row[column], METRICS[column][1]) for column in metrics),
+        )
+    return Group(
+        table, Text(f" {caption}", style="dim"), *([Text(failures(others), style="bold red")] if len(others) else [])
+    )
 
 
 def failures(others: pd.DataFrame) -> str:
     """One line per SAE that did not come to its end, with the reason."""
-    lines = [f"  {row['name']}: {row['status']}" + (f", {row['reason']}" if _known(row.get("reason")) else "") for _, row in others.iterrows()]
+    lines = [
+        f"  {row['name']}: {row['status']}" + (f", {row['reason']}" if _known(row.get("reason")) else "")
+        for _, row in others.iterrows()
+    ]
     return "\n".join([f"{len(others)} SAE{'s' * (len(others) != 1)} without a final result:", *lines])
 
 
 def write_summary(results: pd.DataFrame, folder: Path, model: str) -> list[Path]:
-    """Writes summary.csv (everything), summary.md (the table) and the figures into `folder`; returns the files."""
+    """Write summary.csv (everything), summary.md (the table) and the figures into `folder`. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     csv, markdown = folder / "summary.csv", folder / "summary.md"
     results.to_csv(csv, index=False)
@@ -67,7 +80,10 @@ def write_summary(results: pd.DataFrame, folder: Path, model: str) -> list[Path]
 
 def split(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(SAEs with a final result, the others), each ordered by hook point, architecture, sparsity and width."""
-    ordered = results.sort_values([column for column in ("hook_point", "architecture", "k", "sparsity", "width") if column in results], kind="stable")
+    ordered = results.sort_values(
+        [column for column in ("hook_point", "architecture", "k", "sparsity", "width") if column in results],
+        kind="stable",
+    )
     finished = ordered["status"].isin(EVALUATED) & (ordered["fvu"].notna() if "fvu" in ordered else False)
     return ordered[finished], ordered[~finished]
 
@@ -79,7 +95,9 @@ def _markdown(results: pd.DataFrame, model: str) -> str:
     rows = [[KNOBS[column] for column in varying] + [METRICS[column][0] for column in metrics]]
     rows.append(["---:"] * len(rows[0]))
     for _, row in finished.iterrows():
-        rows.append([_knob(row[column]) for column in varying] + [_value(row[column], METRICS[column][1]) for column in metrics])
+        rows.append(
+            [_knob(row[column]) for column in varying] + [_value(row[column], METRICS[column][1]) for column in metrics]
+        )
     text = f"# SAEs of {model}\n\n" + "".join(f"- {key}: {value}\n" for key, value in common.items())
     text += "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
     return text + (f"\n{failures(others)}\n" if len(others) else "")
@@ -89,7 +107,9 @@ def _knobs(results: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
     """Columns of `results` that tell its SAEs apart, and the values of those that do not."""
     present = [column for column in KNOBS if column in results and results[column].notna().any()]
     varying = [column for column in present if results[column].nunique(dropna=False) > 1]
-    return varying or present[:2], {KNOBS[column]: _knob(results[column].iloc[0]) for column in present if column not in varying}
+    return varying or present[:2], {
+        KNOBS[column]: _knob(results[column].iloc[0]) for column in present if column not in varying
+    }
 
 
 def _known(value: object) -> bool:

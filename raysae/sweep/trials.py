@@ -1,4 +1,8 @@
-"""A Ray Tune trial is a light handle on one SAE of a trainer's bank: it tells Tune its reports, and leaves when the scheduler stops it."""
+"""Ray Tune's side of a sweep: one trial per SAE, a light handle on an SAE of a trainer's bank.
+
+A trial tells Tune the SAE's reports. When the scheduler stops it, it has the SAE leave its bank. Trials hold no state:
+trainers keep every report, so a trial that starts late or again replays them from the beginning.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,6 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import ray
 from ray import tune
@@ -20,25 +23,24 @@ from raysae.study.place import Place
 from raysae.study.plan import MIB, Plan
 from raysae.sweep.watch import Watch
 
-if TYPE_CHECKING:
-    from raysae.sweep.watch import Watch
-
 log = logging.getLogger(__name__)
-LOST = "lost"  # in a trial's last report: its trainer is gone
-RUNGS = "rungs.jsonl"  # what ASHA has decided
-TRIALS, TRIAL_BYTES = 1, 128 * MIB  # trials at a time where no scheduler compares them, and the memory that the process of one takes
+LOST = "lost"  # Key in a trial's last report: its trainer is gone
+RUNGS = "rungs.jsonl"  # File of ASHA's decisions
+TRIALS = 1  # Concurrent trials where no scheduler compares them
+TRIAL_BYTES = 128 * MIB  # Memory of a trial's process
 
 
-def follow(config: dict, trainers: dict[str, ray.actor.ActorHandle]) -> None:
-    """The trainable: report what the SAE's trainer reports, from the beginning, until the SAE is finished.
+def follow(config: dict, trainers: dict[str, ActorHandle]) -> None:
+    """The trainable: report what the SAE's trainer reports, from the beginning, until the SAE has ended.
 
-    The trainer keeps every report, so a handle that starts late or again misses nothing; the outbox drops what it has seen.
+    A trial that starts late or again misses nothing: the trainer keeps every report. The outbox drops what it has seen.
     """
     name, seen = config["sae"], 0
     while True:
         try:
             reports, ended = ray.get(trainers[name].reports.remote(name, seen))
-        except ray.exceptions.RayError:  # the trainer is dead for good, or has failed: the driver finds out why, and starting again would not help
+        except ray.exceptions.RayError:
+            # The trainer is dead for good, or has failed. The driver finds out why. Starting again would not help.
             tune.report({"fvu": math.nan, LOST: True})
             return
         seen += len(reports)
@@ -49,20 +51,20 @@ def follow(config: dict, trainers: dict[str, ray.actor.ActorHandle]) -> None:
 
 
 class Leave(Callback):
-    """In the driver: a trial that the scheduler ends leaves its bank."""
+    """In the driver: has the SAE of a trial that the scheduler ends leave its bank."""
 
-    def __init__(self, trainers: dict[str, ray.actor.ActorHandle]):
+    def __init__(self, trainers: Mapping[str, ActorHandle]):
         self.trainers = trainers
 
     def __getstate__(self) -> dict:
-        return {}  # Tune writes its callbacks to disk; a resumed sweep makes its own
+        return {}  # Tune writes its callbacks to disk. A resumed sweep makes its own.
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
         last = trial.last_result or {}
         if last.get(LOST):
-            return  # nobody has decided that this SAE should end
-        seen = last.get("tokens", 0)
-        self.trainers[trial.config["sae"]].leave.remote(trial.config["sae"], "stopped early by the scheduler", int(seen))
+            return  # Nobody has decided that this SAE should end
+        name, tokens = trial.config["sae"], int(last.get("tokens", 0))
+        self.trainers[name].leave.remote(name, "stopped early by the scheduler", tokens)
 
 
 class Over(Stopper):
@@ -72,7 +74,7 @@ class Over(Stopper):
         self.watch = watch
 
     def __getstate__(self) -> dict:
-        return {}  # as above
+        return {}  # Tune writes its stopper to disk. A resumed sweep makes its own.
 
     def __call__(self, trial_id: str, result: dict) -> bool:
         return False
@@ -82,8 +84,11 @@ class Over(Stopper):
 
 
 class Rungs(ASHAScheduler):
-    """ASHA that writes its decisions down, a line of JSON for each SAE at each rung: the scores it saw and in which order decide what it does, and
-    they arrive in another order when processes die. What an SAE is at a number of tokens does not depend on them."""
+    """ASHA that writes its decisions to a file, one line of JSON for each SAE at each rung.
+
+    A decision depends on the scores that ASHA has seen and on their order. The order differs when processes die, so
+    the file is the only record. What an SAE is after so many tokens does not depend on decisions.
+    """
 
     def __init__(self, file: Path, rows: int, first: int, reduction: float):
         super().__init__(time_attr="tokens", max_t=rows, grace_period=first, reduction_factor=reduction)
@@ -93,26 +98,32 @@ class Rungs(ASHAScheduler):
 
     def on_trial_result(self, tune_controller, trial, result: dict) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
-        passed = sum(rung <= result.get("tokens", 0) for rung in self.rungs)
+        tokens = result.get("tokens", 0)
+        passed = sum(rung <= tokens for rung in self.rungs)
         if passed and (trial.trial_id, passed) not in self.decided:
             self.decided.add((trial.trial_id, passed))
-            line = {"rung": passed, "tokens": result["tokens"], "sae": trial.config["sae"], "fvu": result["fvu"], "decision": decision}
+            line = {"rung": passed, "tokens": tokens, "sae": trial.config["sae"], "fvu": result["fvu"]}
+            line["decision"] = decision
             log.info("asha: %s", line)
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         return decision
 
 
-def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], place: Place, watch: Watch) -> tune.Tuner:
-    """One trial per SAE, one after another. The trainers train all SAEs whether or not their trials run yet; a trial that begins late replays what
-    it missed. A scheduler that compares trials needs them all at once. They reserve memory alone: a share of a core, however small, could be the one
-    that a producer lacks.
+def make_tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], place: Place, watch: Watch) -> tune.Tuner:
+    """A Tuner with one trial per SAE.
 
-    A resumed study gets a new Tuner rather than a restored one: trainers keep every report, the handles replay them from the beginning, and so
-    the one truth about a study's progress is its checkpoints.
+    Trials run one after another. The trainers train all SAEs whether or not their trials run yet, and a trial that
+    begins late replays what it missed. A scheduler that compares trials needs them all at once.
+
+    Trials reserve memory and no cores. Any share of a core could be the one that a producer lacks.
+
+    A resumed study gets a new Tuner rather than a restored one. Its trials replay all reports, so checkpoints stay the
+    one truth about a study's progress.
     """
     config = settled.config
-    trainable = tune.with_resources(tune.with_parameters(follow, trainers=trainer_of), tune.PlacementGroupFactory([{"memory": TRIAL_BYTES}]))
+    room = tune.PlacementGroupFactory([{"memory": TRIAL_BYTES}])
+    trainable = tune.with_resources(tune.with_parameters(follow, trainers=trainer_of), room)
     rows = config.train.steps * config.train.batch
     if config.scheduler == "asha":
         at_once = config.resources.trials or len(settled.saes)
@@ -128,7 +139,8 @@ def tuner(settled: Plan, trainer_of: Mapping[str, ActorHandle], place: Place, wa
             trial_dirname_creator=lambda trial: trial.config["sae"],
         ),
         run_config=tune.RunConfig(
-            name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}", storage_path=place.folder, verbose=0, callbacks=[Leave(trainer_of)],
-            failure_config=tune.FailureConfig(max_failures=config.faults.trainer_restarts), stop=Over(watch),
+            name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}", storage_path=place.folder, verbose=0,
+            callbacks=[Leave(trainer_of)], stop=Over(watch),
+            failure_config=tune.FailureConfig(max_failures=config.faults.trainer_restarts),
         ),
     )  # fmt: skip

@@ -1,6 +1,13 @@
-"""What the driver does beside Ray Tune while trainers work, once a second, in a thread of its own: show the progress and track the reports; move
-what sits on a machine that is being drained (a spot notice), trainers after a checkpoint; restart an actor that is alive and silent; show what
-actors warn of; and say what is missing where a sweep cannot go on."""
+"""What the driver does beside Ray Tune while trainers work: a thread that looks at every actor once a second.
+
+- It shows the progress and tracks reports.
+- It shows what actors warn of.
+- It restarts an actor that is alive and silent.
+- It moves trainers and producers off a machine that is being drained (a spot notice).
+- It says what is missing where the sweep cannot go on.
+
+The thread never waits long for an actor. A call that has no answer yet is looked at again a second later.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import ray
 from ray._private import state
@@ -21,63 +27,75 @@ from raysae.config import FaultsConfig
 from raysae.study.plan import Plan
 from raysae.sweep.live_table import ENDED, LiveTable
 from raysae.tracking.runs import Study
-
-if TYPE_CHECKING:
-    from raysae.sweep.watch import Watch
+from raysae.train.actor import end_trainers
 
 log = logging.getLogger(__name__)
-SECONDS = 1.0  # between two looks
-ANSWER_SECONDS = 10.0  # the last look waits so long for its answers
-METRICS = ("fvu", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "tokens", "tokens_per_second", "learning_rate")
+LOOK_SECONDS = 1.0  # Time between two looks
+ANSWER_SECONDS = 10.0  # The last look waits this long for answers
+JOIN_SECONDS = 30.0  # The driver waits this long for the last look
+# Numbers of a report that go to MLflow
+TRACKED = ("fvu", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "tokens", "tokens_per_second", "learning_rate")
+# Of these, the numbers that depend on how many held-out rows were read: the fewer rows, the more latents look dead
+BY_ROWS = ("dead_fraction",)
+INTERIM = "interim/"  # Prefix of a BY_ROWS metric in MLflow while an SAE trains
 
 
 class StuckError(RuntimeError):
-    """The sweep cannot go on; the sentence says what is missing."""
+    """The sweep cannot go on. The sentence says what is missing."""
 
 
 @dataclass
-class _Trainer:
-    """A trainer as the watch sees it: what it was last asked and what it last said."""
+class WatchedTrainer:
+    """A trainer as the watch sees it: what it was last asked, and what it last said."""
 
     actor: ActorHandle
-    asked: list[ray.ObjectRef] | None = None  # status, news, seconds of silence and warnings, not answered yet
-    since: float = 0.0  # when it was asked
-    starts_since: float | None = None  # set while it has no place or starts
-    stopping: ray.ObjectRef | None = None  # it writes checkpoints, to be restarted on another machine
-    stop_by: float = 0.0
+    asked: list[ray.ObjectRef] | None = None  # Calls without an answer: status, news, seconds of silence, warnings
+    since: float = 0.0  # Time of these calls
+    starts_since: float | None = None  # Set while the trainer starts or has no place
+    stopping: ray.ObjectRef | None = None  # Set while it writes checkpoints, to be restarted on another machine
+    stop_by: float = 0.0  # Time at which it is restarted, whether they are written or not
     status: list[dict] = field(default_factory=list)
 
 
 @dataclass
-class _Relay:
+class WatchedRelay:
     """A relay as the watch sees it."""
 
     actor: ActorHandle
-    asked: ray.ObjectRef | None = None  # warnings, not answered yet
-    since: float = 0.0  # when it was asked
+    asked: ray.ObjectRef | None = None  # Call without an answer: warnings
+    since: float = 0.0  # Time of this call
 
 
 class Watch:
-    """Watches the `trainers` (by bank), the queue and its relays while it is entered. `failure` says why the sweep cannot go on, None while it
-    can."""
+    """Watches the `trainers` (by bank), the queue and its relays while it is entered.
+
+    `failure` says why the sweep cannot go on. It is None while the sweep can.
+    """
 
     def __init__(
-        self, settled: Plan, queue: ActorHandle, trainers: Mapping[str, ActorHandle], study: Study, relays: Sequence[ActorHandle] = ()
+        self,
+        settled: Plan,
+        queue: ActorHandle,
+        trainers: Mapping[str, ActorHandle],
+        study: Study,
+        relays: Sequence[ActorHandle] = (),
     ) -> None:
+        resources, train = settled.config.resources, settled.config.train
         self.faults: FaultsConfig = settled.config.faults
-        self.needs = {"num_cpus": settled.config.resources.trainer_cpus, "num_gpus": settled.config.resources.trainer_gpus}
-        self.rows = settled.config.train.steps * settled.config.train.batch
+        self.needs = {"num_cpus": resources.trainer_cpus, "num_gpus": resources.trainer_gpus}
+        self.rows = train.steps * train.batch
         self.queue, self.study = queue, study
-        self.trainers = {bank: _Trainer(actor) for bank, actor in trainers.items()}
-        self.relays = [_Relay(actor) for actor in relays]
+        self.trainers = {bank: WatchedTrainer(actor) for bank, actor in trainers.items()}
+        self.relays = [WatchedRelay(actor) for actor in relays]
         self.tracked = dict.fromkeys((sae.name for sae in settled.saes), 0)
         self.failure: str | None = None
+        self.abandoned = False  # The driver waits no more: the study is about to be closed, so nothing is written
         self._ended_since: float | None = None
-        self._dismissed = False
-        self._left = False
+        self._asking = threading.Lock()  # Held while calls go to trainers
+        self._dismissed = False  # Nobody asks trainers any more
         self._draining: set[str] = set()
-        self._stream: list[ray.ObjectRef] | None = None  # the queue's statistics and warnings, not answered yet
-        self._stream_since = 0.0  # when it was asked for them
+        self._stream: list[ray.ObjectRef] | None = None  # Calls of the queue without an answer: statistics, warnings
+        self._stream_since = 0.0  # Time of these calls
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
@@ -88,38 +106,63 @@ class Watch:
     def __exit__(self, *_) -> None:
         self._over.set()
         try:
-            self._thread.join(30)
-        finally:  # an impatient second Ctrl-C: who still waits for answers then writes nothing more, the study is about to be closed
-            self._left = True
+            self._thread.join(JOIN_SECONDS)
+        finally:  # Also after an impatient second Ctrl-C
+            self.abandoned = True
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left to wait for: the sweep cannot go on, or all SAEs have ended long ago and trials still wait for a place."""
-        return self.failure is not None or (self._ended_since is not None and time.monotonic() - self._ended_since > self.faults.start_seconds)
+        """Whether nothing is left to wait for.
+
+        The sweep cannot go on, or all SAEs ended long ago and trials still wait for a place.
+        """
+        if self.failure is not None:
+            return True
+        return self._ended_since is not None and time.monotonic() - self._ended_since > self.faults.start_seconds
 
     def check(self) -> None:
-        """StuckError where the sweep cannot go on."""
+        """Raise StuckError where the sweep cannot go on."""
         if self.failure:
             raise StuckError(self.failure)
 
     def await_training(self, seconds: float) -> None:
-        """Return when an SAE is in training, or was before its study was resumed, or has ended; when the sweep cannot go on; and after so many
-        seconds at the latest."""
+        """Wait until an SAE trains, has trained before its study was resumed, or has ended.
+
+        Returns after `seconds` at the latest, and at once where the sweep cannot go on.
+        """
         give_up = time.monotonic() + seconds
         while not self.failure and time.monotonic() < give_up:
-            if any(row["state"] != "waiting" or row["tokens"] for trainer in self.trainers.values() for row in trainer.status):
+            rows = [row for trainer in self.trainers.values() for row in trainer.status]
+            if any(row["state"] != "waiting" or row["tokens"] for row in rows):
                 return
-            time.sleep(SECONDS / 10)
+            time.sleep(LOOK_SECONDS / 10)
 
     def dismiss_trainers(self) -> None:
-        """End the trainers' processes, now that nobody will ask them anything: they take more memory than all others together. Waits until the watch
-        knows that their SAEs have ended."""
+        """End the trainers once the watch knows that their SAEs have ended.
+
+        They take more memory than all other processes together, so the evaluation downstream goes on without them.
+        """
         give_up = time.monotonic() + ANSWER_SECONDS
         while self._ended_since is None and time.monotonic() < give_up:
-            time.sleep(SECONDS / 10)
-        self._dismissed = True
-        for trainer in self.trainers.values():
-            ray.kill(trainer.actor)
+            time.sleep(LOOK_SECONDS / 10)
+        self.end_trainers()
+
+    def end_trainers(self) -> None:
+        """End the trainers' processes, whatever they do. Nobody asks them anything afterwards.
+
+        Ray Tune's processes hold handles of the actors, so no actor ends by itself.
+        """
+        with self._asking:
+            if self._dismissed:
+                return
+            self._dismissed = True
+        try:
+            alive = [trainer for trainer in self.trainers.values() if machine_of(trainer.actor)]
+            calls = [call for trainer in alive for call in trainer.asked or ()]
+            end_trainers([trainer.actor for trainer in alive], calls)
+        finally:
+            for trainer in self.trainers.values():
+                ray.kill(trainer.actor)  # Also one that waits for a place
 
     # ---------------------------------------------------------------- the thread
 
@@ -127,61 +170,77 @@ class Watch:
         with LiveTable(self.rows) as table:
             stream: dict | None = None
             while True:
-                last = self._over.wait(SECONDS)
+                last = self._over.wait(LOOK_SECONDS)
+                patience = ANSWER_SECONDS if last else 0
                 try:
                     self._move()
                     for bank, trainer in self.trainers.items():
-                        self._look(bank, trainer, ANSWER_SECONDS if last else 0)
-                    stream = self._stream_stats(ANSWER_SECONDS if last else 0) or stream
+                        self.look(bank, trainer, patience)
+                    stream = self._stream_stats(patience) or stream
                     self._look_at_relays()
-                except Exception:  # whatever it is (Ray's head restarts, say), the sweep must go on being watched
-                    if not self._left:
+                except Exception:  # Whatever it is (Ray's head restarts, say), the sweep must go on being watched
+                    if not self.abandoned:
                         log.exception("the sweep could not be watched")
                 saes = [row for trainer in self.trainers.values() for row in trainer.status]
                 if len(saes) == len(self.tracked) and all(row["state"] in ENDED for row in saes):
                     self._ended_since = self._ended_since or time.monotonic()
-                if saes and stream and not self._left:
+                if saes and stream and not self.abandoned:
                     table(saes, stream, last=last)
                 if last:
                     return
 
-    def _look(self, bank: str, trainer: _Trainer, patience: float) -> None:
-        """Take in what the trainer answers, or note that it does not."""
+    def look(self, bank: str, trainer: WatchedTrainer, patience: float) -> None:
+        """Take in what the trainer answers within `patience` seconds, or note that it does not."""
         now = time.monotonic()
-        if trainer.asked is None:
-            actor = trainer.actor
-            trainer.since = now
-            trainer.asked = [actor.status.remote(), actor.news.remote(self.tracked), actor.silent_seconds.remote(), actor.warnings.remote()]
+        if not self._ask(trainer, now):
+            return
         try:
             status, news, silent, warnings = ray.get(trainer.asked, timeout=patience)
         except GetTimeoutError:
             self._silent(bank, trainer, now)
             return
-        except RayError as error:  # it died too often
+        except RayError as error:  # It died too often
             if self._dismissed:
                 return
-            trainer.status = [row if row["state"] in ENDED else row | {"state": "failed", "message": str(error)} for row in trainer.status]
+            failed = {"state": "failed", "message": str(error)}
+            trainer.status = [row if row["state"] in ENDED else row | failed for row in trainer.status]
             trainer.asked = None
-            self.queue.leave.remote(bank)  # at every look, for the queue may restart: nobody else is to wait for it
+            self.queue.leave.remote(bank)  # Nobody else may wait for it. Told at every look: the queue may restart.
             return
-        if self._left:
+        if self.abandoned:
             return
         trainer.asked = trainer.starts_since = None
         trainer.status = status
         if status and all(row["state"] in ENDED for row in status):
-            self.queue.leave.remote(bank)  # it has said so too, perhaps to a relay that died with it
+            self.queue.leave.remote(bank)  # The bank has said so, perhaps to a relay that died with the message
         for line in warnings:
             log.warning("trainer %s: %s", bank, line)
         for name, reports in news.items():
             for report in reports:
                 track(self.study, name, report)
             self.tracked[name] += len(reports)
-        if silent > self.faults.hang_seconds and trainer.stopping is None:  # it answers, and does not train
+        if silent > self.faults.hang_seconds and trainer.stopping is None:  # It answers and does not train
             self._restart(bank, trainer, silent)
 
-    def _silent(self, bank: str, trainer: _Trainer, now: float) -> None:
-        """A trainer has not answered yet: does it hang, does it still start, or has it no place?"""
-        if trainer.stopping is not None or now - trainer.since < SECONDS:
+    def _ask(self, trainer: WatchedTrainer, now: float) -> bool:
+        """Ask the trainer, unless a call has no answer yet. False: trainers are not asked any more."""
+        with self._asking:
+            if self._dismissed:
+                return False
+            if trainer.asked is None:
+                trainer.since = now
+                actor = trainer.actor
+                trainer.asked = [
+                    actor.status.remote(),
+                    actor.news.remote(self.tracked),
+                    actor.silent_seconds.remote(),
+                    actor.warnings.remote(),
+                ]
+            return True
+
+    def _silent(self, bank: str, trainer: WatchedTrainer, now: float) -> None:
+        """Find out why a trainer has not answered: it hangs, it still starts, or it has no place."""
+        if trainer.stopping is not None or now - trainer.since < LOOK_SECONDS:
             return
         if machine_of(trainer.actor):
             trainer.starts_since = None
@@ -189,28 +248,34 @@ class Watch:
                 self._restart(bank, trainer, now - trainer.since)
                 trainer.since = now
             return
-        trainer.since = now  # its silence counts from when it is there
+        trainer.since = now  # Its silence counts from when it is there
         trainer.starts_since = trainer.starts_since or now
-        if now - trainer.starts_since > self.faults.start_seconds:
+        limit = self.faults.start_seconds
+        if now - trainer.starts_since > limit:
             if placed(trainer.actor):
-                self.failure = f"the trainer {bank} has not started within {self.faults.start_seconds:g} s"
+                self.failure = f"the trainer {bank} has not started within {limit:g} s"
             else:
-                self.failure = f"no machine has had room for the trainer {bank} for {self.faults.start_seconds:g} s: {missing(self.needs)}"
+                self.failure = f"no machine has had room for the trainer {bank} for {limit:g} s: {missing(self.needs)}"
 
     @staticmethod
-    def _restart(bank: str, trainer: _Trainer, silent: float) -> None:
+    def _restart(bank: str, trainer: WatchedTrainer, silent: float) -> None:
         log.warning("trainer %s has been silent for %.0f s: it is restarted from its checkpoints", bank, silent)
         ray.kill(trainer.actor, no_restart=False)
 
     # ---------------------------------------------------------------- machines that go
 
     def _move(self) -> None:
-        """Have everything leave the machines that are being drained, as long as they are there. Ray places nothing new on them."""
-        draining = state.state.get_draining_nodes()  # machine → deadline in ms since 1970, 0 for none
+        """Move everything off the machines that are being drained while they are there.
+
+        Ray places nothing new on them. A trainer stops, which writes checkpoints, and is then restarted elsewhere.
+        """
+        draining = state.state.get_draining_nodes()  # Machine → deadline in ms since 1970, 0 for none
         for node in draining.keys() - self._draining:
             log.warning("machine %s is being drained: trainers and producers leave it", node)
             self.queue.leave_node.remote(node)
         self._draining = set(draining)
+        if self._dismissed:
+            return
         for bank, trainer in self.trainers.items():
             if trainer.stopping is not None:
                 self._restart_elsewhere(bank, trainer)
@@ -220,16 +285,19 @@ class Watch:
                     seconds = min(seconds, deadline / 1000 - time.time())
                 trainer.stopping, trainer.stop_by = trainer.actor.stop.remote(), time.monotonic() + seconds
 
-    def _restart_elsewhere(self, bank: str, trainer: _Trainer) -> None:
-        """Once its checkpoints are written, or there is no more time for it."""
+    def _restart_elsewhere(self, bank: str, trainer: WatchedTrainer) -> None:
+        """Restart the trainer once its checkpoints are written, or its time is up."""
         stopped, _ = ray.wait([trainer.stopping], timeout=0)
         if stopped or time.monotonic() > trainer.stop_by:
-            log.warning("trainer %s leaves its machine%s", bank, "" if stopped else " before its checkpoints were written")
+            without = "" if stopped else " before its checkpoints were written"
+            log.warning("trainer %s leaves its machine%s", bank, without)
             ray.kill(trainer.actor, no_restart=False)
             trainer.stopping, trainer.since = None, time.monotonic()
 
+    # ---------------------------------------------------------------- the stream
+
     def _stream_stats(self, patience: float) -> dict | None:
-        """The queue's newest answer; None while there is none."""
+        """The queue's newest answer within `patience` seconds, or None."""
         now = time.monotonic()
         if self._stream is None:
             self._stream, self._stream_since = [self.queue.stats.remote(), self.queue.warnings.remote()], now
@@ -241,7 +309,7 @@ class Watch:
                 ray.kill(self.queue, no_restart=False)
                 self._stream = None
             return None
-        except RayError:  # its process is being restarted
+        except RayError:  # Ray is restarting its process
             self._stream = None
             return None
         self._stream = None
@@ -250,7 +318,7 @@ class Watch:
         return stream
 
     def _look_at_relays(self) -> None:
-        """Behind one that is alive and silent, trainers would wait for ever."""
+        """Show what relays warn of, and restart silent ones: trainers behind them would wait for ever."""
         now = time.monotonic()
         for number, relay in enumerate(self.relays):
             if relay.asked is None:
@@ -263,12 +331,22 @@ class Watch:
                     continue
                 log.warning("relay %d has been silent for %.0f s: it is restarted", number, now - relay.since)
                 ray.kill(relay.actor, no_restart=False)
-            except RayError:  # its process is being restarted
+            except RayError:  # Ray is restarting its process
                 pass
             relay.asked = None
 
 
 def track(study: Study, name: str, report: dict) -> None:
-    """Into the outbox; what it has already is dropped there."""
-    metrics = {key: report[key] for key in METRICS if report.get(key) is not None}
-    study.metrics(name, metrics, step=int(report["tokens"]), time=report["time"])
+    """Put the report's numbers into the outbox. The outbox drops those that it has already."""
+    study.metrics(name, metrics_of(report), step=int(report["tokens"]), time=report["time"])
+
+
+def metrics_of(report: dict) -> dict[str, float]:
+    """The report's numbers by their names in MLflow.
+
+    Only the last report reads all held-out rows. In the others, numbers that depend on how many rows were read have
+    the prefix `interim/`. A curve would otherwise jump at its last point.
+    """
+    interim = INTERIM if not report["final"] else ""
+    known = {key: report[key] for key in TRACKED if report.get(key) is not None}
+    return {interim + key if key in BY_ROWS else key: value for key, value in known.items()}

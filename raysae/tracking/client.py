@@ -40,7 +40,7 @@ def _set_environment() -> None:
         os.environ.setdefault(key, value)
 
 
-def connect(uri: str) -> MlflowClient:
+def client_of(uri: str) -> MlflowClient:
     """A client for `uri`.
 
     This is slow. MLflow's import takes seconds. So does the first use of a new SQLite file, which MLflow migrates table

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from raysae.tracking.client import connect, experiment_id
+from raysae.tracking.client import client_of, experiment_id
 from raysae.tracking.outbox import KILLED, REFUSED, RUNNING, SENT, STUDY, Outbox, Run
 from raysae.tracking.tags import (
     KIND_ANALYSED,
@@ -56,7 +56,7 @@ class Delivery:
         self.kind = outbox.meta("kind") or KIND_STUDY
         self.made_for = outbox.meta("made_for")
         uri = outbox.meta("uri")
-        self.client = connect(uri)
+        self.client = client_of(uri)
         self.experiment = experiment_id(self.client, uri, outbox.meta("experiment"))
         self._begun: set[str] = set()  # Runs that this delivery has created. Nobody else writes to them.
         self._steps_there: dict[

@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from raysae.config import TrackingConfig, UserError
-from raysae.tracking.client import SQLITE, absolute, connect
+from raysae.tracking.client import SQLITE, absolute, client_of
 from raysae.tracking.tags import KIND_SAE, KIND_STUDY, KIND_TAG, MADE_FOR_TAG, PARENT_TAG, SAE_TAG, STUDY_TAG, condition
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def find_saes(tracking: TrackingConfig, which: str | None = None) -> list[Tracke
             f"tracking.uri is {tracking.uri}: there is no such database. "
             "Train SAEs first, or name the database of your sweeps."
         )
-    client = connect(uri)
+    client = client_of(uri)
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
         raise UserError(f"tracking.experiment is {tracking.experiment}: {tracking.uri} has no experiment of this name")

@@ -98,7 +98,7 @@ def _state(runs: dict[str, str]) -> dict[str, Any]:
             _curve("fvu"),
             _scatter("width", "fvu", x_type="PARAM"),
             _chart("BAR", "ce_recovered", metricKey="ce_recovered"),
-            _curve("dead_fraction"),
+            _curve("interim/dead_fraction"),
             _chart(
                 "PARALLEL",
                 "knobs",

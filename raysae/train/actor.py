@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from raysae.train.task import Training
 
 log = logging.getLogger(__name__)
 
+END_SECONDS = 5.0  # Longest wait for a trainer's last answers, before it is killed
+ARRIVE_SECONDS = 0.5  # Then its answers to others have this long to arrive
 POLL_SECONDS = 30.0  # `reports` answers after this long even when nothing is new
 SPARE_CALLS = 16  # Extra threads for methods. Two more per SAE may wait for its reports.
 
@@ -73,6 +76,25 @@ def start_trainer(
     ).remote(plan)  # fmt: skip
 
 
+def end_trainers(trainers: Sequence[ActorHandle], calls: Sequence[ray.ObjectRef] = ()) -> None:
+    """Kill the trainers once no call on them is waiting. Ray prints a line for every call that a kill cuts off.
+
+    Args:
+        trainers: those that are alive. They are asked to answer everybody who waits for a report.
+        calls: other calls that have no answer yet.
+
+    A trainer that has not answered after END_SECONDS is killed all the same.
+    """
+    try:
+        waiting = [*calls, *(trainer.dismiss.remote() for trainer in trainers)]
+        if waiting:
+            ray.wait(waiting, num_returns=len(waiting), timeout=END_SECONDS)
+            time.sleep(ARRIVE_SECONDS)
+    finally:
+        for trainer in trainers:
+            ray.kill(trainer)
+
+
 class Trainer:
     """Trains a bank of SAEs on the device Ray gave this process.
 
@@ -98,6 +120,8 @@ class Trainer:
         self.plan = plan
         self._heard = Heard()
         self._changed = threading.Condition()
+        self._waiting = 0  # Calls that wait for a change
+        self._dismissed = False
         queue = ray.get_actor(plan.queue)
         kind, streamed = error_kind(plan.hook_point)
         transform = ErrorOf(plan.hook_point, plan.config.errors, plan.width, device) if kind else None
@@ -153,12 +177,11 @@ class Trainer:
 
         Waits for a new report, at most `POLL_SECONDS`.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self.error or any(self.loop.reports(name, since)), POLL_SECONDS)
+        self._wait(lambda: any(self.loop.reports(name, since)))
         reports, ended = self.loop.reports(name, since)
         if not reports and not ended:
             self._check()
-        return reports, ended
+        return reports, ended or self._dismissed
 
     def news(self, since: dict[str, int]) -> dict[str, list[dict]]:
         """The reports of every SAE here from number `since[name]` on. Does not wait."""
@@ -173,8 +196,7 @@ class Trainer:
 
         Waits at most `POLL_SECONDS`, because a restarted process first reads its files.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self.error or self.loop.reports(name)[1], POLL_SECONDS)
+        self._wait(lambda: self.loop.reports(name)[1])
         return np.array(self.loop.mean(name), dtype=np.float32)
 
     @ray.method(max_task_retries=0)  # A repeat after a restart would stop the new process
@@ -186,6 +208,26 @@ class Trainer:
         self.loop.stop()
         self._thread.join(self.plan.config.faults.stop_seconds)
         return not self._thread.is_alive()
+
+    @ray.method(max_task_retries=0)  # A process that is restarted has no waiting calls
+    def dismiss(self) -> None:
+        """Answer the calls that wait, and later ones at once: `reports` says that its SAE has ended.
+
+        Returns when they have been answered, or after END_SECONDS. See `end_trainers`.
+        """
+        self._dismissed = True
+        self._notify()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, END_SECONDS)
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        """Wait for a change that brings `until` about, or for an error or the dismissal. Waits POLL_SECONDS at most."""
+        with self._changed:
+            self._waiting += 1
+            self._changed.wait_for(lambda: self.error or self._dismissed or until(), POLL_SECONDS)
+            self._waiting -= 1
+            if self._dismissed:
+                self._changed.notify_all()
 
     # ---------------------------------------------------------------- the thread
 

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from raysae.commands.help import help_text
 from raysae.commands.parse import main, parse
-from raysae.config import ARCHITECTURES, SAEConfig, SweepConfig, UserError
-from raysae.knobs import explain, fields
+from raysae.config import ARCHITECTURES, SweepConfig, UserError
+from raysae.knobs import fields
 
 ROOT = Path(__file__).parents[2]
 JOB = """
@@ -160,25 +160,6 @@ def test_help_is_instant_and_tells_every_knob():
 
 def test_parsing_imports_nothing_slow():
     assert run().returncode == 0, run().stderr
-
-
-@pytest.mark.parametrize("width", [100, 120])
-def test_help_keeps_to_the_width(width: int):
-    text = help_text(SweepConfig, "Trains SAEs.", {"--resume": {"metavar": "STUDY", "help": "go on"}}, width)
-    assert max(map(len, text.splitlines())) <= width
-    assert "  --resume STUDY" in text
-
-
-def test_explain_names_what_is_missing_or_unknown():
-    with pytest.raises(ValidationError) as error:
-        SAEConfig(hook_point="resid_post.1", learning_rate=1e-3, k=8)
-    assert explain(error.value) == "width is missing"
-    with pytest.raises(ValidationError) as error:
-        SAEConfig(hook_point="resid_post.1", learning_rate=1e-3, k=8, width=16, depth=3)
-    assert explain(error.value) == "unknown key depth"
-    with pytest.raises(ValidationError) as error:
-        SAEConfig(hook_point="resid_post.1", learning_rate=1e-3, k=8, width=4)
-    assert explain(error.value) == "k is 8, more than the width 4"
 
 
 def test_main_returns_the_jobs_code_and_tells_mistakes(capsys: pytest.CaptureFixture):

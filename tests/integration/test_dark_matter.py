@@ -31,6 +31,7 @@ def analysed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     more = ["--tokens", "45000", "--predicted_tokens", "2000", "--target_l0", "16", "--replicates", "30"]
     done = analyse("dark_matter", folder, *more)
     assert done.returncode == 0, done.stderr
+    assert "(raylet)" not in done.stdout + done.stderr, "no call was cut off by the end of its actor"
     (folder / "stdout").write_text(done.stdout)
     return folder
 

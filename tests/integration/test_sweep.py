@@ -41,6 +41,7 @@ def swept(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
     assert done.stderr == "", "a good run says nothing on stderr"
+    assert "(raylet)" not in done.stdout, "no call was cut off by the end of its actor"
     return folder
 
 
@@ -64,7 +65,7 @@ def test_contexts_forwarded_are_those_needed(swept: Path) -> None:
 
 
 def test_mlflow_holds_every_sae_under_the_study(swept: Path) -> None:
-    runs = runs_of(swept).set_index("name")
+    runs, client = runs_of(swept).set_index("name"), mlflow.MlflowClient(f"sqlite:///{swept}/mlflow.db")
     assert len(runs) == 5
     assert (runs["status"] == "FINISHED").all()
     table = pd.read_csv(swept / "runs/test/summary/summary.csv").set_index("name")
@@ -72,10 +73,15 @@ def test_mlflow_holds_every_sae_under_the_study(swept: Path) -> None:
         assert runs.loc[name, "fvu"] == pytest.approx(row["fvu"], abs=1e-12)
         assert runs.loc[name, "ce_recovered"] == pytest.approx(row["ce_recovered"], abs=1e-12)
         assert runs.loc[name, "width"] == str(row["width"])
-        history = mlflow.MlflowClient(f"sqlite:///{swept}/mlflow.db").get_metric_history(runs.loc[name, "id"], "fvu")
+        history = client.get_metric_history(runs.loc[name, "id"], "fvu")
         assert [m.step for m in history] == sorted({m.step for m in history})  # Steps are tokens seen, none twice
         assert len(history) == 4
         assert history[-1].step == 118 * 1024
+        # Interim reports read fewer rows, on which more latents look dead
+        (dead,) = client.get_metric_history(runs.loc[name, "id"], "dead_fraction")
+        interim = client.get_metric_history(runs.loc[name, "id"], "interim/dead_fraction")
+        assert (dead.value, dead.step) == (pytest.approx(row["dead_fraction"], abs=1e-12), 118 * 1024)
+        assert [m.step for m in interim] == [m.step for m in history[:-1]]
 
 
 def test_saved_saes_reconstruct_raw_activations_as_reported(swept: Path, shared_data: Path) -> None:
@@ -141,8 +147,9 @@ def test_ctrl_c_leaves_checkpoints_and_closed_runs(shared_data: Path, tmp_path: 
     # Training has begun
     assert any("best FVU" in line for line in process.stdout), process.stderr.read()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
+    assert "(raylet)" not in out + err
     assert "--resume test" in err
     assert "Traceback" not in err
     assert len(list((tmp_path / "runs/test/checkpoints").glob("*/*.safetensors"))) >= 4

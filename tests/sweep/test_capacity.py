@@ -1,18 +1,10 @@
-"""How SAEs are dealt out to banks, and what a cluster is refused for."""
+"""How bank plans deal out SAEs, and what the cluster check refuses."""
 
-import re
-import shlex
-import socket
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from raysae.cluster.connect import connect
-from raysae.commands.parse import parse
 from raysae.config import ResourcesConfig, SAEConfig, SweepConfig, UserError
-from raysae.study.place import check_writable, with_absolute_paths
-from raysae.study.plan import plan
 from raysae.sweep import capacity
 from raysae.sweep.capacity import cost, pack
 
@@ -74,7 +66,7 @@ def banks_on(
     **resources: object,
 ) -> int:
     monkeypatch.setattr(capacity, "ray", FakeRay(*machines))
-    monkeypatch.setattr(capacity, "_limits", lambda: limits or {})
+    monkeypatch.setattr(capacity, "growth_limits", lambda: limits or {})
     output = "s3://bucket/runs" if resources.pop("remote", False) else "runs"
     config = SweepConfig(output=output, resources=ResourcesConfig(**resources))
     return capacity.check_cluster(
@@ -95,7 +87,7 @@ def test_a_bank_per_core(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             (2, 2),
             {},
-            "output is the local folder 'runs' but the cluster has 2 machines: name storage that all of them reach",
+            "output is the local folder 'runs' but the cluster has 2 machines. Name storage that all of them reach",
         ),
         ((2,), {"limits": {"CPU": 64}}, "output is the local folder 'runs' but the cluster grows by further machines"),
         ((2,), {"trainer_gpus": 1}, "resources.trainer_gpus is 1 but this Ray cluster has no GPU"),
@@ -126,93 +118,3 @@ def test_what_the_cluster_can_never_give(
 
 def test_a_shared_folder_is_storage_for_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert banks_on(monkeypatch, (2, 2), shared_storage=True) == 4
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"stream": {"cache_dir": "nosuch://x"}}, "stream.cache_dir is 'nosuch://x', which cannot be opened"),
-        (
-            {"train": {"precision": "bfloat16"}},
-            r"train.precision is bfloat16 but trainers run on CPUs \(resources.trainer_gpus is 0\)",
-        ),
-        (
-            {"model": {"device_map": "auto"}},
-            r"model.device_map is auto, which needs the package accelerate: pip install 'raysae\[multi-gpu\]'",
-        ),
-    ],
-)
-def test_what_would_fail_in_a_producer_is_refused_before_anything_starts(
-    settings: dict, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("raysae.study.plan.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=sentence):
-        plan(SweepConfig.model_validate(settings))
-
-
-def test_an_address_where_nobody_listens_is_told_at_once() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(UserError, match=f"resources.address is {address}, where no Ray cluster answers"):
-        connect(address, 0)
-
-
-@pytest.mark.parametrize("place", ["file", "file/runs"])
-def test_an_output_that_cannot_be_written_is_refused_first(place: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match=f"output is {tmp_path}/{place}, which cannot be written: {tmp_path}/file is a file"
-    ):
-        check_writable(SweepConfig(output=str(tmp_path / place)))
-    check_writable(SweepConfig(output=str(tmp_path / "new/runs")))
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"widths": [256, 512, 256]}, "widths has 256 twice"),
-        ({"study": "../x"}, "no name for a folder"),
-        ({"study": ".."}, "no name for a folder"),
-        ({"model": {"name": ""}}, "at least 1 character"),
-    ],
-)
-def test_knobs_that_say_nothing_sensible(settings: dict, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        SweepConfig.model_validate(settings)
-
-
-@pytest.mark.parametrize("uri", ["file:./runs", "./mlruns", "sqlite:/mlflow.db"])
-def test_a_tracking_uri_that_mlflow_does_not_take_is_refused(uri: str) -> None:
-    with pytest.raises(ValueError, match=r"sqlite:///mlflow\.db, postgresql://"):
-        SweepConfig.model_validate({"tracking": {"uri": uri}})
-
-
-def test_paths_are_absolute_except_of_what_travels_with_a_ray_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = SweepConfig.model_validate({"model": {"name": "lm"}, "text": {"source": "a/*.txt, b.jsonl"}})
-    here, job = tmp_path / "here", tmp_path / "_ray_pkg_1"
-    for folder in (here, job):
-        (folder / "lm").mkdir(parents=True)
-    monkeypatch.chdir(here)
-    found = with_absolute_paths(config)
-    assert found.model.name == f"{here}/lm"
-    assert found.text.source == f"{here}/a/*.txt,{here}/b.jsonl"
-    assert found.output == f"{here}/runs"
-    assert with_absolute_paths(SweepConfig()).model.name == "embedded"
-    monkeypatch.chdir(job)
-    found = with_absolute_paths(config)
-    assert (found.model.name, found.text.source) == ("lm", "a/*.txt, b.jsonl")
-    assert "_ray_pkg_" not in found.output
-
-
-def test_the_readmes_commands_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans the commands that need no hub, no files and no study of the reader's own."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^\.venv/bin/python jobs/scaling_sweep\.py (.*)$", readme, re.MULTILINE)
-    assert len(commands) >= 4
-    offline = [words for words in commands if not re.search(r"hf:|books/|--resume", words)]
-    assert len(offline) >= 3
-    for words in offline:
-        assert plan(parse(SweepConfig, shlex.split(words, comments=True), "")[0]).saes

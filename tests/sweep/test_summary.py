@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from raysae.config import SweepConfig
-from raysae.sweep.figures import _figure, short
+from raysae.sweep.figures import figure_of, short
 from raysae.sweep.summary import split, summary_table, write_summary
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +130,7 @@ def test_a_line_per_width_through_the_best_of_the_learning_rates():
             hook_points=["resid_post.2"], widths=[256, 512], k=[8, 16, 32], learning_rates=[1e-3, 3e-3], seeds=[0, 1]
         )
     )
-    figure = _figure(results, "t", "l0", "fvu", "width", "embedded")
+    figure = figure_of(results, "t", "l0", "fvu", "width", "embedded")
     axes = figure.axes[0]
     lines = {line.get_label(): line.get_xydata() for line in axes.get_lines() if not line.get_label().startswith("_")}
     best = results[(results["learning_rate"] == 1e-3) & (results["seed"] == 0)]
@@ -146,7 +146,7 @@ def test_a_panel_per_hook_point_and_architecture():
     config = SweepConfig(
         hook_points=["resid_post.2", "mlp_out.1"], architectures=["topk", "jumprelu"], widths=[256, 512]
     )
-    figure = _figure(results_of(config), "t", "width", "fvu", "level", "embedded")
+    figure = figure_of(results_of(config), "t", "width", "fvu", "level", "embedded")
     assert [ax.get_title() for ax in figure.axes] == [
         "mlp_out.1 · jumprelu",
         "mlp_out.1 · topk",

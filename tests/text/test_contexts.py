@@ -10,8 +10,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raysae.config import TextConfig, UserError
-from raysae.stream.spec import ActivationSpec
-from raysae.study.plan import check_enough
 from raysae.text import contexts as module
 from raysae.text.contexts import Contexts, _pieces, _write_splits, build_contexts, documents, is_held_out
 
@@ -248,30 +246,6 @@ def test_a_split_shorter_than_a_context(text):
 def test_evaluation_fraction_is_kept():
     share = np.mean([is_held_out(str(i), 0.1) for i in range(20_000)])
     assert abs(share - 0.1) < 0.01
-
-
-def spec_of(contexts: int, epochs: int) -> ActivationSpec:
-    return ActivationSpec(
-        model="m", text="t", contexts=contexts, context_length=16, skip_positions=8, dtype="float32", seed=0,
-        epochs=epochs, shard_contexts=256, batch_contexts=32,
-    )  # fmt: skip
-
-
-def test_check_enough_names_the_epochs_that_do():
-    rows = 256 * 8  # Rows per shard. 700 contexts make 2 shards
-    check_enough(spec_of(700, 1), 2 * rows, "train.tokens", "stream.epochs")
-    with pytest.raises(
-        UserError, match=r"4,096 tokens per epoch, but train.tokens needs 12,289: set stream.epochs to 4 or more"
-    ):
-        check_enough(spec_of(700, 3), 6 * rows + 1, "train.tokens", "stream.epochs")
-    check_enough(spec_of(700, 4), 6 * rows + 1, "train.tokens", "stream.epochs")
-    with pytest.raises(UserError, match="fewer than the 256 contexts of 16 tokens"):
-        check_enough(spec_of(255, 9), 1, "train.tokens", "stream.epochs")
-    with pytest.raises(
-        UserError, match=r"held-out text .* lower evaluation.rows, raise text.evaluation_fraction"
-    ) as error:
-        check_enough(spec_of(256, 1), rows + 1, "evaluation.rows", None)
-    assert "epochs" not in str(error.value)
 
 
 def test_reading_stops_once_there_is_enough(text, monkeypatch):

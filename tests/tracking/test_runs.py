@@ -22,7 +22,7 @@ from mlflow.entities import Run
 from raysae.commands.send import job, send
 from raysae.config import SweepConfig, TrackingConfig, UserError
 from raysae.tracking import delivery
-from raysae.tracking.client import connect
+from raysae.tracking.client import client_of
 from raysae.tracking.find import find_saes
 from raysae.tracking.outbox import Outbox, refusal
 from raysae.tracking.runs import Study, flatten
@@ -383,7 +383,7 @@ def test_a_driver_killed_while_a_database_is_made_leaves_none_or_a_whole_one(tmp
     command = [
         sys.executable,
         "-c",
-        f"from raysae.tracking.client import connect; connect({uri!r}).search_experiments()",
+        f"from raysae.tracking.client import client_of; client_of({uri!r}).search_experiments()",
     ]
     process = subprocess.Popen(command, cwd=ROOT)
     # Wait until some of the tables are there. The pattern leaves out the journal, which comes and goes.
@@ -391,4 +391,4 @@ def test_a_driver_killed_while_a_database_is_made_leaves_none_or_a_whole_one(tmp
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL, "it was too fast for this test"
-    assert connect(uri).get_experiment_by_name("Default")
+    assert client_of(uri).get_experiment_by_name("Default")

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from raysae.commands.ui import check
 from raysae.config import SweepConfig, TrackingConfig, UserError
-from raysae.sweep.watch import METRICS
+from raysae.sweep.watch import TRACKED, metrics_of
 from raysae.tracking.runs import Study
 from raysae.tracking.views import WIDTHS, view_tags, view_url
 
@@ -67,7 +67,8 @@ def test_columns_and_charts_show_what_is_tracked():
             knobs.update(chart["selectedParams"])
         else:
             metrics.update({chart["metricKey"], chart.get("selectedXAxisMetricKey", "tokens")})
-    assert metrics <= {*METRICS, "ce_recovered", "kl"}, "reports of an SAE on its way, and its evaluation downstream"
+    interim = metrics_of(dict.fromkeys(TRACKED, 1.0) | {"final": False})
+    assert metrics <= {*TRACKED, *interim, "ce_recovered", "kl"}, "reports of an SAE, and its evaluation downstream"
     assert knobs <= KNOBS
     sections = {section["uuid"] for section in latest["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in latest["compareRunCharts"]} < sections

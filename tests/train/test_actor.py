@@ -13,7 +13,7 @@ import torch
 from raysae.config import StreamConfig, SweepConfig
 from raysae.sae.files import load_sae
 from raysae.stream.blocks import cut
-from raysae.train.actor import start_trainer
+from raysae.train.actor import end_trainers, start_trainer
 from raysae.train.loop import Loop
 from raysae.train.rows import StreamSource
 from raysae.train.task import Training
@@ -217,3 +217,20 @@ def test_an_error_of_the_whole_trainer_reaches_its_callers(tmp_path):
     assert [s["state"] for s in ray.get(trainer.status.remote())] == ["failed", "failed"]
     assert ray.get(trainer.status.remote())[0]["message"] == "list index out of range"
     ray.kill(trainer)
+
+
+def test_a_trainer_that_ends_answers_who_waits_for_it(tmp_path, capfd):
+    """Ray would print a line for each call that is cut off."""
+    queue = array_queue(paused=True)
+    trainer = trainer_on(tmp_path, queue)
+    wait_for(lambda: ray.get(trainer.status.remote())[0]["tokens"] == SPEC.rows_per_shard)
+    waiting = [trainer.reports.remote(A.name, 99), trainer.reports.remote(B.name, 99)]  # More than there will be
+    assert not ray.wait(waiting, timeout=0.5)[0]
+    began = time.monotonic()
+    end_trainers([trainer], [trainer.status.remote()])
+    assert time.monotonic() - began < 20
+    assert ray.get(waiting) == [([], True)] * 2
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(trainer.status.options(max_task_retries=0).remote())
+    time.sleep(2)  # Ray's lines come later
+    assert "(raylet)" not in "".join(capfd.readouterr())

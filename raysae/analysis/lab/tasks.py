@@ -18,10 +18,9 @@ from raysae.cluster.connect import connect
 from raysae.config import ModelConfig, ResourcesConfig, UserError, digest
 from raysae.lm.model import LanguageModel
 from raysae.processes import ENVIRONMENT
-from raysae.study.plan import Plan
+from raysae.study.plan import Plan, store_bytes
 from raysae.text.contexts import Contexts
 
-MIB = 2**20
 TRAINED_AT = 4  # hook points at most, of SAEs that an analysis trains: their held-out rows lie in the object store
 DEFINITION = 2  # of the parts' results; raising it makes them anew
 
@@ -50,10 +49,8 @@ def ensure_ray(settled: Plan) -> None:
     if ray.is_initialized():
         return
     config = settled.config
-    item = 2 if config.model.dtype == "bfloat16" else 4
-    held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * TRAINED_AT * max(settled.widths.values())
-    tokens = sum(contexts.tokens.nbytes for contexts in settled.contexts.values())
-    connect(config.resources.address, int(config.stream.mib_in_flight * MIB + 1.2 * held_out + 4 * tokens) + 256 * MIB)
+    held_out_width = TRAINED_AT * max(settled.widths.values())
+    connect(config.resources.address, store_bytes(settled, held_out_width, token_copies=4))
     machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     if len(machines) > 1 and not config.resources.shared_storage:
         raise UserError(

@@ -1,0 +1,83 @@
+"""What the plan refuses before anything starts, and how much object store it asks for."""
+
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from raysae.commands.parse import parse
+from raysae.config import SweepConfig, UserError
+from raysae.stream.spec import ActivationSpec
+from raysae.study.plan import MIB, check_enough, plan, store_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"stream": {"cache_dir": "nosuch://x"}}, "stream.cache_dir is 'nosuch://x', which cannot be opened"),
+        (
+            {"train": {"precision": "bfloat16"}},
+            r"train.precision is bfloat16 but trainers run on CPUs \(resources.trainer_gpus is 0\)",
+        ),
+        (
+            {"model": {"device_map": "auto"}},
+            r"model.device_map is auto, which needs the package accelerate: pip install 'raysae\[multi-gpu\]'",
+        ),
+    ],
+)
+def test_what_would_fail_in_a_producer_is_refused_before_anything_starts(
+    settings: dict, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raysae.study.plan.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=sentence):
+        plan(SweepConfig.model_validate(settings))
+
+
+def test_the_object_store_holds_what_is_in_flight_and_the_held_out_rows() -> None:
+    """An analysis asks for other hook points than the sweep, and for more copies of the contexts."""
+    config = SweepConfig.model_validate({"stream": {"mib_in_flight": 100}})
+    settled = SimpleNamespace(
+        config=config, streamed_widths={"resid_post.1": 64, "mlp_out.1": 32}, evaluation_shards=3,
+        evaluation=SimpleNamespace(rows_per_shard=1000),
+        contexts={"train": SimpleNamespace(tokens=np.zeros(500, np.int32))},
+    )  # fmt: skip
+    assert store_bytes(settled) == int((100 + 256) * MIB + 1.2 * 3 * 1000 * 4 * (64 + 32) + 2000)
+    assert store_bytes(settled, 4 * 64, token_copies=4) == int((100 + 256) * MIB + 1.2 * 3 * 1000 * 4 * 4 * 64 + 8000)
+
+
+def spec_of(contexts: int, epochs: int) -> ActivationSpec:
+    return ActivationSpec(
+        model="m", text="t", contexts=contexts, context_length=16, skip_positions=8, dtype="float32", seed=0,
+        epochs=epochs, shard_contexts=256, batch_contexts=32,
+    )  # fmt: skip
+
+
+def test_check_enough_names_the_epochs_that_do():
+    rows = 256 * 8  # Rows of a shard. 700 contexts are 2 shards.
+    check_enough(spec_of(700, 1), 2 * rows, "train.tokens", "stream.epochs")
+    with pytest.raises(
+        UserError, match=r"4,096 tokens per epoch, but train.tokens needs 12,289: set stream.epochs to 4 or more"
+    ):
+        check_enough(spec_of(700, 3), 6 * rows + 1, "train.tokens", "stream.epochs")
+    check_enough(spec_of(700, 4), 6 * rows + 1, "train.tokens", "stream.epochs")
+    with pytest.raises(UserError, match="fewer than the 256 contexts of 16 tokens"):
+        check_enough(spec_of(255, 9), 1, "train.tokens", "stream.epochs")
+    with pytest.raises(
+        UserError, match=r"held-out text .* lower evaluation.rows, raise text.evaluation_fraction"
+    ) as error:
+        check_enough(spec_of(256, 1), rows + 1, "evaluation.rows", None)
+    assert "epochs" not in str(error.value)
+
+
+def test_the_readmes_commands_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans the commands that need no hub, no files and no study of the reader's own."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^\.venv/bin/python jobs/scaling_sweep\.py (.*)$", readme, re.MULTILINE)
+    assert len(commands) >= 4
+    offline = [words for words in commands if not re.search(r"hf:|books/|--resume", words)]
+    assert len(offline) >= 3
+    for words in offline:
+        assert plan(parse(SweepConfig, shlex.split(words, comments=True), "")[0]).saes
