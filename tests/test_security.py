@@ -55,8 +55,8 @@ FORBIDDEN_ARGUMENTS = {"allow_pickle": True, "trust_remote_code": True, "shell":
 EXCEPTIONS = {
     # The reference came through Ray, which runs whatever code it is sent anyway
     ("raysae/stream/producer.py", "ray.cloudpickle.loads"),
-    # The file is an analysis's own unfinished work, in its own folder
-    ("raysae/analysis/parts.py", "pickle.loads"),
+    # The file is the result of an analysis's task, in the study's own folder
+    ("raysae/analysis/lab/tasks.py", "pickle.loads"),
 }
 
 

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from raysae.analysis.instruments import columns as col
+
 RIDGE = 1e-12  # added to the diagonal of the predictors' correlation matrix
 SINGULAR = 1e-8  # squared pivot (share of a predictor's variance that the others leave unexplained) below which the eigen-decomposition takes over
 EIGENVALUE_CUTOFF = 1e-10  # of the largest: directions of less variance, which in float32 may be rounding, are left out
@@ -246,5 +248,5 @@ def with_intervals(values: Mapping[str, Tensor]) -> dict[str, float]:
     row: dict[str, float] = {}
     for name, replicates in values.items():
         estimate = Estimate.of(replicates)
-        row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        row |= {name: estimate.value, col.low(name): estimate.low, col.high(name): estimate.high}
     return row

@@ -18,13 +18,23 @@ def verdict(tables: dict, beginning: str) -> str:
 
 
 def interval(**values: tuple[float, float, float]) -> dict[str, float]:
-    return {f"{name}{end}": value for name, ends in values.items() for end, value in zip(("_low", "", "_high"), ends, strict=True)}
+    return {
+        f"{name}{end}": value
+        for name, ends in values.items()
+        for end, value in zip(("_low", "", "_high"), ends, strict=True)
+    }
 
 
 def scaling(nonlinear: np.ndarray, fvu: np.ndarray | None = None) -> dict:
-    table = pd.DataFrame({"width": WIDTHS, "fvu": 0.1 + 8 * WIDTHS**-0.8 if fvu is None else fvu, "nonlinear_fvu": nonlinear})
-    law, level = fit_power_law(table["width"], table["fvu"]), nonlinear_level(table["width"], table["nonlinear_fvu"], table["fvu"])
-    return {"error_regression": {"breakdown": breakdown(table, law), "fit": pd.DataFrame([{f"level_{k}": v for k, v in vars(level).items()}])}}
+    table = pd.DataFrame(
+        {"width": WIDTHS, "fvu": 0.1 + 8 * WIDTHS**-0.8 if fvu is None else fvu, "nonlinear_fvu": nonlinear}
+    )
+    law, level = (
+        fit_power_law(table["width"], table["fvu"]),
+        nonlinear_level(table["width"], table["nonlinear_fvu"], table["fvu"]),
+    )
+    fit = pd.DataFrame([{f"level_{name}": value for name, value in vars(level).items()}])
+    return {"breakdown": {"breakdown": breakdown(table, law), "fit": fit}}
 
 
 def test_without_any_analysis_nothing_can_be_told() -> None:
@@ -39,13 +49,18 @@ def test_flat_in_width() -> None:
     falling = 0.08 * (1 + 0.9 * np.log2(8192 / WIDTHS)) + noise
     assert verdict(scaling(falling), "Nonlinear FVU is nearly flat") == FAILS
     assert verdict(scaling(0.08 + 40 * noise), "Nonlinear FVU is nearly flat") == UNTOLD
-    assert verdict(scaling(0.08 + noise, fvu=np.full(6, 0.2) - 1e-4 * np.arange(6)), "Nonlinear FVU is nearly flat") == UNTOLD
+    assert (
+        verdict(scaling(0.08 + noise, fvu=np.full(6, 0.2) - 1e-4 * np.arange(6)), "Nonlinear FVU is nearly flat")
+        == UNTOLD
+    )
 
 
 def regressions(**columns: float) -> pd.DataFrame:
     """Four SAEs alike, with intervals of ±0.02."""
     values = {"r2_error": 0.5, "r2_error_norm": 0.9, "r2_norm_nonlinear": 0.5, "r2_error_norm_from_token": 0.3}
-    values |= {f"{name}{control}": value for name, value in values.items() for control in ("_rescaled", "_half_fit")} | columns
+    values |= {
+        f"{name}{control}": value for name, value in values.items() for control in ("_rescaled", "_half_fit")
+    } | columns
     return pd.DataFrame([interval(**{name: (value - 0.02, value, value + 0.02) for name, value in values.items()})] * 4)
 
 
@@ -92,7 +107,9 @@ def test_the_norm_needs_every_control(columns: dict, half: float | None, expecte
         tables["half_trained"] = half_trained(0.5, half)
     claim = next(claim for claim in decide({"error_regression": tables}) if claim.text.startswith("The squared norm"))
     assert claim.verdict == expected
-    assert all(words in claim.evidence for words in ("after the best rescaling", "half the contexts", "half the tokens"))
+    assert all(
+        words in claim.evidence for words in ("after the best rescaling", "half the contexts", "half the tokens")
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +122,8 @@ def test_the_norm_needs_every_control(columns: dict, half: float | None, expecte
     ],
 )
 @pytest.mark.parametrize(
-    ("column", "claim"), [("r2_norm_nonlinear_lack", "‖ε‖² is predicted less"), ("r2_error_norm_lead", "The activation says more")]
+    ("column", "claim"),
+    [("r2_norm_nonlinear_lack", "‖ε‖² is predicted less"), ("r2_error_norm_lead", "The activation says more")],
 )
 def test_differences_are_judged_by_their_intervals(column: str, claim: str, ends: list, expected: str) -> None:
     table = pd.concat([regressions(), pd.DataFrame([interval(**{column: each}) for each in ends])], axis=1)
@@ -117,7 +135,9 @@ def test_introduced_error() -> None:
     bad = good.assign(nonlinear=[0.7, 0.95])
     for own, deviation, expected in ((good, 0.01, HOLDS), (bad, 0.01, FAILS), (good, 0.03, FAILS)):
         compared = pd.DataFrame({"deviation": [0.001, np.nan, deviation]})
-        tables = {"introduced_error": {"correlations": own, "synthetic_correlations": good, "synthetic_closed_form": compared}}
+        tables = {
+            "introduced_error": {"correlations": own, "synthetic_correlations": good, "synthetic_closed_form": compared}
+        }
         assert verdict(tables, "The estimates tell") == expected
 
 
@@ -131,7 +151,9 @@ def test_introduced_error() -> None:
     ],
 )
 def test_downstream(ends: tuple, norm: float, expected: str) -> None:
-    table = pd.DataFrame([{"variance_share_nonlinear": 0.5, "norm_share_nonlinear": norm} | interval(recovered_nonlinear=ends)])
+    table = pd.DataFrame(
+        [{"variance_share_nonlinear": 0.5, "norm_share_nonlinear": norm} | interval(recovered_nonlinear=ends)]
+    )
     assert verdict({"downstream_loss": {"downstream": table}}, "The nonlinear part's share") == expected
     nothing_lost = table.assign(recovered_nonlinear=np.nan)
     assert verdict({"downstream_loss": {"downstream": nothing_lost}}, "The nonlinear part's share") == UNTOLD
@@ -139,7 +161,9 @@ def test_downstream(ends: tuple, norm: float, expected: str) -> None:
 
 def test_error_saes_pursuit_and_earlier_layers() -> None:
     for ends, expected in (((0.1, 0.2, 0.3), HOLDS), ((-0.3, -0.2, -0.1), FAILS), ((-0.1, 0.0, 0.1), UNTOLD)):
-        table = pd.DataFrame([{"kind": kind, "fvu": 0.3, **interval(worse=ends)} for kind in ("error", "linear", "nonlinear")])
+        table = pd.DataFrame(
+            [{"kind": kind, "fvu": 0.3, **interval(worse=ends)} for kind in ("error", "linear", "nonlinear")]
+        )
         assert verdict({"error_saes": {"error_saes": table}}, "SAEs trained on ε") == expected
     for ends, expected in (((0.001, 0.002, 0.003), HOLDS), ((0.03, 0.04, 0.05), FAILS), ((0.005, 0.01, 0.015), UNTOLD)):
         pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=ends)])
@@ -148,4 +172,10 @@ def test_error_saes_pursuit_and_earlier_layers() -> None:
         row = {"part": "reconstruction", "target": "ε", "hook_point": "resid_post.2", **interval(r2_weighted=ends)}
         table = pd.DataFrame([row | {"source": "resid_post.2", "r2_weighted": 0.9}, row | {"source": "mlp_out.2"}])
         pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=(0.009, 0.01, 0.011))])
-        assert verdict({"earlier_layers": {"earlier_layers": table}, "pursuit": {"pursuit": pursued}}, "Reconstructions at earlier") == expected
+        assert (
+            verdict(
+                {"earlier_layers": {"earlier_layers": table}, "pursuit": {"pursuit": pursued}},
+                "Reconstructions at earlier",
+            )
+            == expected
+        )

@@ -1,4 +1,4 @@
-"""Finding the SAEs of a study, going on with the parts that are there, and a sentence for every mistake."""
+"""A lab finds the SAEs of a study, keeps the results of tasks, and tells every mistake in plain words."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ TOPK = SAEConfig(hook_point=HOOK, width=96, k=8, learning_rate=1e-3)
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init("local", include_dashboard=False, num_cpus=2, object_store_memory=128 * 2**20, log_to_driver=False, logging_level="error")
+    ray.init(
+        "local",
+        include_dashboard=False,
+        num_cpus=2,
+        object_store_memory=128 * 2**20,
+        log_to_driver=False,
+        logging_level="error",
+    )
     yield
     ray.shutdown()
 
@@ -105,7 +112,10 @@ def test_of_a_dataset_as_much_text_is_read_as_is_wanted(settings: dict, tmp_path
     with pytest.raises(UserError, match="held-out text yields"):
         lab_of(settings, tokens=10**7).shards  # noqa: B018
 
-    sizes = {"train": more.sweep.train.model_copy(update={"tokens": 20_000}), "evaluation": EvaluationConfig(rows=20_000)}
+    sizes = {
+        "train": more.sweep.train.model_copy(update={"tokens": 20_000}),
+        "evaluation": EvaluationConfig(rows=20_000),
+    }
     more.sweep = more.sweep.model_copy(update=sizes)
     settled, stream = more._plan(swept=True)
     assert settled.evaluation.rows >= 150_000
@@ -199,16 +209,20 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[SweepConfig]:
         return 0
 
     monkeypatch.setattr("raysae.sweep.run.run_sweep", run_sweep)
-    monkeypatch.setattr("raysae.analysis.lab.lab.connect", lambda lab: None)
+    monkeypatch.setattr("raysae.analysis.lab.lab.ensure_ray", lambda settled: None)
     return configs
 
 
-def test_saes_on_errors_are_trained_anew_where_the_probe_is_another(settings: dict, tmp_path: Path, swept: list[SweepConfig]) -> None:
+def test_saes_on_errors_are_trained_anew_where_the_probe_is_another(
+    settings: dict, tmp_path: Path, swept: list[SweepConfig]
+) -> None:
     folder = saved(tmp_path, 96)
     lab, probe = lab_of(settings, sae=[folder]), tmp_path / "probe.safetensors"
 
     def train() -> str:
-        (made,) = lab.train("errors", [f"{HOOK}.linear"], [96], TOPK, 1000, ErrorsConfig(sae=folder, probe=str(probe))).values()
+        (made,) = lab.train(
+            "errors", [f"{HOOK}.linear"], [96], TOPK, 1000, ErrorsConfig(sae=folder, probe=str(probe))
+        ).values()
         return made.where
 
     probe.write_bytes(b"one")
@@ -222,7 +236,9 @@ def test_saes_on_errors_are_trained_anew_where_the_probe_is_another(settings: di
     assert len({config.study for config in swept}) == 3
 
 
-def test_a_sweep_that_fails_is_told_in_one_sentence(settings: dict, tmp_path: Path, swept: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_that_fails_is_told_in_one_sentence(
+    settings: dict, tmp_path: Path, swept: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lab = lab_of(settings, sae=[saved(tmp_path, 96)])
     for code, error in ((1, UserError), (130, KeyboardInterrupt)):
         monkeypatch.setattr("raysae.sweep.run.run_sweep", lambda *_, code=code, **__: code)
@@ -230,17 +246,32 @@ def test_a_sweep_that_fails_is_told_in_one_sentence(settings: dict, tmp_path: Pa
             lab.train("earlier", ["mlp_out.2"], [96], TOPK, 1000)
 
 
-def test_half_trained_controls_differ_in_tokens_alone(settings: dict, tmp_path: Path, swept: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_trained_controls_differ_in_tokens_alone(
+    settings: dict, tmp_path: Path, swept: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lab = lab_of(settings, sae=[saved(tmp_path, 96)])
     relu = SAEConfig(architecture="relu", hook_point=HOOK, width=96, sparsity=1.0, learning_rate=3e-4)
-    given = [relu, relu.model_copy(update={"width": 128}), relu.model_copy(update={"width": 192, "sparsity": 3.0, "seed": 2})]
+    given = [
+        relu,
+        relu.model_copy(update={"width": 128}),
+        relu.model_copy(update={"width": 192, "sparsity": 3.0, "seed": 2}),
+    ]
     saes = {}
     for sae in given:
         params = {knob: str(value) for knob, value in sae.model_dump(exclude_none=True).items()}
         saes[sae.name] = Subject(sae.name, "", HOOK, sae.width, "", "run", params, {"tokens": lab.sweep.train.tokens})
 
     def table(lab: Lab, saes: dict, found: dict) -> pd.DataFrame:
-        numbers = ("fvu", "l0", "nonlinear_fvu", "r2_error", "r2_error_weighted", "r2_error_norm", "r2_error_rescaled", "r2_error_norm_rescaled")
+        numbers = (
+            "fvu",
+            "l0",
+            "nonlinear_fvu",
+            "r2_error",
+            "r2_error_weighted",
+            "r2_error_norm",
+            "r2_error_rescaled",
+            "r2_error_norm_rescaled",
+        )
         row = {f"{name}{end}": 0.5 for name in numbers for end in ("", "_low", "_high")}
         return pd.DataFrame([{"width": sae.width} | row for sae in saes.values()])
 
@@ -252,7 +283,10 @@ def test_half_trained_controls_differ_in_tokens_alone(settings: dict, tmp_path: 
     assert {"r2_error_half", "r2_error_half_low", "r2_error_norm_half_high"} <= set(both)
     assert sorted(sae.name for config in swept for sae in config.saes()) == sorted(saes)
     assert len(swept) == 2, "those of different widths in one sweep"
-    assert all(config.train == lab.sweep.train.model_copy(update={"tokens": lab.sweep.train.tokens // 2, "reports": 2}) for config in swept)
+    assert all(
+        config.train == lab.sweep.train.model_copy(update={"tokens": lab.sweep.train.tokens // 2, "reports": 2})
+        for config in swept
+    )
 
     for changes in ({"run_id": None, "metrics": {}}, {"metrics": {"tokens": 1000}}):  # of no sweep; stopped early
         some = saes | {relu.name: replace(saes[relu.name], **changes)}
@@ -260,7 +294,7 @@ def test_half_trained_controls_differ_in_tokens_alone(settings: dict, tmp_path: 
     assert "was left out" in findings.notes[-1]
 
 
-# ---------------------------------------------------------------- parts
+# ---------------------------------------------------------------- tasks
 
 
 def noted(folder: Path, name: str, fail_unless: Path | None = None) -> str:
@@ -272,24 +306,51 @@ def noted(folder: Path, name: str, fail_unless: Path | None = None) -> str:
     return name
 
 
-def test_a_job_goes_on_with_the_parts_it_lacks(settings: dict, tmp_path: Path, cluster: None) -> None:
+def test_a_job_goes_on_with_the_tasks_it_lacks(settings: dict, tmp_path: Path, cluster: None) -> None:
     folder = saved(tmp_path, 96)
     signal = tmp_path / "signal"
-    parts = [Task("test", name, noted, (tmp_path, name, signal if name == "b" else None)) for name in "ac"]
+    tasks = [Task("test", name, noted, (tmp_path, name, signal if name == "b" else None)) for name in "ac"]
     last = Task("test", "b", noted, (tmp_path, "b", signal))
-    assert lab_of(settings, sae=[folder]).run(parts) == ["a", "c"]
+    assert lab_of(settings, sae=[folder]).run(tasks) == ["a", "c"]
     with pytest.raises(UserError, match="is not there yet"):
-        lab_of(settings, sae=[folder]).run([*parts, last])
-    assert lab_of(settings, sae=[folder]).kept([*parts, last]) is None
+        lab_of(settings, sae=[folder]).run([*tasks, last])
     signal.touch()
     lab = lab_of(settings, sae=[folder])
-    assert lab.run([*parts, last]) == ["a", "c", "b"]
-    assert lab.kept([*parts, last]) == ["a", "c", "b"]
+    assert lab.run([*tasks, last]) == ["a", "c", "b"]
+    assert lab.run([*tasks, last]) == ["a", "c", "b"]
     assert sorted((tmp_path / "worked").read_text().split()) == ["a", "b", "b", "c"]
-    assert not list((lab.folder / "parts").glob("*.part"))
+    assert not list((lab.folder / "tasks").glob("*.part"))
 
 
-def test_activations_are_recorded_once_and_parts_depend_on_the_saes(settings: dict, tmp_path: Path, cluster: None) -> None:
+MOVED = b"craysae.analysis.parts\nFound\n."  # A pickle of a class whose module is gone.
+
+
+def test_results_that_cannot_be_read_are_worked_out_again(
+    settings: dict, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture
+) -> None:
+    lab = lab_of(settings, sae=[saved(tmp_path, 96)])
+    tasks = [Task("test", name, noted, (tmp_path, name)) for name in "abcd"]
+    stale = lab.folder / "parts" / tasks[0].file  # Where older versions kept results.
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(MOVED)
+    assert lab.run(tasks) == ["a", "b", "c", "d"]
+    assert "cannot be read" not in capsys.readouterr().err
+    moved, damaged, empty, whole = (lab.folder / "tasks" / task.file for task in tasks)
+    moved.write_bytes(MOVED)
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    empty.write_bytes(b"")
+    before = whole.stat().st_mtime_ns
+    assert lab.run(tasks) == ["a", "b", "c", "d"]
+    told = capsys.readouterr().err
+    assert all(f"{path} cannot be read" in told for path in (moved, damaged, empty))
+    assert "Traceback" not in told
+    assert whole.stat().st_mtime_ns == before
+    assert sorted((tmp_path / "worked").read_text().split()) == sorted("abcd" + "abc")
+
+
+def test_activations_are_recorded_once_and_tasks_depend_on_the_saes(
+    settings: dict, tmp_path: Path, cluster: None
+) -> None:
     lab = lab_of(settings, sae=[saved(tmp_path, 96)])
     recorded = lab.record([HOOK])
     file = recorded.folder / f"{HOOK}.npy"
@@ -304,11 +365,14 @@ def test_activations_are_recorded_once_and_parts_depend_on_the_saes(settings: di
     assert all(count > 0 for count in rows.values())
     assert rows["C"] == len(wider.contexts("C")) * (64 - 8)
     chunk = next(activations.chunks("C"))
-    assert torch.equal(chunk.context.unique_consecutive(), torch.from_numpy(wider.contexts("C"))[: len(chunk.context.unique_consecutive())])
+    assert torch.equal(
+        chunk.context.unique_consecutive(),
+        torch.from_numpy(wider.contexts("C"))[: len(chunk.context.unique_consecutive())],
+    )
 
     (first,) = regressions(lab, HOOK, lab.saes).values()
-    count = len(list((lab.folder / "parts").glob("error_regression-*")))
+    count = len(list((lab.folder / "tasks").glob("error_regression-*")))
     again = lab_of(settings, sae=[saved(tmp_path, 96)])  # the same SAE, written anew
     (second,) = regressions(again, HOOK, again.saes).values()
     assert first.row() == second.row()
-    assert len(list((lab.folder / "parts").glob("error_regression-*"))) == count == 1
+    assert len(list((lab.folder / "tasks").glob("error_regression-*"))) == count == 1

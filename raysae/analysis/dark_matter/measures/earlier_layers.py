@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
 from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, Moments, add_target, r2, with_intervals
 from raysae.config import UserError
@@ -85,8 +86,9 @@ def earlier_layers(
         for name in TARGETS:
             mean, weighted = r2(sums, name, f"{hook_point}/{part}")
             known = hook_point == target and (part, name) in BY_DEFINITION
-            numbers = with_intervals({"r2": mean, "r2_weighted": weighted})
-            rows.append({"source": hook_point, "part": part, "target": name, "by_definition": known, **numbers})
+            numbers = with_intervals({col.R2: mean, col.R2_WEIGHTED: weighted})
+            known_by = {col.SOURCE: hook_point, col.PART: part, col.TARGET: name, col.BY_DEFINITION: known}
+            rows.append({**known_by, **numbers})
     return pd.DataFrame(rows)
 
 
