@@ -1,4 +1,4 @@
-"""How much of SAEs' error is a linear function of the activation, and how well its norm is predicted (analyses 1 and 2).
+"""How much of SAEs' error a linear map of the activation predicts, and of its squared norm (analyses 1 and 2).
 
 python jobs/error_regression.py                               the latest sweep in MLflow
 python jobs/error_regression.py --sweep STUDY                 another, by its name or run id

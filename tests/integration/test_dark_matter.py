@@ -118,8 +118,8 @@ def test_mlflow_has_a_run_per_analysis_and_one_per_sae_it_read(analysed: Path) -
     assert below[0].data.tags["raysae.source_run"] in regression.data.tags["raysae.saes"]
     breakdown = parents["breakdown"]
     assert {"fit/c", "fit/m", "level/value", "level/slope"} <= set(breakdown.data.metrics)
-    for run, figure in ((regression, "norms"), (breakdown, "breakdown")):
-        figures = {artifact.path for artifact in client.list_artifacts(run.info.run_id, "figures")}
+    for parent, figure in ((regression, "norms"), (breakdown, "breakdown")):
+        figures = {artifact.path for artifact in client.list_artifacts(parent.info.run_id, "figures")}
         assert f"figures/{figure}.png" in figures
     assert [artifact.path for artifact in client.list_artifacts(parents["dark_matter"].info.run_id)] == ["report.html"]
 

@@ -1,7 +1,7 @@
 """What the error consists of, over widths (analysis 1): the experiment and its figure.
 
-It stands on two others: the regressions give FVU and nonlinear FVU, pursuit gives the encoder's share of the latter.
-It asks for both, so it may run before them.
+It stands on two others. The regressions give FVU and nonlinear FVU, pursuit the encoder's share of the latter. It asks
+for the tasks of both, so it may run before them.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def run(lab: Lab) -> Findings:
 def breakdown_figure(parts: pd.DataFrame, law: PowerLaw, level: Level, title: str = "") -> Figure:
     """FVU and nonlinear FVU against width with their fits, and what the error consists of.
 
-    `parts` is the table of `measures.breakdown.breakdown`. Where c lies below the nonlinear FVU, nothing is stacked:
-    the bar shows the nonlinear error, and hatched the gap FVU − nonlinear FVU, which needs no fit.
+    `parts` is the table of `measures.breakdown.breakdown`. Where c lies below the nonlinear FVU, nothing is stacked.
+    The bar then shows the nonlinear error, and hatched the gap FVU − nonlinear FVU. That gap needs no fit.
     """
     figure = Figure(figsize=(PAPER_WIDTH, 2.9))
     left, right = figure.subplots(1, 2)

@@ -120,7 +120,8 @@ def _half(tables: Tables) -> tuple[Verdict, str]:
 
 @claim_of(
     "error_regression",
-    "The squared norm of the error is predicted from the activation almost perfectly, also once undertraining is ruled out.",
+    "The squared norm of the error is predicted from the activation almost perfectly, also once undertraining is "
+    "ruled out.",
     "R² 0.86 to 0.95",
 )
 def _norm(tables: Tables) -> tuple[Verdict, str]:
@@ -249,5 +250,6 @@ def _earlier(tables: Tables) -> tuple[Verdict, str]:
 
 
 RULES = (
-    _flat, _half, _norm, _baselines, _nonlinear_norm, _same_tokens, _told_apart, _proportional, _worse, _little, _earlier,
+    _flat, _half, _norm, _baselines, _nonlinear_norm, _same_tokens, _told_apart, _proportional, _worse, _little,
+    _earlier,
 )  # fmt: skip

@@ -90,7 +90,7 @@ def _downstream(
 
 
 def ce_recovered(table: pd.DataFrame, along: str = "width", title: str = "") -> Figure:
-    """Bars of the cross-entropy that each part of the error recovers, beside its share of the error's norm and variance.
+    """Bars of the cross-entropy that each part of the error recovers, beside its shares of norm and variance.
 
     Args:
         table: that of `measures.downstream_loss`, a row per SAE.

@@ -34,10 +34,10 @@ GAP = 0.8  # Between the bars of two sources, in bars.
 
 
 def run(lab: Lab) -> Findings:
-    """The central SAE's error, predicted from the same residual, the previous one, and this layer's MLP and attention.
+    """Predicts the central SAE's error from the same residual, the previous one, and this layer's MLP and attention.
 
-    SAEs that the sweep lacks there are trained on one pass of the language model: TopK, with the central SAE's width
-    and L0.
+    One pass of the language model trains the SAEs that the sweep lacks there. They are TopK SAEs with the central SAE's
+    width and L0.
     """
     chosen = shown(lab)
     sae = chosen.central
@@ -61,7 +61,7 @@ def run(lab: Lab) -> Findings:
 
 
 def earlier_hook_points(lab: Lab, hook_point: str) -> list[str]:
-    """The previous residual, and this layer's MLP output, attention output and attention z, where the model has them."""
+    """The previous residual, and this layer's mlp_out, attn_out and attn_z, where the model has them."""
     kinds, layer = lab.plan.facts.kinds, int(hook_point.split(".")[1])
     previous = f"resid_post.{layer - 1}" if layer else "resid_pre.0"
     hooks = [previous] + [f"{kind}.{layer}" for kind in ("mlp_out", "attn_out", "attn_z") if kind in kinds]

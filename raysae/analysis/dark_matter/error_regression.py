@@ -1,6 +1,7 @@
-"""How well linear maps of the activation predict the error and its norm (analyses 1 and 2): experiment and figures.
+"""Error regression and norm prediction (analyses 1 and 2): the experiment and its figures. Its tasks are in `probes`.
 
-The tasks are those of `probes`. The control for undertraining trains the SAEs of the figures anew on half the tokens.
+It asks how well linear maps of the activation predict the error and its norm. Its control for undertraining trains the
+SAEs of the figures anew, on half the tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Whether SAEs of equal size decompose e, ê and ε equally well (analysis 6): the experiment, its task and its figure.
+"""SAEs on the parts of an error (analysis 6): the experiment, its task and its figure.
 
-An ordinary sweep trains the three SAEs, so this analysis costs as much as training them.
+It asks whether SAEs of equal size decompose e, ê and ε equally well. An ordinary sweep trains the three, which is what
+this analysis costs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What the estimates make of errors put in on purpose (analysis 4): the experiment, its tasks and its figure.
+"""Errors put in on purpose (analysis 4): the experiment, its tasks and its figure.
 
-One task adds errors to a real SAE's reconstructions, the other to a synthetic model, where every error is known.
+It asks whether the estimates tell them apart. One task adds errors to a real SAE's reconstructions. The other adds them
+to a synthetic model, where every error is known.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ def _with_index(table: pd.DataFrame) -> pd.DataFrame:
 
 @styled
 def introduced_error_figure(grid: pd.DataFrame, table: pd.DataFrame, unit: float, title: str = "") -> Figure:
-    """Above: heat maps of both estimates over (σ_x, σ_r) at no ablation, and the correlation table.
+    """Heat maps of both estimates over (σ_x, σ_r) at no ablation, and the correlation table.
 
-    Below: both estimates over ablated latents, with one noise at 0 and a line per value of the other.
+    Below them stand both estimates over ablated latents. One noise is 0, and each value of the other has a line.
 
     Args:
         grid: the table of `measures.introduced_error.noise_grid`.
@@ -128,7 +129,7 @@ def introduced_error_figure(grid: pd.DataFrame, table: pd.DataFrame, unit: float
 
 
 def _over_ablated(ax: Axes, grid: pd.DataFrame, moving: str, fixed: str) -> None:
-    """Both estimates over ablated latents, a line per value of the noise `moving`, where the noise `fixed` is 0."""
+    """Both estimates over ablated latents. The noise `fixed` is 0, each value of the noise `moving` has a line."""
     levels = sorted(grid[col.SIGMA_X].unique())
     here = grid[grid[fixed] == 0]
     for i, value in enumerate(levels):

@@ -24,13 +24,13 @@ from raysae.config import AnalysisConfig
 SECTIONS = {  # Analysis: heading, and what it asks.
     "error_regression": (
         "1 and 2. Error regression and norm prediction",
-        "How much of the error e = x − Sae(x) a linear map of the activation x predicts (ê, the linear error; ε = e − ê "
-        "is the nonlinear one), and how well the squared norms of e and of its parts are predicted.",
+        "How much of the error e = x − Sae(x) a linear map of the activation x predicts, and how well it predicts the "
+        "squared norms of e and of its parts. ê is what it predicts, the linear error. ε = e − ê is the nonlinear one.",
     ),
     "breakdown": (
         "1, continued. Breakdown",
-        "How the error falls with width, and how much of it is absent features, linear error and nonlinear error, "
-        "and of the latter the encoder's.",
+        "How the error falls with width, and how much of it is absent features, linear error and nonlinear error. "
+        "How much of the nonlinear error is the encoder's.",
     ),
     "per_token_scaling": ("3. Per-token scaling", "Whether SAEs of different widths fail on the same tokens."),
     "introduced_error": (
@@ -54,23 +54,23 @@ SECTIONS = {  # Analysis: heading, and what it asks.
     ),
 }
 CAPTIONS = {  # Beginning of a figure's name: what the figure shows.
-    "breakdown": "Left: FVU and nonlinear FVU against width with their fits. Right: what the error consists of; hatched "
-    "where c lies below the nonlinear FVU, so that the fit cannot tell linear error from absent features.",
-    "contours": "Nonlinear FVU and both R² over width and L0; circles are the SAEs.",
-    "norms": "R² of squared norms predicted from x (left), and of ‖e‖² predicted from other things (right); a point per "
-    "SAE.",
+    "breakdown": "Left: FVU and nonlinear FVU against width with their fits. Right: what the error consists of. Where "
+    "a bar is hatched, c lies below the nonlinear FVU, and the fit cannot tell linear error from absent features.",
+    "contours": "Nonlinear FVU and both R² over width and L0. Circles are the SAEs.",
+    "norms": "R² of squared norms predicted from x (left), and of ‖e‖² predicted from other things (right). A point is "
+    "an SAE.",
     "loadings": "What the probe for ‖Sae(x) − b_dec‖² makes of each decoder row, against the latent's mean value when "
     "active.",
     "layers": "Both R² against the layer.",
     "pairs": "R² of the wider SAE's error norm from the narrower one's, and what ‖ε‖ adds.",
-    "lines": "Error norms along the first held-out context, and a part of it with its tokens.",
+    "lines": "Error norms along the first held-out context, and a stretch of it with its tokens.",
     "grid": "Estimates under introduced errors, on the central SAE.",
     "synthetic": "The same on a fully synthetic model, where every error is known.",
     "widths": "Cross-entropy recovered by each part of the error, beside its shares of norm and variance, over widths.",
     "sparsities": "The same over L0 at one width.",
     "error_saes": "SAEs of equal width and k, trained on e, ê and ε.",
     "pursuit": "FVU and nonlinear FVU before and after pursuit.",
-    "earlier_layers": "R² of e, ê and ε from each source; hatched bars are 1 by definition.",
+    "earlier_layers": "R² of e, ê and ε from each source. Hatched bars are 1 by definition.",
 }
 PAPER = (  # Label, analysis, table, column, the paper's value.
     ("R² of e, mean over dimensions", "error_regression", "regressions", col.R2_ERROR, "about 0.5"),
@@ -233,9 +233,9 @@ DARK_MATTER = Paper(
     captions=CAPTIONS,
     numbers=PAPER,
     shown=shown_tables,
-    reading="R² is measured on contexts of other documents than those it was fitted on; intervals are 95 %, from "
-    "resampled contexts. The mean over dimensions is the paper's figure; the variance-weighted R² weighs each dimension "
-    "by its variance. FVU is the fraction of variance unexplained. Paper: Engels, Riggs, Tegmark, Decomposing the dark "
+    reading="R² is measured on contexts of other documents than those it was fitted on. Intervals are 95 %, from "
+    "resampled contexts. The mean over dimensions is the paper's figure. The variance-weighted R² weighs each "
+    "dimension by its variance. FVU is the fraction of variance unexplained. Paper: Engels, Riggs, Tegmark, Decomposing the dark "
     "matter of sparse autoencoders (arXiv 2410.14670), on Gemma 2 with Gemma Scope SAEs. The accuracy of explanations "
-    "per activation decile (part of analysis 6) is left out: it needs interpretability scores.",
+    "per activation decile, which belongs to analysis 6, is left out: it needs interpretability scores.",
 )

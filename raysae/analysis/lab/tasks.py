@@ -1,4 +1,4 @@
-"""The analyses' work on the cluster: Ray tasks whose results are kept on disk. No other module of the analyses knows Ray.
+"""The analyses' work on the cluster: Ray tasks whose results are kept on disk. No other module of analysis/ knows Ray.
 
 A result is a pickle under a digest of all it depends on. So a job that was killed goes on with the tasks it lacks, and
 another job reads what the first has worked out. The price: whoever may write to the folder may run code here.

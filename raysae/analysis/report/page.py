@@ -21,10 +21,12 @@ from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD, Claim
 COLORS = {HOLDS: "#00795a", FAILS: "#a33c00", UNTOLD: "#5a5a5a"}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1060px; margin: 2em auto; padding: 0 1.5em; }
-h1 { font-size: 1.6em; margin-bottom: .1em; } h2 { font-size: 1.2em; margin-top: 2.2em; border-bottom: 1px solid #ddd; padding-bottom: .2em; }
+h1 { font-size: 1.6em; margin-bottom: .1em; }
+h2 { font-size: 1.2em; margin-top: 2.2em; border-bottom: 1px solid #ddd; padding-bottom: .2em; }
 p.facts { color: #555; margin-top: 0; } p.note { color: #555; font-size: .92em; }
 table { border-collapse: collapse; font-size: .9em; margin: .8em 0; } .wide { overflow-x: auto; }
-th, td { padding: .3em .7em; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; } th { border-bottom: 1px solid #888; }
+th, td { padding: .3em .7em; text-align: left; vertical-align: top; border-bottom: 1px solid #e6e6e6; }
+th { border-bottom: 1px solid #888; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; } td.number { white-space: nowrap; }
 th { vertical-align: bottom; }
 td.verdict { white-space: nowrap; font-weight: 600; }

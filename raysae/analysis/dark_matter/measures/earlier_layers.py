@@ -87,8 +87,7 @@ def earlier_layers(
             mean, weighted = r2(sums, name, f"{hook_point}/{part}")
             known = hook_point == target and (part, name) in BY_DEFINITION
             numbers = with_intervals({col.R2: mean, col.R2_WEIGHTED: weighted})
-            known_by = {col.SOURCE: hook_point, col.PART: part, col.TARGET: name, col.BY_DEFINITION: known}
-            rows.append({**known_by, **numbers})
+            rows.append({col.SOURCE: hook_point, col.PART: part, col.TARGET: name, col.BY_DEFINITION: known, **numbers})
     return pd.DataFrame(rows)
 
 
