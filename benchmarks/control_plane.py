@@ -1,20 +1,23 @@
 """What the stream's control plane costs per block and consumer, and where it breaks.
 
-    python benchmarks/control_plane.py [--simulated 8,64,512] [--consumers 1,8,64,512] [--relayed 64] [--blocks 8] [--seconds 10] [--json FILE]
+    python benchmarks/control_plane.py [--simulated 8,64,512] [--consumers 1,8,64,512] [--relayed 64] [--blocks 8]
+                                       [--seconds 10] [--json FILE]
 
-Four measurements, without a language model and with next to no data; eight shards are in flight. All are taken with each of the `--blocks` a shard.
-An empty list of consumers leaves its measurements out.
+There are four measurements, without a language model and with next to no data. Eight shards are in flight. Each
+measurement is taken with each number of `--blocks` a shard. An empty list of consumers leaves its measurements out.
 
-1. The state machine alone, with producers and `--simulated` consumers in this process: CPU time per block and consumer, and the share of a core that
-   10,000 blocks a minute take, each read by all consumers.
-2. The real queue actor, on a local Ray with a producer of small blocks and `--consumers` that do not even read them (threads of a few processes), as
-   fast as it goes: blocks handed over per second, summed over consumers, and the CPU time that the queue's process spends on each. Those of its
-   threads that run Python share one lock: when together they fill a core, the queue is saturated. That point is computed from the CPU time, because
-   the consumers of this benchmark share the machine with the queue and slow it down before.
-3. The same with `--relayed` consumers through relays, as a sweep of so many banks has them: the queue, and the busiest relay.
-4. The queue, where so many consumers live in the processes of their relays and read 10,000 blocks a minute each, give or take half of the time
-   between two shards. So the queue can be brought near that rate on a small machine, and what consumers say in it is bundled as it is then; in the
-   measurement before, few calls of a queue with little to do are bundles.
+1. The state machine alone. Producers and the `--simulated` consumers are in this process. It measures CPU time per
+   block and consumer. At 10,000 blocks a minute, each read by all consumers, that gives a share of a core.
+2. The real queue actor, on a local Ray. A producer makes small blocks, and the `--consumers` do not even read them.
+   They are threads of a few processes, and take blocks as fast as they can. It measures blocks handed over per second,
+   summed over consumers, and the CPU time of the queue's process per block. The queue's Python threads share one lock.
+   When together they fill a core, the queue is saturated. That point is computed from the CPU time, because the
+   consumers share the machine and slow the queue down before.
+3. The same with `--relayed` consumers through relays, as in a sweep of that many banks. It measures the queue and the
+   busiest relay.
+4. The queue near that rate on a small machine. The consumers live in the processes of their relays. Each reads 10,000
+   blocks a minute, give or take half of the time between two shards. What consumers say is bundled as it is at that
+   rate. In measurement 3 the queue has little to do, so few of its calls are bundles.
 """
 
 from __future__ import annotations
@@ -45,19 +48,19 @@ from raysae.stream.relay import CONSUMERS, Relay, start_relays
 from raysae.stream.spec import ActivationSpec
 from raysae.stream.state import StreamState
 
-GOAL = 10_000 / 60  # blocks per second
-CAP = 8  # shards in flight
-HOOK, ROWS, WIDTH = "resid_post.0", 32, 1024  # rows of a block
-BLOCK_MIB = ROWS * WIDTH * 4 / 2**20  # 128 KiB: what is smaller than 100 KiB does not go through Ray's object store
-PROCESSES = 4  # that hold the consumers
+GOAL = 10_000 / 60  # Blocks per second
+CAP = 8  # Shards in flight
+HOOK, ROWS, WIDTH = "resid_post.0", 32, 1024  # Hook point, rows and width of a block
+BLOCK_MIB = ROWS * WIDTH * 4 / 2**20  # 128 KiB. Ray's object store takes nothing smaller than 100 KiB.
+PROCESSES = 4  # Processes that hold the consumers
 
 
 def spec_of(blocks: int) -> ActivationSpec:
-    """A stream with shards of so many blocks."""
+    """A stream with this number of blocks a shard."""
     contexts = ROWS * blocks
     return ActivationSpec(
-        model="m", text="t", contexts=contexts * 10**6, context_length=4, skip_positions=3, dtype="float32", seed=0, epochs=1,
-        shard_contexts=contexts, batch_contexts=contexts,
+        model="m", text="t", contexts=contexts * 10**6, context_length=4, skip_positions=3, dtype="float32", seed=0,
+        epochs=1, shard_contexts=contexts, batch_contexts=contexts,
     )  # fmt: skip
 
 
@@ -65,7 +68,10 @@ def spec_of(blocks: int) -> ActivationSpec:
 
 
 def simulate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
-    """Consumers read in random order, up to a window apart. As in the queue, whatever is news is followed by the question what to produce next."""
+    """Consumers read in random order, up to a window apart.
+
+    As in the queue, each piece of news is followed by the question what to produce next.
+    """
     state = StreamState(shards=10**9, cap=CAP)
     done = {f"consumer {i}": 0 for i in range(consumers)}
     for name in done:
@@ -83,7 +89,12 @@ def simulate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
                 state.advance(name, done[name])
                 state.lease()
     each = spent / (blocks * sum(done.values()))
-    return {"consumers": consumers, "blocks": blocks, "microseconds": 1e6 * each, "share_of_core": each * GOAL * consumers}
+    return {
+        "consumers": consumers,
+        "blocks": blocks,
+        "microseconds": 1e6 * each,
+        "share_of_core": each * GOAL * consumers,
+    }
 
 
 # ---------------------------------------------------------------- the queue
@@ -97,14 +108,30 @@ class SmallProducer:
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def produce(self, stream: str, shard: int, tolerant: bool) -> list:
-        return [{"index": shard, "contexts_forwarded": 0, "seconds": 0.0, "from_cache": False, "numerics": {}, "nonfinite": []}, *self.blocks]
+        return [
+            {
+                "index": shard,
+                "contexts_forwarded": 0,
+                "seconds": 0.0,
+                "from_cache": False,
+                "numerics": {},
+                "nonfinite": [],
+            },
+            *self.blocks,
+        ]
 
 
 class Taker(StreamClient):
-    """Takes references to blocks and does not read these."""
+    """Takes references to blocks and does not read the blocks."""
 
     def _get(
-        self, stream: str, shard: int, block: int, fetch: Callable[[], ray.ObjectRef], forget: Callable[[], None], wanted: Callable[[], bool]
+        self,
+        stream: str,
+        shard: int,
+        block: int,
+        fetch: Callable[[], ray.ObjectRef],
+        forget: Callable[[], None],
+        wanted: Callable[[], bool],
     ) -> ray.ObjectRef:
         return patiently(fetch, self.faults.queue_seconds, wanted)
 
@@ -114,7 +141,7 @@ class Readers:
     """Consumers that take block after block, each in a thread."""
 
     def __init__(self, speaks_to: dict[str, str], blocks: int):
-        self.read = dict.fromkeys(speaks_to, 0)  # blocks
+        self.read = dict.fromkeys(speaks_to, 0)  # Blocks read by each
         self.spec, self.blocks = spec_of(blocks), blocks
         for consumer, name in speaks_to.items():
             client = Taker(ray.get_actor(name), consumer, HOOK, self.spec, WIDTH, BLOCK_MIB)
@@ -134,7 +161,10 @@ class Readers:
 
 
 def cpu_seconds(pid: int) -> tuple[float, float]:
-    """CPU time of a process of Ray's, and of it that of the threads that may run Python: their name is the process's, Ray names the others."""
+    """CPU time of a Ray process, and that of its threads that may run Python alone.
+
+    Such threads have the name of the process. Ray names the others.
+    """
     stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     seconds = [sum(map(int, stat.rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK") for stat in stats]
     return sum(seconds), sum(itertools.compress(seconds, ("(ray::" in stat for stat in stats)))
@@ -163,7 +193,7 @@ class Load:
 
 
 def start(consumers: int, blocks: int) -> tuple[ray.actor.ActorHandle, str, list[str]]:
-    """A queue, its name, and the consumers that it expects."""
+    """Starts a queue. Returns it, its name, and the consumers that it expects."""
     name = f"queue-{time.time_ns()}"
     queue = start_stream(
         model=ModelConfig(),
@@ -182,38 +212,49 @@ def start(consumers: int, blocks: int) -> tuple[ray.actor.ActorHandle, str, list
 
 
 def read_by_each(readers: list[ray.actor.ActorHandle]) -> dict[str, int]:
-    return {name: read for some in ray.get([reader.progress.remote() for reader in readers]) for name, read in some.items()}
+    return {
+        name: read for some in ray.get([reader.progress.remote() for reader in readers]) for name, read in some.items()
+    }
 
 
 def under_way(readers: list[ray.actor.ActorHandle], blocks: int) -> dict[str, int]:
-    """Waits until all consumers have joined, and read at their pace."""
+    """Waits until all consumers have joined and read at their pace. Returns the blocks read by each."""
     while min((read := read_by_each(readers)).values()) < 2 * blocks:
         time.sleep(0.2)
     return read
 
 
 def saturate(consumers: int, blocks: int, seconds: float, relayed: bool = False) -> list[dict[str, float]]:
-    """The queue's load, and with relays that of the busiest of them."""
+    """The queue's load. With relays, the load of the busiest of them follows."""
     queue, name, names = start(consumers, blocks)
     relays, speaks_to = start_relays(name, names, CONSUMERS if relayed else consumers)
-    readers = [Readers.remote({name: speaks_to[name] for name in names[i::PROCESSES]}, blocks) for i in range(min(PROCESSES, consumers))]
+    readers = [
+        Readers.remote({name: speaks_to[name] for name in names[i::PROCESSES]}, blocks)
+        for i in range(min(PROCESSES, consumers))
+    ]
     read = under_way(readers, blocks)
     served = zip(relays, sorted({*speaks_to.values()}, key=list(speaks_to.values()).index), strict=False)
-    loads = [Load(relay, [consumer for consumer in names if speaks_to[consumer] == relay_name], read) for relay, relay_name in served]
+    loads = [
+        Load(relay, [consumer for consumer in names if speaks_to[consumer] == relay_name], read)
+        for relay, relay_name in served
+    ]
     of_queue = Load(queue, names, read)
     time.sleep(seconds)
     read = read_by_each(readers)
-    rows = [of_queue.measured(read), *sorted((load.measured(read) for load in loads), key=lambda row: -row["python_load"])[:1]]
+    rows = [
+        of_queue.measured(read),
+        *sorted((load.measured(read) for load in loads), key=lambda row: -row["python_load"])[:1],
+    ]
     for actor in (*readers, *relays, queue):
         ray.kill(actor)
     return [{"consumers": consumers, "blocks": blocks, "relays": len(relays)} | row for row in rows]
 
 
 class Crowd(Relay):
-    """A relay whose consumers live in it: they cost next to nothing."""
+    """A relay whose consumers live in it, and so cost next to nothing."""
 
     async def run(self, names: list[str], blocks: int) -> None:
-        self.read = dict.fromkeys(names, 0)  # blocks
+        self.read = dict.fromkeys(names, 0)  # Blocks read by each
         self.tasks = [asyncio.create_task(self.consume(name, blocks)) for name in names]
 
     async def consume(self, name: str, blocks: int) -> None:
@@ -231,7 +272,7 @@ class Crowd(Relay):
 
 
 def crowd(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
-    """The queue's load."""
+    """The queue's load with consumers that live in their relays."""
     queue, name, names = start(consumers, blocks)
     relays = [ray.remote(Crowd).options(num_cpus=0).remote(name) for _ in range(-(-consumers // CONSUMERS))]
     ray.get([relay.run.remote(names[i :: len(relays)], blocks) for i, relay in enumerate(relays)])
@@ -244,13 +285,19 @@ def crowd(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
     return {"consumers": consumers, "blocks": blocks, "relays": len(relays)} | found
 
 
-HEAD = "blocks a shard   consumers   relays   blocks/s   µs of CPU a block   of it Python   share of a core   saturated: blocks/s   consumers"
+HEAD = (
+    "blocks a shard   consumers   relays   blocks/s   "
+    "µs of CPU a block   of it Python   share of a core   saturated: blocks/s   consumers"
+)
 
 
 def show(what: str, row: dict[str, float]) -> None:
     counts = f"{row['blocks']:13}   {row['consumers']:9}   {row['relays']:6}   {row['blocks_per_second']:8,.0f}"
     times = f"{row['microseconds']:17.0f}   {row['python_microseconds']:12.0f}   {row['python_load']:15.0%}"
-    print(f"  {what:14}   {counts}   {times}   {row['limit_per_second']:19,.0f}   {row['limit_consumers']:9.1f}", flush=True)
+    print(
+        f"  {what:14}   {counts}   {times}   {row['limit_per_second']:19,.0f}   {row['limit_consumers']:9.1f}",
+        flush=True,
+    )
 
 
 def numbers_or_none(words: str) -> list[int]:
@@ -261,8 +308,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulated", type=numbers_or_none, default="8,64,512")
     parser.add_argument("--consumers", type=numbers_or_none, default="1,8,64,512")
-    parser.add_argument("--relayed", type=numbers_or_none, default="64", help="consumers, through relays")
-    parser.add_argument("--blocks", type=numbers, default="8", help="of a shard")
+    parser.add_argument("--relayed", type=numbers_or_none, default="64", help="Numbers of consumers through relays.")
+    parser.add_argument("--blocks", type=numbers, default="8", help="Numbers of blocks in a shard.")
     parser.add_argument("--seconds", type=positive, default=10)
     parser.add_argument("--json", type=writable, metavar="FILE")
     options = parser.parse_args()
@@ -272,7 +319,14 @@ def main() -> None:
     for each, number in itertools.product(blocks, simulated):
         found["state"].append(row := simulate(number, each, options.seconds / 2))
         print(f"  {each:14}   {number:9}   {row['microseconds']:25.2f}   {row['share_of_core']:15.1%}", flush=True)
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20, log_to_driver=False, logging_level="error")
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=256 * 2**20,
+        log_to_driver=False,
+        logging_level="error",
+    )
     print("the queue\n  measured        " + HEAD)
     for each, number in itertools.product(blocks, consumers):
         found["queue"] += saturate(number, each, options.seconds)

@@ -1,12 +1,16 @@
-"""TopK training steps on a GPU, ours against sparsify's: tokens per second, share of the GPU's matrix rate, memory.
+"""TopK training steps on a GPU, ours against sparsify's.
 
-    python benchmarks/gpu_steps.py [--peers .venv-peers/bin/python] [--repeats 5] [--only d2304-n65536-k64-b8192] [--json FILE]
+    python benchmarks/gpu_steps.py [--peers .venv-peers/bin/python] [--repeats 5] [--only d2304-n65536-k64-b8192]
+                                   [--json FILE]
 
-Both environments need a PyTorch for CUDA, the same. As in `steps.py` the sides are processes of their own that hold the same batches and take turns,
-and the ratio is taken in every turn. Both train float32 weights with Adam and multiply in bfloat16. No latent is dead, AuxK is idle on both sides.
+It measures tokens per second, share of the GPU's matrix rate, and memory.
 
-The share is of the rate of a large product in bfloat16 measured between the turns, of which a step's least work is one dense product, 2·b·d·n
-operations. sparsify is left out of rows whose name ends in `alone`.
+Both environments need the same PyTorch for CUDA. As in `steps.py`, each side is a process of its own. Both hold the
+same batches and take turns, and the ratio is taken in every turn. Both train float32 weights with Adam and multiply in
+bfloat16. No latent is dead, so AuxK is idle on both sides.
+
+The share compares a step's least work with the rate of a large bfloat16 product. The least work is one dense product,
+2·b·d·n operations. The rate is measured between the turns. Rows whose name ends in `alone` leave sparsify out.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from options import at_least, writable
 from step_worker import BATCHES
 from steps import PEERS, WORKER, Worker, refuse_other_torch, spread
 
-ROWS = {  # name → d, n, k, batch, with sparsify
+ROWS = {  # Name → d, n, k, batch, with sparsify
     "d2304-n65536-k64-b8192": (2304, 65536, 64, 8192, True),
     "d2304-n65536-k64-b32768-alone": (2304, 65536, 64, 32768, False),
     "d768-n24576-k32-b8192": (768, 24576, 32, 8192, True),
@@ -37,7 +41,7 @@ for line in sys.stdin:
     print(begin.elapsed_time(end) / 20e3, flush=True)
 """
 NAME = "import json, torch; print(json.dumps(torch.cuda.get_device_name() if torch.cuda.is_available() else None))"
-SECONDS = 0.5  # of steps in a turn
+SECONDS = 0.5  # Seconds of steps in a turn
 
 
 def measure(row: str, options: argparse.Namespace) -> dict:
@@ -46,9 +50,13 @@ def measure(row: str, options: argparse.Namespace) -> dict:
     pythons = {"raysae": sys.executable} | ({"sparsify": options.peers} if with_sparsify else {})
     peak = Worker([sys.executable, "-c", PEAK], {}, 1)
     workers = {
-        side: Worker([python, str(WORKER), side, "topk", *sizes, "cuda"], {"SPARSIFY_DISABLE_TRITON": "0"}, 1) for side, python in pythons.items()
+        side: Worker([python, str(WORKER), side, "topk", *sizes, "cuda"], {"SPARSIFY_DISABLE_TRITON": "0"}, 1)
+        for side, python in pythons.items()
     }
-    steps = {side: max(1, round(SECONDS / (worker.ask(BATCHES) and worker.ask(1)["seconds"]))) for side, worker in workers.items()}
+    steps = {
+        side: max(1, round(SECONDS / (worker.ask(BATCHES) and worker.ask(1)["seconds"])))
+        for side, worker in workers.items()
+    }
     rates, seconds = [], {side: [] for side in workers}
     for _ in range(options.repeats):
         rates.append(2 * 8192**3 / float(peak.ask("go")))
@@ -73,11 +81,16 @@ def measure(row: str, options: argparse.Namespace) -> dict:
 
 
 def show(result: dict) -> None:
-    ratio = ", {median:.2f} × sparsify ({least:.2f} to {greatest:.2f})".format(**result["ratio"]) if "ratio" in result else ""
+    ratio = (
+        ", {median:.2f} × sparsify ({least:.2f} to {greatest:.2f})".format(**result["ratio"])
+        if "ratio" in result
+        else ""
+    )
     print(f"\n{result['name']}: {result['bf16_tflops']:.0f} TFLOP/s in bfloat16{ratio}")
     for name, side in result["sides"].items():
         print(
-            f"  {name:10} {side['tokens_per_second']:11,.0f} tokens/s   {side['milliseconds']:7.2f} ms   {side['share_of_peak']:5.1%} of the rate   "
+            f"  {name:10} {side['tokens_per_second']:11,.0f} tokens/s   {side['milliseconds']:7.2f} ms   "
+            f"{side['share_of_peak']:5.1%} of the rate   "
             f"{side['extra_mib']:7,.0f} MiB beside weights, gradients, Adam",
             flush=True,
         )
@@ -85,9 +98,15 @@ def show(result: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default=str(PEERS), help="Python of the peers' environment")
+    parser.add_argument("--peers", default=str(PEERS), help="Python of the peers' environment.")
     parser.add_argument("--repeats", type=at_least(1), default=5)
-    parser.add_argument("--only", action="append", choices=ROWS, metavar="ROW", help=f"may be given several times; rows: {', '.join(ROWS)}")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=ROWS,
+        metavar="ROW",
+        help=f"Row to measure. It may be repeated. Rows: {', '.join(ROWS)}",
+    )
     parser.add_argument("--json", type=writable, metavar="FILE")
     options = parser.parse_args()
     worker = Worker([sys.executable, "-c", NAME], {}, 1)

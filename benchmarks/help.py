@@ -1,6 +1,8 @@
-"""How long `jobs/scaling_sweep.py --help` takes: the median of five, after one that fills the disk cache.
+"""How long `jobs/scaling_sweep.py --help` takes.
 
 python benchmarks/help.py [--json FILE]
+
+It is the median of five runs. One run before them fills the disk cache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What the scripts of this folder take on their command lines: `type=` functions for argparse, so that what is wrong is told before any work starts.
+"""What the scripts of this folder take on their command lines.
 
-It is imported in the peers' environment too, so of the standard library alone.
+These are `type=` functions for argparse, so mistakes are told before any work starts. The peers' environment imports
+them too, so they use the standard library alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 
 def _number(word: str) -> float:
-    """Not a number where it is none."""
+    """The number in a word, or NaN where it is none."""
     try:
         return float(word)
     except ValueError:
@@ -35,7 +36,7 @@ def fraction(word: str) -> float:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """For a whole number from `least` on, written as the jobs take them: 100000, 100_000 or 1e5."""
+    """A type for a whole number from `least` on. It is written as for the jobs: 100000, 100_000 or 1e5."""
 
     def whole(word: str) -> int:
         number = _number(word)
@@ -65,7 +66,9 @@ def writable(word: str) -> Path:
     if path.is_dir():
         raise ArgumentTypeError(f"{word!r} is a folder: name a file")
     if not path.parent.is_dir():
-        raise ArgumentTypeError(f"{word!r} cannot be written, there is no folder {str(path.parent)!r}: make it first, or name another file")
+        raise ArgumentTypeError(
+            f"{word!r} cannot be written, there is no folder {str(path.parent)!r}: make it first, or name another file"
+        )
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ArgumentTypeError(f"{word!r} cannot be written: name a file of your own")
     return path

@@ -1,9 +1,11 @@
-"""Tokens per second of a producer against a bare forward pass of the same layers of the same model, without hooks, of the same contexts.
+"""Tokens per second of a producer against a bare forward pass.
 
-    python benchmarks/producer.py [--model embedded] [--hook-point resid_post.2] [--threads 2] [--repeats 7] [--json FILE]
+    python benchmarks/producer.py [--model embedded] [--hook-point resid_post.2] [--threads 2] [--repeats 7]
+                                  [--json FILE]
 
-The producer makes whole shards, as in a sweep: forward pass, capture, permutation, blocks. The bare pass is transformers' own model, cut off behind
-the same block. The two take turns; the ratio is taken in every turn, and told are its median, least and greatest.
+The producer makes whole shards, as in a sweep. It does forward pass, capture, permutation and blocks. The bare pass is
+transformers' own model without hooks, cut off behind the same layer. It has the same contexts. The two take turns. The
+ratio is taken in every turn, and the output has its median, least and greatest.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import os
 import statistics
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a job's processes; read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # A job's processes set this too. Importing torch reads it.
 
 import torch
 from options import at_least, writable
@@ -39,10 +41,15 @@ def job(argv: list[str]) -> None:
     torch.set_num_threads(options.threads)
     settled = plan(SweepConfig.model_validate({"model": {"name": options.model}, "hook_points": [options.hook_point]}))
     spec, contexts = settled.training, settled.contexts["train"]
-    maker = ShardMaker(LanguageModel.load(settled.config.model), contexts, spec, [options.hook_point], settled.config.stream.block_mib)
+    maker = ShardMaker(
+        LanguageModel.load(settled.config.model), contexts, spec, [options.hook_point], settled.config.stream.block_mib
+    )
     bare = LanguageModel.load(settled.config.model).model.base_model
     if not hasattr(bare, "layers"):
-        raise UserError(f"--model is {options.model!r}, whose blocks are not in `layers`: only such models can be cut off for the bare pass")
+        raise UserError(
+            f"--model is {options.model!r}, whose layers are not in `layers`, so the bare pass cannot be cut off. "
+            "Name a model that has them there."
+        )
     bare.layers = bare.layers[: int(options.hook_point.split(".")[1]) + 1]
     bare.norm = torch.nn.Identity()
     batches = torch.from_numpy(contexts[spec.contexts_of(0)]).split(spec.batch_contexts)
@@ -56,7 +63,7 @@ def job(argv: list[str]) -> None:
         for name, call in (("producer", lambda: maker.make(0)), ("bare", forward)):
             began = time.perf_counter()
             call()
-            if repeat:  # the first is a warm-up
+            if repeat:  # The first is a warm-up
                 seconds[name].append(time.perf_counter() - began)
     tokens = spec.shard_contexts * spec.context_length
     rates = {name: tokens / statistics.median(times) for name, times in seconds.items()}

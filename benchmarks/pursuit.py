@@ -2,9 +2,11 @@
 
     python benchmarks/pursuit.py [--d 256] [--n 4096] [--l0 32] [--tokens 4096] [--repeats 5] [--threads 2]
 
-The dense version holds weights (b, n) and takes three dense products per step; its batch size is chosen first, the fastest of several. Then the two
-alternate, so that a disturbance of the machine meets both. The GEMM bound is a pursuit of nothing but one dense product D·r per token and step at the
-rate measured here, in the same alternation; a share above 1 says that dense products were avoided.
+The dense version holds weights (b, n) and takes three dense products per step. Its batch size comes first: the fastest
+of several. Then the two alternate. So a disturbance of the machine meets both.
+
+The GEMM bound is nothing but one dense product D·r per token and step. It takes its turn in the same alternation. A
+share above 1 means that dense products were avoided.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in a job's processes; read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # A job's processes set this too. Importing torch reads it.
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ BATCHES = (32, 64, 128, 256, 512, 1024)
 
 
 def naive(x: Tensor, features: Tensor, steps: int) -> Tensor:
-    """Dense weights (b, n) after `steps` steps, as the spec's analysis 7 has them."""
+    """Dense weights (b, n) after `steps` steps, by the definition of analysis 7."""
     w, r = x.new_zeros(len(x), len(features)), x
     for _ in range(steps):
         scores = r @ features.T
@@ -58,20 +60,30 @@ def main() -> None:
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     features = unit_rows(torch.randn(options.n, options.d))
-    active = torch.rand(options.tokens, options.n) * (torch.rand(options.tokens, options.n) < 1.5 * options.l0 / options.n)
+    active = torch.rand(options.tokens, options.n) * (
+        torch.rand(options.tokens, options.n) < 1.5 * options.l0 / options.n
+    )
     x = active @ features + 0.02 * torch.randn(options.tokens, options.d)
     pursue, steps = Pursuit(features), torch.full((options.tokens,), options.l0)
 
     codes = pursue(x[:256], steps[:256])
     dense = naive(x[:256], features, options.l0)
     difference = (pursue.decode(codes) - dense @ features).norm(dim=1) / x[:256].norm(dim=1)
-    print(f"same reconstructions to 1e-4: {(difference < 1e-4).float().mean():.1%} of 256 tokens (the others met two latents equal to rounding)")
+    print(
+        f"same reconstructions to 1e-4: {(difference < 1e-4).float().mean():.1%} of 256 tokens "
+        "(the others met two latents equal to rounding)"
+    )
 
     sample = x[:1024]
     trials = {b: [] for b in BATCHES}
     for _ in range(2):
         for b, rates in trials.items():
-            rates.append(rate(lambda b=b: [naive(part, features, options.l0) for part in sample[: max(b, 256)].split(b)], max(b, 256)))
+            rates.append(
+                rate(
+                    lambda b=b: [naive(part, features, options.l0) for part in sample[: max(b, 256)].split(b)],
+                    max(b, 256),
+                )
+            )
     best = max(BATCHES, key=lambda b: max(trials[b]))
 
     scores = torch.empty(1024, options.n)
@@ -84,7 +96,10 @@ def main() -> None:
     for _ in range(options.repeats):
         for name, (function, tokens) in contenders.items():
             rates[name].append(rate(function, tokens))
-    print(f"d = {options.d}, n = {options.n}, L0 = {options.l0}, {options.threads} threads; naive at batch {best}, the best of {BATCHES}")
+    print(
+        f"d = {options.d}, n = {options.n}, L0 = {options.l0}, {options.threads} threads; "
+        f"naive at batch {best}, the best of {BATCHES}"
+    )
     for name, values in rates.items():
         print(f"{name:12s} {statistics.median(values):10,.0f} tokens/s   from {min(values):,.0f} to {max(values):,.0f}")
     for other in ("naive", "GEMM bound"):

@@ -3,10 +3,14 @@
     python benchmarks/recovery.py            all faults
     python benchmarks/recovery.py trainer    some of them
 
-Two times are taken from the moment of the kill: until a process takes the dead one's place (of a machine: until everything that was on it is alive
-elsewhere), and until every SAE has a new number in the outbox, beyond those from before. The second has up to a second from the driver's looking once
-a second in it, and is shorter than the first where enough activations were in flight. A process that hangs is stopped (SIGSTOP); it is silent for
-`faults.hang_seconds`, ten here, before it counts as hung. Run it on a quiet machine.
+Two times are taken from the moment of the kill:
+
+- Until a process takes the dead one's place. For a machine, everything on it must be alive elsewhere.
+- Until every SAE has a new number in the outbox, beyond those from before. The driver looks once a second, which adds
+  up to a second. This time is the shorter one where enough activations were in flight.
+
+A process that hangs is stopped (SIGSTOP). It counts as hung after `faults.hang_seconds` of silence. Here that is ten.
+Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -26,13 +30,21 @@ import ray
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
-os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
+)
 
 from tests.faults.harness import SHARD_ROWS, Sweep, materials  # noqa: E402
 from tests.faults.test_nodes import NEEDS, drain, machines_of  # noqa: E402
 
 TIMES = 5
-KNOBS = {"train.tokens": 60 * SHARD_ROWS, "stream.epochs": 3, "train.reports": 600, "evaluation.interim_rows": 256, "train.checkpoint_seconds": 2}
+KNOBS = {
+    "train.tokens": 60 * SHARD_ROWS,
+    "stream.epochs": 3,
+    "train.reports": 600,
+    "evaluation.interim_rows": 256,
+    "train.checkpoint_seconds": 2,
+}
 FAULTS = {"faults.hang_seconds": 10, "faults.producer_deaths": 1000, "faults.shard_attempts": 20}
 PROCESSES = ("producer", "hung producer", "trainer", "hung trainer", "queue", "hung queue", "trial", "driver")
 MACHINES = ("machine with producers and trainers", "drained machine")
@@ -74,7 +86,14 @@ def running(address: str, made: Path, folder: Path, knobs: dict) -> Iterator[Swe
 
 
 def of_processes(fault: str, made: Path, folder: Path) -> list[tuple[float, float]]:
-    ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False, logging_level="error")
+    ray.init(
+        "local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        log_to_driver=False,
+        logging_level="error",
+    )
     try:
         with running(ray.get_runtime_context().gcs_address, made, folder, {}) as sweep:
             found = []
@@ -100,7 +119,11 @@ def of_machines(fault: str, made: Path, folder: Path) -> list[tuple[float, float
                     drain(there, 120)
                 else:
                     machines.kill(there)
-                sweep.until(lambda new=new: sweep.nodes("trainer") == sweep.nodes("producer") == {new} and len(sweep.pids("trainer")) == 2)
+                sweep.until(
+                    lambda new=new: (
+                        sweep.nodes("trainer") == sweep.nodes("producer") == {new} and len(sweep.pids("trainer")) == 2
+                    )
+                )
                 back = time.monotonic() - began
                 sweep.until(goes_on)
                 found.append((back, time.monotonic() - began))
@@ -114,7 +137,9 @@ def of_machines(fault: str, made: Path, folder: Path) -> list[tuple[float, float
 def main() -> None:
     faults = (*PROCESSES, *MACHINES)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(faults)}; none: all")
+    parser.add_argument(
+        "faults", nargs="*", metavar="FAULT", help=f"Faults to measure: {', '.join(faults)}. None means all."
+    )
     wanted = parser.parse_args().faults or faults
     if unknown := [fault for fault in wanted if fault not in faults]:
         parser.error(f"{unknown[0]!r} is none of {', '.join(faults)} (write those of several words in quotes)")

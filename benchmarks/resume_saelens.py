@@ -1,13 +1,18 @@
-"""Kill and resume, side by side with SAELens: how far the resumed SAE's weights are from an undisturbed run's, and what SIGTERM leaves on disk.
+"""Kill and resume, side by side with SAELens.
 
-.venv/bin/python benchmarks/resume_saelens.py              raysae, then SAELens in .venv-peers (`make test-saelens` creates it)
+.venv/bin/python benchmarks/resume_saelens.py
 
-Both train one TopK SAE on the same contexts of the same language model, with the same width, k, batch, learning rate and number of steps, on one
-thread per process. raysae runs as its users run it, `jobs/scaling_sweep.py` on a Ray of its own. Each is run
+It runs raysae, then SAELens in .venv-peers (`make test-saelens` creates it). It measures how far the resumed SAE's
+weights are from an undisturbed run's. It also shows what SIGTERM leaves on disk.
 
-- undisturbed, twice: the second shows what the runs differ by without any fault;
-- killed with SIGKILL at the step of a checkpoint past the middle, and resumed from it. raysae goes first; SAELens then writes its checkpoint, by its
-  own `SAETrainer.save_checkpoint`, at the very step where raysae's had been written, and is killed right there;
+Both train one TopK SAE on the same contexts of the same language model. Width, k, batch, learning rate and number of
+steps are the same. Each process has one thread. raysae runs as its users run it, `jobs/scaling_sweep.py` on a Ray of
+its own. Each is run
+
+- undisturbed, twice. The second run shows what the runs differ by without any fault.
+- killed with SIGKILL at the step of a checkpoint past the middle, and resumed from it. raysae goes first. SAELens then
+  writes its checkpoint at the very step where raysae's had been written. It uses its own `SAETrainer.save_checkpoint`,
+  and is killed right there.
 - stopped with SIGTERM past the middle, as a cluster's scheduler does, and resumed from what that left.
 """
 
@@ -41,31 +46,37 @@ ENVIRONMENT = os.environ | {
 
 def start_raysae(folder: Path, resume: bool = False) -> subprocess.Popen:
     knobs = {
-        "stream.context_length": CONTEXT, "stream.cache": "off", "stream.threads": 1, "hook_points": f"resid_post.{LAYER}", "widths": WIDTH, "k": K,
-        "learning_rates": RATE, "train.batch": BATCH, "train.tokens": STEPS * BATCH, "train.threads": 1, "train.checkpoint_seconds": 0.5,
-        "train.reports": 2, "evaluation.rows": 20_000, "evaluation.predicted_tokens": 0, "study": STUDY,
+        "stream.context_length": CONTEXT, "stream.cache": "off", "stream.threads": 1,
+        "hook_points": f"resid_post.{LAYER}", "widths": WIDTH, "k": K, "learning_rates": RATE, "train.batch": BATCH,
+        "train.tokens": STEPS * BATCH, "train.threads": 1, "train.checkpoint_seconds": 0.5, "train.reports": 2,
+        "evaluation.rows": 20_000, "evaluation.predicted_tokens": 0, "study": STUDY,
         "tracking.uri": f"sqlite:///{folder}/mlflow.db",
     }  # fmt: skip
-    words = ["--resume", STUDY] if resume else [word for key, value in knobs.items() for word in (f"--{key}", str(value))]
+    words = (
+        ["--resume", STUDY] if resume else [word for key, value in knobs.items() for word in (f"--{key}", str(value))]
+    )
     command = [sys.executable, str(REPOSITORY / "jobs" / "scaling_sweep.py"), "--output", str(folder), *words]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def checkpointed_step(folder: Path) -> int:
-    """Steps in the newest checkpoint of the study in `folder`; 0 where there is none."""
+    """Steps in the newest checkpoint of the study in `folder`, or 0 where there is none."""
     paths = sorted((folder / STUDY / "checkpoints" / NAME).glob("*.safetensors"))
     if not paths:
         return 0
     try:
         with paths[-1].open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except FileNotFoundError:  # replaced by a newer one meanwhile
+    except FileNotFoundError:  # A newer one has replaced it meanwhile
         return checkpointed_step(folder)
     return json.loads(header["__metadata__"]["raysae"])["header"]["member"]["steps_done"]
 
 
 def raysae(folder: Path, strike: signal.Signals | None = None) -> dict:
-    """Weights of a run in `folder`, struck by a signal at a checkpoint past the middle and resumed; the step and what the signal left."""
+    """Weights of a run in `folder`. A signal strikes it at a checkpoint past the middle, and it is resumed.
+
+    The result also has the step and what the signal left.
+    """
     folder.mkdir(parents=True)
     process, found = start_raysae(folder), {}
     if strike:
@@ -74,7 +85,11 @@ def raysae(folder: Path, strike: signal.Signals | None = None) -> dict:
         process.send_signal(strike)
         process.wait()
         time.sleep(3)  # Ray's processes follow their driver
-        found = {"step": checkpointed_step(folder), "left": files_in(folder / STUDY / "checkpoints"), "saes": files_in(folder / STUDY / "saes")}
+        found = {
+            "step": checkpointed_step(folder),
+            "left": files_in(folder / STUDY / "checkpoints"),
+            "saes": files_in(folder / STUDY / "saes"),
+        }
         process = start_raysae(folder, resume=True)
     if process.wait() != 0:
         sys.exit(f"raysae failed in {folder}")
@@ -82,18 +97,31 @@ def raysae(folder: Path, strike: signal.Signals | None = None) -> dict:
 
 
 def files_in(folder: Path) -> list[str]:
-    return sorted(f"{path.relative_to(folder)} ({path.stat().st_size:,} bytes)" for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        f"{path.relative_to(folder)} ({path.stat().st_size:,} bytes)" for path in folder.rglob("*") if path.is_file()
+    )
 
 
-# ---------------------------------------------------------------- SAELens: the functions from here on run in its environment
+# ---------------------------------------------------------------- SAELens: functions that run in its environment
 
 
 def train_with_saelens(plan: dict) -> None:
-    """One run, as `plan` says: `folder`, `resume` (a checkpoint's folder), `checkpoint_at` (a step, where SIGKILL follows), `say_at` (a step)."""
+    """One run, as `plan` says.
+
+    - `folder`: where it writes.
+    - `resume`: a checkpoint's folder.
+    - `checkpoint_at`: a step at which it saves and kills itself with SIGKILL.
+    - `say_at`: a step at which it prints a line.
+    """
     import numpy as np
     import torch
     from datasets import Dataset
-    from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, LoggingConfig, TopKTrainingSAEConfig
+    from sae_lens import (
+        LanguageModelSAERunnerConfig,
+        LanguageModelSAETrainingRunner,
+        LoggingConfig,
+        TopKTrainingSAEConfig,
+    )
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(0)
@@ -104,7 +132,7 @@ def train_with_saelens(plan: dict) -> None:
         finish_step(trainer)
         step = trainer.n_training_steps + 1
         if step == plan.get("checkpoint_at"):
-            # As the trainer does it, between two steps: the counter of steps is raised after this.
+            # Between two steps, as the trainer does it. The counter of steps is raised after this.
             trainer.save_checkpoint(str(trainer.n_training_samples))
             os.kill(os.getpid(), signal.SIGKILL)
         if step == plan.get("say_at"):
@@ -114,11 +142,12 @@ def train_with_saelens(plan: dict) -> None:
     folder = plan["folder"]
     config = LanguageModelSAERunnerConfig(
         sae=TopKTrainingSAEConfig(d_in=plan["d"], d_sae=WIDTH, k=K, normalize_activations="expected_average_only_in"),
-        model_name=plan["model"], model_class_name="AutoModelForCausalLM", hook_name=f"model.layers.{LAYER}", dataset_path="contexts",
-        is_dataset_tokenized=True, streaming=False, context_size=CONTEXT, prepend_bos=False, training_tokens=STEPS * BATCH,
-        train_batch_size_tokens=BATCH, n_batches_in_buffer=16, store_batch_size_prompts=32, n_batches_for_norm_estimate=8, lr=RATE, seed=0,
-        device="cpu", logger=LoggingConfig(log_to_wandb=False), checkpoint_path=f"{folder}/checkpoints", output_path=f"{folder}/output",
-        resume_from_checkpoint=plan.get("resume"), verbose=False,
+        model_name=plan["model"], model_class_name="AutoModelForCausalLM", hook_name=f"model.layers.{LAYER}",
+        dataset_path="contexts", is_dataset_tokenized=True, streaming=False, context_size=CONTEXT, prepend_bos=False,
+        training_tokens=STEPS * BATCH, train_batch_size_tokens=BATCH, n_batches_in_buffer=16,
+        store_batch_size_prompts=32, n_batches_for_norm_estimate=8, lr=RATE, seed=0, device="cpu",
+        logger=LoggingConfig(log_to_wandb=False), checkpoint_path=f"{folder}/checkpoints",
+        output_path=f"{folder}/output", resume_from_checkpoint=plan.get("resume"), verbose=False,
     )  # fmt: skip
     contexts = Dataset.from_dict({"tokens": np.load(plan["contexts"], allow_pickle=False).tolist()})
     LanguageModelSAETrainingRunner(config, override_dataset=contexts).run()
@@ -140,7 +169,9 @@ def saelens(plan: dict, strike: signal.Signals | None = None, step: int = 0) -> 
             process.stdout.readline()
             process.send_signal(strike)
         process.communicate()
-        checkpoints = sorted(path for path in (folder / "checkpoints").rglob("*") if path.is_dir() and any(path.glob("*.safetensors")))
+        checkpoints = sorted(
+            path for path in (folder / "checkpoints").rglob("*") if path.is_dir() and any(path.glob("*.safetensors"))
+        )
         found = {"step": step, "left": files_in(folder / "checkpoints"), "saes": files_in(folder / "output")}
         if not checkpoints:
             return found | {"weights": None}
@@ -215,7 +246,10 @@ def main() -> None:
                     continue
                 apart = difference(base, run["weights"])
                 at = f" at step {run['step']} of {STEPS}, resumed" if "step" in run else ""
-                print(f"  {name}{at}: " + ("cannot be resumed" if apart is None else f"largest difference of weights {apart:.3g}"))
+                print(
+                    f"  {name}{at}: "
+                    + ("cannot be resumed" if apart is None else f"largest difference of weights {apart:.3g}")
+                )
                 if name == "SIGTERM":
                     print(f"    left on disk: {'; '.join(run['left'] + run['saes']) or 'nothing'}")
 

@@ -1,18 +1,29 @@
-"""One side of `steps.py`: a training step of raysae or of a peer, taken as often as a line on standard input says.
+"""One side of `steps.py`: training steps of raysae or of a peer, as many as a line on standard input says.
 
     python benchmarks/step_worker.py SIDE ARCHITECTURE D N K BATCH [DEVICE]
     python benchmarks/step_worker.py torch                           which torch this environment has
 
-Prints a line of JSON per line read: {"seconds": …} for a number of steps; for `memory` {"bytes": …}, the peak of memory (on a CPU resident, on a GPU
-allocated) in the steps so far beyond what there was before the first one, less gradients and Adam's moments. It runs in the peers' environment too
-and so imports nothing but torch and what SIDE needs.
+It prints a line of JSON per line read. A number of steps gives {"seconds": …}. `memory` gives {"bytes": …}. That is the
+peak of the steps so far, less the memory before the first one, gradients and Adam's moments. On a CPU it is resident
+memory, on a GPU allocated memory.
 
-Every side does what its own trainer does in a step: forward, backward, gradient clipping, removal of the parallel gradient and unit decoder rows
-where it has them, Adam, learning-rate schedule, count of latents that fired. No latent is dead here, so AuxK is idle on all sides; logging, where a
-trainer leaves it out by itself, is off. ReLU, JumpReLU and the tied autoencoder begin with thresholds (or biases) that k latents per row exceed on
-average, as trained ones have them, and not with the half of all (of our JumpReLU an eighth) that random weights give. The schedules are so long that
-every step measured lies at the beginning of the learning rate's warm-up, a twentieth of all steps on every side; penalties have none. All sides step
-in the main thread, also ours, which has one of its own for that in a sweep.
+The script runs in the peers' environment too. So it imports nothing but torch and what SIDE needs.
+
+Every side does what its own trainer does in a step:
+
+- forward, backward and gradient clipping
+- removal of the parallel gradient and unit decoder rows, where it has them
+- Adam and the learning-rate schedule
+- the count of latents that fired
+
+No latent is dead here, so AuxK is idle on all sides. Logging is off where a trainer leaves it out by itself.
+
+ReLU, JumpReLU and the tied autoencoder begin with thresholds (or biases) that k latents per row exceed on average. That
+is how trained ones have them. Random weights would give half of all latents, or an eighth for our JumpReLU.
+
+The schedules are long. So every measured step lies at the beginning of the learning rate's warm-up. That is a twentieth
+of all steps on every side. Penalties have none. All sides step in the main thread. In a sweep, raysae has a thread of
+its own for that.
 """
 
 from __future__ import annotations
@@ -24,24 +35,26 @@ from collections.abc import Callable
 
 import torch
 
-BATCHES = 4  # different ones, taken in turn
-STEPS = 10**6  # of the schedules
-WARMUP = STEPS // 20  # of the learning rate
+BATCHES = 4  # Different batches, taken in turn
+STEPS = 10**6  # Length of the schedules
+WARMUP = STEPS // 20  # Length of the learning rate's warm-up
 Step = Callable[[int, torch.Tensor], object]  # (number of the step, batch (b, d))
 
 
 def level(pre_activations: torch.Tensor, k: int) -> float:
-    """What k of each row of pre-activations (rows, n) are above, on average."""
+    """The value that k of each row of pre-activations (rows, n) exceed, on average."""
     return pre_activations.flatten().kthvalue(pre_activations.numel() - len(pre_activations) * k).values.item()
 
 
 def raysae(architecture: str, d: int, n: int, k: int, batch: int, device: str) -> tuple[Step, list[torch.nn.Parameter]]:
-    from raysae.config import SAEConfig, TrainConfig
+    from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig
     from raysae.determinism import be_deterministic
     from raysae.train.bank import Bank
 
-    sparsity = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity": 0.01}
-    config = SAEConfig(architecture=architecture, width=n, hook_point="resid_post.0", learning_rate=2e-4, seed=0, **sparsity)
+    sparsity = ARCHITECTURES[architecture].pick(k=k, sparsity=0.01)
+    config = SAEConfig(
+        architecture=architecture, width=n, hook_point="resid_post.0", learning_rate=2e-4, seed=0, **sparsity
+    )
     train = TrainConfig(batch=batch, tokens=STEPS * batch, warmup=WARMUP / STEPS, sparsity_warmup=0, aux_coefficient=0)
     if device == "cuda":
         be_deterministic()
@@ -63,7 +76,9 @@ def raysae(architecture: str, d: int, n: int, k: int, batch: int, device: str) -
     return step, list(member.parameters.values())
 
 
-def sparsify(architecture: str, d: int, n: int, k: int, batch: int, device: str) -> tuple[Step, list[torch.nn.Parameter]]:
+def sparsify(
+    architecture: str, d: int, n: int, k: int, batch: int, device: str
+) -> tuple[Step, list[torch.nn.Parameter]]:
     from sparsify import SparseCoder, SparseCoderConfig
     from transformers import get_linear_schedule_with_warmup
 
@@ -73,7 +88,8 @@ def sparsify(architecture: str, d: int, n: int, k: int, batch: int, device: str)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
     quiet, fired = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, dtype=torch.bool, device=device)
 
-    def step(number: int, x: torch.Tensor) -> None:  # as sparsify's Trainer.fit with loss_fn="fvu", AuxK and logging off
+    # The step of sparsify's Trainer.fit with loss_fn="fvu", AuxK and logging off.
+    def step(number: int, x: torch.Tensor) -> None:
         if number == 0:
             sae.b_dec.data = x.mean(0)
         sae.set_decoder_norm_to_unit_norm()
@@ -91,15 +107,25 @@ def sparsify(architecture: str, d: int, n: int, k: int, batch: int, device: str)
     return step, list(sae.parameters())
 
 
-def saelens(architecture: str, d: int, n: int, k: int, batch: int, device: str, sparse: bool = False) -> tuple[Step, list[torch.nn.Parameter]]:
-    from sae_lens import BatchTopKTrainingSAEConfig, JumpReLUTrainingSAEConfig, LoggingConfig, StandardTrainingSAEConfig, TopKTrainingSAEConfig
+def saelens(
+    architecture: str, d: int, n: int, k: int, batch: int, device: str, sparse: bool = False
+) -> tuple[Step, list[torch.nn.Parameter]]:
+    from sae_lens import (
+        BatchTopKTrainingSAEConfig,
+        JumpReLUTrainingSAEConfig,
+        LoggingConfig,
+        StandardTrainingSAEConfig,
+        TopKTrainingSAEConfig,
+    )
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.sae import TrainingSAE
     from sae_lens.training.sae_trainer import SAETrainer
 
     common = {"d_in": d, "d_sae": n, "dtype": "float32", "device": device}
     config = {
-        "topk": lambda: TopKTrainingSAEConfig(k=k, use_sparse_activations=sparse, rescale_acts_by_decoder_norm=not sparse, **common),
+        "topk": lambda: TopKTrainingSAEConfig(
+            k=k, use_sparse_activations=sparse, rescale_acts_by_decoder_norm=not sparse, **common
+        ),
         "batchtopk": lambda: BatchTopKTrainingSAEConfig(k=k, **common),
         "jumprelu": lambda: JumpReLUTrainingSAEConfig(**common),
         "relu": lambda: StandardTrainingSAEConfig(**common),
@@ -110,10 +136,10 @@ def saelens(architecture: str, d: int, n: int, k: int, batch: int, device: str, 
     elif architecture == "relu":
         sae.b_enc.data.fill_(-level(torch.randn(256, d, device=device) @ sae.W_enc.data, k))
     trainer_config = SAETrainerConfig(
-        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=STEPS * batch, device=device,
-        autocast=device == "cuda",
-        lr=2e-4, lr_end=2e-5, lr_scheduler_name="constant", lr_warm_up_steps=WARMUP, adam_beta1=0.9, adam_beta2=0.999,
-        lr_decay_steps=STEPS // 5, n_restart_cycles=1, train_batch_size_samples=batch, dead_feature_window=10**9, feature_sampling_window=10**9,
+        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=STEPS * batch,
+        device=device, autocast=device == "cuda", lr=2e-4, lr_end=2e-5, lr_scheduler_name="constant",
+        lr_warm_up_steps=WARMUP, adam_beta1=0.9, adam_beta2=0.999, lr_decay_steps=STEPS // 5, n_restart_cycles=1,
+        train_batch_size_samples=batch, dead_feature_window=10**9, feature_sampling_window=10**9,
         logger=LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
     trainer = SAETrainer(trainer_config, sae, iter(()))
@@ -129,22 +155,38 @@ def saelens_sparse(*sizes: int | str) -> tuple[Step, list[torch.nn.Parameter]]:
     return saelens(*sizes, sparse=True)
 
 
-def dictionary_learning(architecture: str, d: int, n: int, k: int, batch: int, device: str) -> tuple[Step, list[torch.nn.Parameter]]:
+def dictionary_learning(
+    architecture: str, d: int, n: int, k: int, batch: int, device: str
+) -> tuple[Step, list[torch.nn.Parameter]]:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
 
-    kind = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer, "jumprelu": JumpReluTrainer, "relu": StandardTrainer}[architecture]
+    kind = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer, "jumprelu": JumpReluTrainer, "relu": StandardTrainer}[
+        architecture
+    ]
     sparse = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity_warmup_steps": None}
     own = {"resample_steps": None} if architecture == "relu" else {}
     trainer = kind(
-        steps=STEPS, activation_dim=d, dict_size=n, layer=0, lm_name="none", lr=2e-4, warmup_steps=WARMUP, device=device, seed=0, **sparse, **own
+        steps=STEPS,
+        activation_dim=d,
+        dict_size=n,
+        layer=0,
+        lm_name="none",
+        lr=2e-4,
+        warmup_steps=WARMUP,
+        device=device,
+        seed=0,
+        **sparse,
+        **own,
     )
     if architecture == "jumprelu":
         trainer.ae.threshold.data.fill_(level(torch.randn(256, d, device=device) @ trainer.ae.W_enc.data, k))
     elif architecture == "relu":
-        trainer.ae.encoder.bias.data.fill_(-level(torch.randn(256, d, device=device) @ trainer.ae.encoder.weight.data.T, k))
+        trainer.ae.encoder.bias.data.fill_(
+            -level(torch.randn(256, d, device=device) @ trainer.ae.encoder.weight.data.T, k)
+        )
     return trainer.update, list(trainer.ae.parameters())
 
 
@@ -152,7 +194,7 @@ SIDES = {f.__name__: f for f in (raysae, sparsify, saelens, saelens_sparse, dict
 
 
 def resident(key: str) -> int:
-    """VmRSS or VmHWM (the peak since it was last reset) of this process, in bytes."""
+    """VmRSS or VmHWM of this process, in bytes. VmHWM is the peak since it was last reset."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
 
@@ -164,7 +206,7 @@ def main() -> None:
     side, architecture, *sizes = sys.argv[1:7]
     d, n, k, batch = map(int, sizes)
     device = (*sys.argv[7:], "cpu")[0]
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a peer prints must not come between the answers
+    answers, sys.stdout = sys.stdout, sys.stderr  # What a peer prints must not come between the answers
     torch.manual_seed(0)
     batches = [torch.randn(batch, d, device=device) for _ in range(BATCHES)]
     step, parameters = SIDES[side](architecture, d, n, k, batch, device)
@@ -174,12 +216,14 @@ def main() -> None:
     else:
         before = resident("VmRSS")
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # reset the peak
+            file.write("5")  # Reset the peak
     done = 0
     for line in sys.stdin:
         if line.strip() == "memory":
-            kept = 3 * sum(p.numel() * p.element_size() for p in parameters)  # gradients and Adam's two moments
-            answer = {"bytes": (torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")) - before - kept}
+            kept = 3 * sum(p.numel() * p.element_size() for p in parameters)  # Gradients and Adam's two moments
+            answer = {
+                "bytes": (torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM")) - before - kept
+            }
         else:
             began = time.perf_counter()
             for _ in range(int(line)):

@@ -1,6 +1,7 @@
-"""Every knob of raysae, its unit, default and bounds. Imports neither torch nor Ray, so that `--help` is instant.
+"""Every knob of raysae with its unit, default and bounds.
 
-A job's configuration is one pydantic model. It is read from (strongest first) command-line overrides, a YAML file and the defaults here.
+A job's configuration is one pydantic model. Command-line overrides go before a YAML file, and both before the defaults
+here. The descriptions are the text of `--help`. It is instant, because this module imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -9,31 +10,68 @@ import hashlib
 import itertools
 import json
 import re
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Architecture = Literal["topk", "batchtopk", "relu", "tied", "jumprelu"]
+
+@dataclass(frozen=True)
+class ArchitectureFacts:
+    """What the rest of the house knows of an architecture. Its mathematics is a module of `raysae/sae/`."""
+
+    level: Literal["k", "sparsity"]  # The knob that sets how sparse its codes are
+    levels: tuple[float, ...]  # Default range of that knob, from low to high L0 or penalty
+    saelens: str  # SAELens's name of the architecture that a saved SAE has
+    native: bool = True  # SAELens's files of that name are loaded as this architecture
+    searches: float = 3  # Predicted cost of a step in units of TopK's search, see `capacity.cost`
+
+    def pick(self, *, k: int, sparsity: float) -> dict[str, float]:
+        """The one of both knobs that the architecture takes, as an argument of SAEConfig."""
+        return {"k": k} if self.level == "k" else {"sparsity": sparsity}
+
+
+# Ranges of coefficients span a useful range of L0. The squared error is a sum over d, and for tied a mean.
+ARCHITECTURES: dict[str, ArchitectureFacts] = {
+    "topk": ArchitectureFacts("k", (8, 16, 32), "topk", searches=1),
+    "batchtopk": ArchitectureFacts("k", (8, 16, 32), "jumprelu", native=False, searches=2),
+    "relu": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "standard"),
+    "tied": ArchitectureFacts("sparsity", (1e-4, 1e-3, 1e-2), "standard", native=False),
+    "jumprelu": ArchitectureFacts("sparsity", (0.03, 0.3, 3.0), "jumprelu"),
+}
+Architecture = Literal[*ARCHITECTURES]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 _ARITHMETIC = ("torch", "device", "threads", "tf32", "bf16_reduction")
 _TRAINERS = (*_ARITHMETIC, "kernels", "numba", "fast_integers", "triton", "precision", "spec")
 _PRODUCERS = (*_ARITHMETIC, "numpy", "transformers", "attention", "dtype", "transform")
-FACTS = (*_TRAINERS, *(f"producer.{fact}" for fact in _PRODUCERS))  # that bits depend on beside the knobs: docs/determinism.md
+# Facts on which the bits of an SAE depend, beside the knobs. See docs/determinism.md.
+FACTS = (*_TRAINERS, *(f"producer.{fact}" for fact in _PRODUCERS))
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one sentence that names the field, the value and what would be right. Jobs print it and exit with 2."""
+    """A mistake of the user's. The message names the field, the value and what would be right.
+
+    Jobs print it and exit with 2.
+    """
 
 
 class Strict(BaseModel):
-    """Immutable; unknown keys are errors."""
+    """A section of the configuration. It is immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def newer_knob(default: Any, *, before: Any, **more: Any) -> Any:
+    """A knob that studies begun before it lack. There it counts as `before`, so that they can still be resumed."""
+    return Field(default, json_schema_extra={"before": before}, **more)
+
+
 def digest(content: object) -> str:
-    """16 hexadecimal digits of the SHA-256 of `content` as canonical JSON: equal content, equal digest, on every machine."""
+    """The first 16 hexadecimal digits of the SHA-256 of `content` as canonical JSON.
+
+    Equal content has the same digest on every machine.
+    """
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -42,94 +80,212 @@ def digest(content: object) -> str:
 
 
 class ModelConfig(Strict):
-    name: str = Field("embedded", min_length=1, description="'embedded' (the model in the package), a folder, or a Hugging Face model name")
-    revision: str | None = Field(None, description="revision on the Hugging Face hub")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of weights and activations")
-    device_map: Literal["auto"] | None = Field(None, description="'auto' spreads one model over all GPUs of a producer")
-    trust_remote_code: bool = Field(False, description="run Python code that the model's repository brings")
+    """The language model whose activations are read."""
+
+    name: str = Field(
+        "embedded",
+        min_length=1,
+        description="Language model: 'embedded' (the one in the package), a folder, or a name on the Hugging Face hub.",
+    )
+    revision: str | None = Field(
+        None,
+        description="Branch, tag or commit on the Hugging Face hub. Unset: the default branch. A study keeps the "
+        "commit it began with.",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Number format of the model's weights and of the activations. bfloat16 takes half the memory and "
+        "rounds more coarsely.",
+    )
+    device_map: Literal["auto"] | None = Field(
+        None,
+        description="'auto' spreads one model over all GPUs of a producer. It needs the package accelerate. Unset: "
+        "the model is on one device.",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code from the model's repository. Set it only for repositories you trust."
+    )
     modules: dict[str, str] = Field(
         default_factory=dict,
-        description="module paths of other architectures, e.g. blocks=transformer.h,attn=attn,attn_proj=attn.o,mlp=mlp,mlp_proj=mlp.o",
+        description="Module paths of an architecture that raysae does not know, or in place of those it knows, e.g. "
+        "blocks=transformer.h,attn=attn,attn_proj=attn.o,mlp=mlp,mlp_proj=mlp.o",
     )
 
 
 class TextConfig(Strict):
+    """The text that the language model reads."""
+
     source: str = Field(
         "stdlib",
-        description="'stdlib' (this interpreter's standard library), files or globs separated by commas (txt md py jsonl parquet, "
-        "also .gz .xz .zst), or 'hf:NAME'",
+        description="Text: 'stdlib' (this interpreter's standard library), 'hf:NAME' (a Hugging Face dataset), or "
+        "files or globs separated by commas. Files are txt, md, py, jsonl or parquet, or these as .gz, "
+        ".xz or .zst.",
     )
-    field: str = Field("text", description="column that holds the text (jsonl, parquet, Hugging Face)")
-    subset: str | None = Field(None, description="configuration name of a Hugging Face dataset")
-    split: str = Field("train", description="split of a Hugging Face dataset")
-    max_documents: int | None = Field(None, gt=0, description="read at most this many documents")
-    separator: str = Field("\n\n", description="text between two documents (there is no BOS inside a context)")
+    field: str = Field("text", description="Column that holds the text in jsonl, parquet and Hugging Face datasets.")
+    subset: str | None = Field(None, description="Configuration name of a Hugging Face dataset. Unset: its default.")
+    split: str = Field("train", description="Split of a Hugging Face dataset.")
+    max_documents: int | None = Field(None, gt=0, description="Most documents to read. Unset: no limit.")
+    separator: str = Field(
+        "\n\n",
+        description="Text put after each document, before the next. No BOS is put between the documents of a context.",
+    )
     delimiter: str | None = Field(
-        None, description="a string that separates documents inside .txt and .md files, e.g. '<|endoftext|>'; unset: one file, one document"
+        None,
+        description="String that separates documents inside .txt and .md files, e.g. '<|endoftext|>'. Unset: each "
+        "file is one document.",
     )
-    evaluation_fraction: float = Field(0.15, gt=0, lt=1, description="share of the documents held out for evaluation, by hash of the document")
-    cache: str = Field("~/.cache/raysae/text", description="folder for tokenised text")
+    evaluation_fraction: float = Field(
+        0.15,
+        gt=0,
+        lt=1,
+        description="Share of the documents held out for evaluation, chosen by a hash of each document. Larger "
+        "leaves less text for training.",
+    )
+    cache: str = Field("~/.cache/raysae/text", description="Folder that keeps tokenised text for later runs.")
 
 
 class StreamConfig(Strict):
-    context_length: int | None = Field(None, ge=4, description="tokens per context; unset: the model's own, 1,024 at most")
+    """How producers turn text into shards of activations, and how these reach trainers."""
+
+    context_length: int | None = Field(
+        None, ge=4, description="Tokens per context. Unset: the model's longest context, at most 1,024."
+    )
     skip_positions: int | None = Field(
         None,
         ge=1,
-        description="first positions of each context that yield no rows (BOS has an outlier norm); unset: 8, or 200 from a context of 1,024 on",
+        description="Positions at the start of each context that yield no rows, because BOS has an outlier norm. "
+        "Larger leaves fewer rows. Unset: 8, or 200 for contexts of 1,024 tokens and more.",
     )
-    epochs: int = Field(1, gt=0, description="passes over the text; each permutes the contexts anew")
-    seed: int = Field(0, ge=0, description="seed of the order of contexts and rows")
-    shard_contexts: int = Field(256, ge=256, description="contexts per shard")
-    block_mib: float = Field(32, gt=0, description="size of a block in MiB")
-    mib_in_flight: float = Field(256, gt=0, description="bound on the activations held for consumers, in MiB")
-    batch_contexts: int = Field(32, gt=0, description="contexts per forward pass of the language model")
-    lag: Literal["stall", "detach"] = Field("stall", description="a consumer far ahead of the slowest waits, or goes on in a pass of its own")
-    hold_seconds: float = Field(120, ge=0, description="how long the first blocks wait for expected consumers")
-    producers_min: int = Field(1, gt=0, description="language models kept running at least")
-    producers_max: int = Field(1, gt=0, description="language models running at most")
+    epochs: int = Field(
+        1,
+        gt=0,
+        description="Passes over the text, each with the contexts in a new order. More passes give more rows from "
+        "the same text.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the order of contexts and rows, and of a random search.")
+    shard_contexts: int = Field(
+        256,
+        ge=256,
+        description="Contexts per shard, the unit that is produced and shuffled as a whole. Larger mixes each batch "
+        "from more texts and takes more memory.",
+    )
+    block_mib: float = Field(
+        32, gt=0, description="Size of a block, a piece of a shard, in MiB. Larger makes fewer and longer transfers."
+    )
+    mib_in_flight: float = Field(
+        256,
+        gt=0,
+        description="Most activations held for trainers, in MiB. Larger lets producers run further ahead and takes "
+        "more memory.",
+    )
+    batch_contexts: int = Field(
+        32,
+        gt=0,
+        description="Contexts per forward pass of the language model. Larger can be faster and takes more memory. "
+        "The bits of the activations depend on it.",
+    )
+    lag: Literal["stall", "detach"] = Field(
+        "stall",
+        description="What a trainer does when it is far ahead of the slowest one: 'stall' waits, 'detach' goes on in "
+        "a pass of its own. That pass may make shards again.",
+    )
+    hold_seconds: float = Field(
+        120,
+        ge=0,
+        description="Seconds for which the first blocks are kept for trainers that have not joined yet. Larger gives "
+        "slow starters more time to read along from the beginning. A trainer that never comes delays "
+        "the others for longer.",
+    )
+    producers_min: int = Field(
+        1,
+        gt=0,
+        description="Producers kept running, each with a language model of its own. More make activations faster and "
+        "take more CPUs or GPUs.",
+    )
+    producers_max: int = Field(
+        1,
+        gt=0,
+        description="Most producers at a time. One is added while trainers wait for activations. Those above "
+        "producers_min go when they idle.",
+    )
     threads: int | None = Field(
-        None, gt=0, description="CPU threads of a producer; unset: the cores of the smallest machine. The bits of the activations depend on it"
+        None,
+        gt=0,
+        description="CPU threads of a producer. Unset: the cores of the smallest machine. On CPUs the bits of the "
+        "activations depend on it.",
     )
-    cache: Literal["auto", "on", "off"] = Field("auto", description="keep activations on disk; auto: where the whole pass is at most cache_gib")
-    cache_gib: float = Field(4, gt=0, description="size of the activation cache per pass, in GiB: it keeps a prefix of the pass")
-    cache_dir: str = Field("~/.cache/raysae/activations", description="folder or s3:// URL of the activation cache")
+    cache: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Keep activations on disk for later readers: 'on', 'off', or 'auto' (on where the whole pass "
+        "takes at most cache_gib).",
+    )
+    cache_gib: float = Field(
+        4,
+        gt=0,
+        description="Disk space for the activations of one pass, in GiB. Of a longer pass the first shards are kept, "
+        "so larger keeps more of it.",
+    )
+    cache_dir: str = Field(
+        "~/.cache/raysae/activations",
+        description="Folder or s3:// URL of the activation cache. raysae keeps old activations there, so delete them "
+        "yourself.",
+    )
     bad_shards: Literal["stop", "skip"] = Field(
         "stop",
-        description="a shard that cannot be produced, or holds NaN or infinite activations, stops the SAEs that come to it, or all skip it alike",
+        description="What happens at a shard that cannot be produced, or holds NaN or infinite activations. With "
+        "'stop', SAEs that come to it fail. With 'skip', all SAEs pass over it.",
     )
 
     @model_validator(mode="after")
     def _bounds(self) -> StreamConfig:
         if self.producers_max < self.producers_min:
-            raise ValueError(f"producers_max is {self.producers_max}: it must be at least producers_min, {self.producers_min}")
+            raise ValueError(
+                f"producers_max is {self.producers_max}: it must be at least producers_min, {self.producers_min}"
+            )
         return self
 
 
 class ErrorsConfig(Strict):
-    """What the hook points H.error, H.linear and H.nonlinear stand for: e = x − Sae(x), its linear prediction ê from x, and ε = e − ê, x being the
-    activation at H. SAEs are trained on them as on activations."""
+    """What the hook points H.error, H.linear and H.nonlinear stand for.
 
-    sae: str | None = Field(None, description="folder or URL of the SAE that H.error, H.linear and H.nonlinear in hook_points are errors of")
-    probe: str | None = Field(None, description="file with the linear map from x to ê that jobs/error_regression.py fits (probe.safetensors)")
+    Let x be the activation at H. Then they are e = x − Sae(x), its linear prediction ê from x, and ε = e − ê. SAEs are
+    trained on them as on activations.
+    """
+
+    sae: str | None = Field(
+        None,
+        description="Folder or URL of the SAE whose errors the hook points H.error, H.linear and H.nonlinear stand "
+        "for.",
+    )
+    probe: str | None = Field(
+        None,
+        description="File with the linear map from x to ê. jobs/error_regression.py writes it to "
+        "OUTPUT/STUDY/analysis/probes/SAE.safetensors.",
+    )
 
 
 ERROR_KINDS = ("error", "linear", "nonlinear")
 
 
 def error_kind(hook_point: str) -> tuple[str | None, str]:
-    """`resid_post.2.nonlinear` → ("nonlinear", "resid_post.2"); (None, hook point) where it is none of an error's."""
+    """The kind of error that a hook point stands for, and the hook point it is an error at.
+
+    `resid_post.2.nonlinear` gives ("nonlinear", "resid_post.2"). A hook point that is no error's gives (None, itself).
+    """
     hook, _, kind = hook_point.rpartition(".")
     return (kind, hook) if kind in ERROR_KINDS else (None, hook_point)
 
 
 # ---------------------------------------------------------------- SAEs and their training
 
-# Coefficients that span a useful range of L0 (relu and jumprelu weigh against a squared error summed over d, tied against its mean over d).
-SPARSITIES = {"relu": [0.3, 1.0, 3.0], "jumprelu": [0.03, 0.3, 3.0], "tied": [1e-4, 1e-3, 1e-2]}
+
+def _names(level: str) -> str:
+    return ", ".join(name for name, facts in ARCHITECTURES.items() if facts.level == level)
 
 
-TOPK = ("topk", "batchtopk")
+def _ranges() -> str:
+    ranges = {name: facts.levels for name, facts in ARCHITECTURES.items() if facts.level == "sparsity"}
+    return ", ".join(f"{name} {' '.join(f'{level:g}' for level in levels)}" for name, levels in ranges.items())
 
 
 class SAEConfig(Strict):
@@ -138,14 +294,14 @@ class SAEConfig(Strict):
     architecture: Architecture = "topk"
     hook_point: str
     width: int = Field(gt=0, description="latents n")
-    k: int | None = Field(None, gt=0, description="active latents per token (topk), on average (batchtopk)")
-    sparsity: float | None = Field(None, ge=0, description="penalty coefficient: L1 (relu, tied) or L0 (jumprelu)")
+    k: int | None = Field(None, gt=0, description="active latents per token, or their mean")
+    sparsity: float | None = Field(None, ge=0, description="coefficient of the sparsity penalty")
     learning_rate: float = Field(gt=0)
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _one_sparsity(self) -> SAEConfig:
-        if self.architecture in TOPK:
+        if ARCHITECTURES[self.architecture].level == "k":
             if self.k is None or self.sparsity is not None:
                 raise ValueError(f"{self.architecture} takes k and no sparsity coefficient")
             if self.k > self.width:
@@ -155,6 +311,14 @@ class SAEConfig(Strict):
         return self
 
     @property
+    def hook_points(self) -> tuple[str, ...]:
+        """The hook points whose activations a bank reads to train this SAE.
+
+        Rows of a shard are permuted alike at every hook point, so the rows of several hook points align.
+        """
+        return (self.hook_point,)
+
+    @property
     def name(self) -> str:
         """Unique in a sweep and safe as a file name, e.g. `topk_w1024_k16_resid_post.2_lr0.001_s0`."""
         level = f"k{self.k}" if self.k is not None else f"c{self.sparsity:g}"
@@ -162,143 +326,311 @@ class SAEConfig(Strict):
 
 
 class TrainConfig(Strict):
-    tokens: int = Field(1_000_000, gt=0, description="rows (tokens) each SAE is trained on")
-    batch: int = Field(1024, gt=0, description="rows per step")
-    warmup: Fraction = Field(0.05, description="share of the steps over which the learning rate rises from 0")
-    decay: Fraction = Field(0.2, description="share of the steps, at the end, over which it falls to 0")
-    sparsity_warmup: Fraction = Field(0.1, description="share of the steps over which a penalty's coefficient rises from 0 (relu, tied, jumprelu)")
-    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's beta 1")
-    beta2: float = Field(0.999, ge=0, lt=1, description="Adam's beta 2")
-    clip_norm: float = Field(
-        1.0, gt=0, description="gradients are scaled down to a global norm of this times √d: losses are sums over the d dimensions"
+    """The training of every SAE of a sweep."""
+
+    tokens: int = Field(
+        1_000_000,
+        gt=0,
+        description="Tokens (rows of activations) each SAE is trained on, rounded up to whole batches. More take "
+        "longer and reconstruct better.",
     )
-    aux_coefficient: float = Field(1 / 32, ge=0, description="weight of the AuxK loss (topk, batchtopk)")
-    decoder_bias: Literal["mean", "median"] = Field("median", description="b_dec starts at the mean or the geometric median of the first rows")
+    batch: int = Field(1024, gt=0, description="Rows per step. Larger takes fewer steps for the same tokens.")
+    warmup: Fraction = Field(
+        0.05, description="Share of the steps, at the start, in which the learning rate rises linearly from 0."
+    )
+    decay: Fraction = Field(
+        0.2, description="Share of the steps, at the end, in which the learning rate falls linearly to 0."
+    )
+    sparsity_warmup: Fraction = Field(
+        0.1,
+        description="Share of the steps, at the start, in which a sparsity coefficient rises linearly from 0. It has "
+        "no effect on architectures with k.",
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's beta 1. Larger averages gradients over more steps.")
+    beta2: float = Field(
+        0.999, ge=0, lt=1, description="Adam's beta 2. Larger averages squared gradients over more steps."
+    )
+    clip_norm: float = Field(
+        1.0,
+        gt=0,
+        description="Largest global norm of a step's gradients, in units of √d, because losses are sums over the d "
+        "dimensions. Gradients of a larger norm are scaled down to it.",
+    )
+    aux_coefficient: float = Field(
+        1 / 32,
+        ge=0,
+        description="Weight of the AuxK loss, which revives dead latents (architectures with k). Larger pulls harder "
+        "on dead latents. 0 turns it off.",
+    )
+    decoder_bias: Literal["mean", "median"] = Field(
+        "median", description="Start of the decoder bias b_dec: the mean or the geometric median of the first rows."
+    )
     precision: Literal["float32", "bfloat16"] | None = Field(
         None,
-        description="number format of operands of a step's products, and of TopK's pre-activations; unset: bfloat16 on GPUs that have it",
+        description="Number format of the operands of a step's products, and of TopK's pre-activations. Unset: "
+        "bfloat16 on GPUs that have it, else float32. CPUs take float32 only.",
     )
-    bandwidth: float = Field(0.03, gt=0, description="width of jumprelu's straight-through window, in units of the normalised activation")
+    bandwidth: float = Field(
+        0.03,
+        gt=0,
+        description="Width of jumprelu's straight-through window, in units of the normalised activation. Larger: "
+        "thresholds learn from more rows, less exactly.",
+    )
     threads: int | None = Field(
-        None, gt=0, description="CPU threads of a trainer; unset: the cores of its machine shared out evenly. The bits of an SAE depend on it"
+        None,
+        gt=0,
+        description="CPU threads of a trainer. Unset: a machine's cores, shared out evenly over its trainers. On "
+        "CPUs the bits of an SAE depend on it.",
     )
-    reports: int = Field(10, gt=0, description="interim evaluations per run")
-    checkpoint_seconds: float = Field(60, gt=0, description="seconds between checkpoints of a trainer")
+    reports: int = Field(
+        10,
+        gt=0,
+        description="Evaluations per run, evenly spaced, the last at the end. More give finer curves and take time.",
+    )
+    checkpoint_seconds: float = Field(
+        60,
+        gt=0,
+        description="Seconds between a trainer's checkpoints, or more where writing them takes long. Larger writes "
+        "less and repeats more steps after a fault.",
+    )
 
     @property
     def steps(self) -> int:
+        """Steps of a run. The last batch is full, so a run may take more than `tokens` rows."""
         return -(-self.tokens // self.batch)
 
 
 class EvaluationConfig(Strict):
-    rows: int = Field(200_000, gt=0, description="held-out rows for fvu, l0 and dead_fraction")
-    interim_rows: int = Field(8_192, gt=0, description="held-out rows of an interim evaluation")
-    predicted_tokens: int = Field(16_384, ge=0, description="tokens for ce_recovered and kl; 0 leaves both out")
+    """How much held-out text SAEs are evaluated on."""
+
+    rows: int = Field(
+        200_000,
+        gt=0,
+        description="Held-out rows for the final fvu, l0 and dead_fraction. More rows give steadier numbers and take "
+        "more time and memory.",
+    )
+    interim_rows: int = Field(
+        8_192,
+        gt=0,
+        description="Held-out rows for each earlier evaluation, at most `rows`. More rows give steadier curves and "
+        "take more time.",
+    )
+    predicted_tokens: int = Field(
+        16_384,
+        ge=0,
+        description="Held-out tokens for ce_recovered and kl. More give steadier numbers and take more time. 0 "
+        "leaves both metrics out.",
+    )
 
 
 # ---------------------------------------------------------------- the sweep
 
 
 class ResourcesConfig(Strict):
-    address: str | None = Field(None, description="Ray cluster to connect to; unset: RAY_ADDRESS, else a local Ray")
-    banks: int | None = Field(None, gt=0, description="trainer processes; unset: one per GPU, or one per CPU core (8 per machine at most)")
-    trainer_cpus: float = Field(0.25, gt=0, description="CPUs a trainer reserves")
-    trainer_gpus: float = Field(0, ge=0, description="GPUs a trainer reserves (fractions share one)")
-    producer_cpus: float = Field(0.25, gt=0, description="CPUs a producer reserves")
-    producer_gpus: float = Field(0, ge=0, description="GPUs a producer reserves")
-    trials: int | None = Field(None, gt=0, description="Ray Tune trials at a time, a process of 120 MiB each; unset: 1, or all with asha")
-    shared_storage: bool = Field(False, description="`output` is a folder that all machines of the cluster share (NFS and the like)")
+    """The cluster, and what each process reserves on it."""
+
+    address: str | None = Field(
+        None, description="Ray cluster to connect to. Unset: RAY_ADDRESS, or else a Ray on this machine alone."
+    )
+    banks: int | None = Field(
+        None,
+        gt=0,
+        description="Trainer processes. Each trains one bank, SAEs at one hook point that share every batch. More "
+        "banks hold fewer SAEs each. Unset: as many as GPUs have room for beside the producers, or one "
+        "per CPU core, at most 8 per machine.",
+    )
+    trainer_cpus: float = Field(
+        0.25, gt=0, description="CPUs that a trainer reserves. Larger lets fewer trainers share a machine."
+    )
+    trainer_gpus: float = Field(
+        0,
+        ge=0,
+        description="GPUs that a trainer reserves. A fraction lets several processes share a GPU. 0 trains on CPUs.",
+    )
+    producer_cpus: float = Field(
+        0.25, gt=0, description="CPUs that a producer reserves. Larger lets fewer producers share a machine."
+    )
+    producer_gpus: float = Field(
+        0,
+        ge=0,
+        description="GPUs that a producer reserves. A fraction lets several processes share a GPU. 0 runs the "
+        "language model on CPUs.",
+    )
+    trials: int | None = Field(
+        None,
+        gt=0,
+        description="Ray Tune trials at a time, each a process of 120 MiB that follows one SAE. More take more "
+        "memory and train nothing faster. Unset: 1, or all with asha.",
+    )
+    shared_storage: bool = Field(
+        False,
+        description="Whether all machines of the cluster share the folder `output` (NFS, for example). If false, a "
+        "job on several machines refuses a local folder.",
+    )
 
 
 class FaultsConfig(Strict):
-    """When something counts as broken, and how often it is tried again: every timeout and limit of the stream, the trainers and the driver."""
+    """When something counts as broken, and how often it is tried again.
+
+    Every timeout and limit of the stream, the trainers and the driver is here. See docs/faults.md.
+    """
 
     hang_seconds: float = Field(
         900,
         gt=0,
-        description="a producer, trainer, queue or relay that is silent for longer is replaced; "
-        "a producer sooner, once it is known how long a shard takes: "
-        "after ten times that, 30 s at least",
+        description="Seconds of silence after which a producer, trainer, queue or relay is replaced. Larger notices "
+        "hangs later and spares slow work. Once shards have been made, a producer gets less: 10 times "
+        "the longest time a shard took, at least 30 s.",
     )
     start_seconds: float = Field(
-        900, gt=0, description="a sweep that has no place on the cluster for a producer or trainer for so long, or no model loaded, ends and says why"
+        900,
+        gt=0,
+        description="Longest wait for room on the cluster, or for a trainer or language model to start there, in "
+        "seconds. Then the sweep ends and says why. Raise it where machines take long to come.",
     )
-    start_attempts: int = Field(3, gt=0, description="times in a row that a producer's model may fail to load")
+    start_attempts: int = Field(
+        3,
+        gt=0,
+        description="Attempts in a row to start a producer and load its language model. When the last one fails, the "
+        "sweep ends.",
+    )
     shard_attempts: int = Field(
         4,
         gt=0,
-        description="times a shard is tried before it counts as bad; where its producer dies or hangs, which is mostly not its fault, three "
-        "times as many",
+        description="Attempts to produce a shard before it counts as bad. A producer that dies or hangs counts as a "
+        "third of an attempt, because that is mostly not the shard's fault.",
     )
-    producer_deaths: int = Field(12, ge=0, description="deaths or hangs per producer within ten minutes that are borne; more end the sweep")
-    trainer_restarts: int = Field(100, ge=0, description="times a trainer's process, or the handle of a trial, is restarted")
+    producer_deaths: int = Field(
+        12,
+        ge=0,
+        description="Deaths and hangs per producer that a sweep survives within ten minutes. One more ends the sweep.",
+    )
+    trainer_restarts: int = Field(
+        100,
+        ge=0,
+        description="Restarts of a trainer's process, and of a trial's handle. When a trainer has had them all, its "
+        "SAEs fail and others go on.",
+    )
     queue_seconds: float = Field(
-        120, gt=0, description="for which a queue or relay that does not answer (its process is being restarted) is asked again"
+        120,
+        gt=0,
+        description="Seconds for which callers ask again while the process of a queue or relay is being restarted. "
+        "After them the call fails.",
     )
     block_seconds: float = Field(
         120,
         gt=0,
-        description="for which a block may take from its machine to a trainer; then its shard is "
-        "produced again, and the next may take twice as long; at the last of shard_attempts the trainer's SAEs fail",
+        description="Longest wait of a trainer for a block to come from its machine, in seconds. Then the shard is "
+        "produced again and the next wait may be twice as long. After shard_attempts waits the trainer's "
+        "SAEs fail.",
     )
     stop_seconds: float = Field(
-        45, gt=0, description="for which trainers may write checkpoints when the sweep is interrupted, or their machine is lost"
+        45,
+        gt=0,
+        description="Seconds that trainers get to write checkpoints when the sweep is interrupted, or their machine "
+        "is about to go. Steps since the last written checkpoint are repeated later.",
     )
 
 
 class TrackingConfig(Strict):
-    uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI: a database or a server")
-    experiment: str = Field("raysae", description="MLflow experiment of the study")
+    """Where MLflow keeps runs."""
+
+    uri: str = Field(
+        "sqlite:///mlflow.db",
+        description="MLflow tracking URI of a database (sqlite:///mlflow.db) or a server (http://HOST:5000).",
+    )
+    experiment: str = Field("raysae", description="MLflow experiment that holds the study's runs.")
 
     @field_validator("uri")
     @classmethod
     def _known(cls, uri: str) -> str:
         if not re.match(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://|databricks", uri):
-            raise ValueError("MLflow keeps runs in a database (sqlite:///mlflow.db, postgresql://…) or on a server (http://…)")
+            raise ValueError(
+                "MLflow needs a database or a server: give sqlite:///mlflow.db, postgresql://… or http://…"
+            )
         return uri
 
 
 class SweepConfig(Strict):
-    """A study: every SAE of a grid, trained by one pass of a language model."""
+    """A study: every SAE of a grid, trained on one pass of a language model."""
 
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
     stream: StreamConfig = StreamConfig()
-    hook_points: list[str] = Field(default_factory=list, description="hook points, e.g. resid_post.3; unset: the middle layer's resid_post")
+    hook_points: list[str] = Field(
+        default_factory=list,
+        description="Hook points whose activations SAEs are trained on, as KIND.LAYER, e.g. resid_post.3. Empty: "
+        "resid_post of the middle layer.",
+    )
     errors: ErrorsConfig = ErrorsConfig()
-    architectures: list[Architecture] = Field(["topk"], min_length=1, description="topk, batchtopk, relu, tied, jumprelu")
-    widths: list[Annotated[int, Field(gt=0)]] = Field([256, 512, 1024, 2048, 4096, 8192], min_length=1, description="latents per SAE")
-    k: list[Annotated[int, Field(gt=0)]] = Field([8, 16, 32], description="active latents per token (topk, batchtopk)")
+    architectures: list[Architecture] = Field(
+        ["topk"], min_length=1, description=f"Kinds of SAE: {', '.join(ARCHITECTURES)}."
+    )
+    widths: list[Annotated[int, Field(gt=0)]] = Field(
+        [256, 512, 1024, 2048, 4096, 8192],
+        min_length=1,
+        description="Latents per SAE. Wider SAEs reconstruct more and take more time and memory.",
+    )
+    k: list[Annotated[int, Field(gt=0)]] = Field(
+        list(ARCHITECTURES["topk"].levels),
+        description=f"Active latents per token, or their mean ({_names('k')}). More reconstruct more and are less sparse.",
+    )
     sparsities: list[Annotated[float, Field(ge=0)]] = Field(
         default_factory=list,
-        description="penalty coefficients: L1 (relu, tied), L0 (jumprelu); unset: relu 0.3 1 3, jumprelu 0.03 0.3 3, tied 0.0001 0.001 0.01",
+        description=f"Coefficients of the sparsity penalty ({_names('sparsity')}). Larger ones give fewer active "
+        f"latents. Empty: each architecture has its own: {_ranges()}.",
     )
-    learning_rates: list[Annotated[float, Field(gt=0)]] = Field([1e-3], min_length=1, description="peak learning rates of Adam")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="seeds of the SAEs' initial weights")
-    search: Literal["grid", "random"] = Field("grid", description="every combination, or `samples` of them drawn at random")
-    samples: int = Field(10, gt=0, description="SAEs drawn when search is random")
-    scheduler: Literal["none", "asha"] = Field("none", description="asha stops the worse SAEs early, by held-out FVU")
-    asha_reduction: float = Field(2, gt=1, description="asha keeps one SAE in this many at each rung")
+    learning_rates: list[Annotated[float, Field(gt=0)]] = Field(
+        [1e-3], min_length=1, description="Peak learning rates of Adam. Larger trains faster and less stably."
+    )
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0], min_length=1, description="Seeds of the SAEs' initial weights."
+    )
+    search: Literal["grid", "random"] = Field(
+        "grid",
+        description="'grid' trains every combination of the values, 'random' draws `samples` of the combinations.",
+    )
+    samples: int = Field(
+        10,
+        gt=0,
+        description="SAEs drawn from all combinations where search is random. If there are no more than this, all "
+        "are trained.",
+    )
+    scheduler: Literal["none", "asha"] = Field(
+        "none", description="'asha' stops the worse SAEs early, by held-out FVU. 'none' trains all to the end."
+    )
+    asha_reduction: float = Field(
+        2,
+        gt=1,
+        description="At each rung asha keeps one SAE in this many. Larger stops more SAEs at a rung and has fewer "
+        "rungs.",
+    )
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
     faults: FaultsConfig = FaultsConfig()
     tracking: TrackingConfig = TrackingConfig()
-    output: str = Field("runs", description="folder or s3:// URL for checkpoints, SAEs and summaries")
-    study: str | None = Field(None, description="name of this sweep's folder; unset: date and time")
+    output: str = Field(
+        "runs", description="Folder or s3:// URL for checkpoints, SAEs and summaries, with a folder for each study."
+    )
+    study: str | None = Field(
+        None, description="Name of the sweep and of its folder in `output`. Unset: date and time."
+    )
 
     @field_validator("output")
     @classmethod
     def _somewhere(cls, output: str) -> str:
         if re.fullmatch(r"(\w+:)?/*", output):
-            raise ValueError(f"{output!r} names no folder: runs, say, or s3://bucket/runs")
+            raise ValueError(f"{output!r} names no folder: give one, e.g. runs or s3://bucket/runs")
         return output
 
     @field_validator("study")
     @classmethod
     def _a_folders_name(cls, study: str | None) -> str | None:
         if study is not None and not re.fullmatch(r"\w[\w.-]*", study):
-            raise ValueError(f"{study!r} is no name for a folder: letters, digits, dots, hyphens and underscores make one")
+            raise ValueError(
+                f"{study!r} is no name for a folder: use letters, digits, dots, hyphens and underscores only"
+            )
         return study
 
     @model_validator(mode="after")
@@ -307,22 +639,30 @@ class SweepConfig(Strict):
             values = getattr(self, field)
             if twice := [value for value in values if values.count(value) > 1]:
                 raise ValueError(f"{field} has {twice[0]} twice: every SAE is trained once")
-        if any(a in TOPK for a in self.architectures) and not self.k:
-            raise ValueError("k is empty: topk and batchtopk need at least one value")
-        if any(a in TOPK for a in self.architectures):
+        by_k = [name for name in self.architectures if ARCHITECTURES[name].level == "k"]
+        if by_k and not self.k:
+            raise ValueError(f"k is empty: {by_k[0]} needs at least one value")
+        if by_k:
             wide = max(self.k)
             narrow = min(self.widths)
             if wide > narrow:
                 raise ValueError(f"k is {wide}, more than the width {narrow}: every k must be at most every width")
         return self
 
+    def _levels(self, facts: ArchitectureFacts) -> list[dict[str, float]]:
+        if facts.level == "k":
+            return [{"k": k} for k in self.k]
+        return [{"sparsity": sparsity} for sparsity in self.sparsities or facts.levels]
+
     def saes(self) -> list[SAEConfig]:
         """The sweep's SAEs, in a fixed order. `hook_points` must be resolved. Random search draws without replacement, seeded by stream.seed."""
         saes = []
         for hook, arch in itertools.product(self.hook_points, self.architectures):
-            levels = [{"k": k} for k in self.k] if arch in TOPK else [{"sparsity": s} for s in self.sparsities or SPARSITIES[arch]]
+            levels = self._levels(ARCHITECTURES[arch])
             for width, level, lr, seed in itertools.product(self.widths, levels, self.learning_rates, self.seeds):
-                saes.append(SAEConfig(architecture=arch, hook_point=hook, width=width, learning_rate=lr, seed=seed, **level))
+                saes.append(
+                    SAEConfig(architecture=arch, hook_point=hook, width=width, learning_rate=lr, seed=seed, **level)
+                )
         saes = list({sae.name: sae for sae in saes}.values())
         if self.search == "random" and self.samples < len(saes):
             chosen = np.random.default_rng(self.stream.seed).choice(len(saes), self.samples, replace=False)
@@ -334,39 +674,75 @@ class SweepConfig(Strict):
 
 
 class AnalysisConfig(Strict):
-    """Which SAEs an analysis takes apart, on how many tokens, and where its results go. Model, text and stream are the sweep's unless given."""
+    """Which SAEs an analysis takes apart, on how many tokens, and where its results go.
 
-    sweep: str | None = Field(None, description="sweep to analyse, its study's name or MLflow run id; unset: the latest that has saved SAEs")
+    Model, text and stream are the sweep's unless given.
+    """
+
+    sweep: str | None = Field(
+        None, description="Sweep to analyse: its study's name or MLflow run id. Unset: the latest that has saved SAEs."
+    )
     sae: list[str] = Field(
-        default_factory=list, description="SAEs to analyse in place of a sweep's: MLflow run ids, or folders, files or URLs of saved or public SAEs"
+        default_factory=list,
+        description="SAEs to analyse in place of a sweep's: MLflow run ids, or folders, files or URLs of saved or "
+        "public SAEs.",
     )
     hook_points: list[str] = Field(
-        default_factory=list, description="hook points whose SAEs are analysed; unset: all. For a public SAE that does not say its own: that"
+        default_factory=list,
+        description="Hook points whose SAEs are analysed. Empty: all. Name exactly one for public SAEs whose files "
+        "do not say theirs.",
     )
     tokens: int | None = Field(
-        None, gt=0, description="held-out tokens, to fit and to evaluate; unset: about 3 × 256 per dimension, 60,000 to 450,000, or all"
+        None,
+        gt=0,
+        description="Held-out tokens to fit and to evaluate on. More give narrower intervals and take more time. "
+        "Unset: about 3 × 256 per dimension, from 60,000 to 450,000, or all if there are fewer.",
     )
-    predicted_tokens: int = Field(16_384, gt=0, description="tokens for cross-entropy (downstream_loss)")
-    target_l0: float = Field(60, gt=0, description="where one SAE per width is shown: the one with the L0 nearest to this")
+    predicted_tokens: int = Field(
+        16_384,
+        gt=0,
+        description="Held-out tokens for cross-entropy (downstream_loss). More give narrower intervals and take more "
+        "time.",
+    )
+    target_l0: float = Field(
+        60,
+        gt=0,
+        description="L0 (active latents per token) at which widths are compared. Each width shows its SAE with the "
+        "nearest L0.",
+    )
     half_trained: bool = Field(
-        True, description="train the SAEs of error_regression's figure again on half the tokens: does short training explain what is predictable?"
+        True,
+        description="Train the SAEs of error_regression's figure again on half the tokens. This shows whether short "
+        "training explains what is predictable.",
     )
     train_tokens: int | None = Field(
-        None, gt=0, description="tokens for the SAEs that error_saes and earlier_layers train; unset: as many as the sweep's SAEs had"
+        None,
+        gt=0,
+        description="Tokens for each SAE that error_saes and earlier_layers train. Unset: as many as the sweep's "
+        "SAEs had.",
     )
-    replicates: int = Field(200, ge=20, description="bootstrap replicates of every interval")
-    seed: int = Field(0, ge=0, description="seed of splits, bootstrap and noise")
+    replicates: int = Field(
+        200,
+        ge=20,
+        description="Bootstrap replicates of every interval. More give steadier intervals and take more time and "
+        "memory.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of splits, bootstrap and noise.")
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
     stream: StreamConfig = StreamConfig()
     resources: ResourcesConfig = ResourcesConfig()
     tracking: TrackingConfig = TrackingConfig()
-    output: str = Field("runs", description="folder for results: OUTPUT/STUDY/analysis. On several machines one that all of them share")
+    output: str = Field(
+        "runs",
+        description="Folder for results, which go to OUTPUT/STUDY/analysis. On several machines, name one that all "
+        "of them share.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> AnalysisConfig:
         if self.sweep and self.sae:
-            raise ValueError("sweep and sae are both given: name a sweep, or SAEs")
+            raise ValueError("sweep and sae are both given: name a sweep, or SAEs, not both")
         if "://" in self.output:
-            raise ValueError(f"output is {self.output}: results of analyses go to a folder")
+            raise ValueError(f"output is {self.output}, a URL: name a folder for the results of analyses, e.g. runs")
         return self

@@ -24,7 +24,7 @@ def from_flat(model: type[Model], flat: Mapping[str, str]) -> Model:
     Knobs that `model` does not have (any more) are left out. Raises UserError where a value does not fit.
     """
     knobs = dict(fields(model))
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = {name: value for name, value in earlier(model).items() if name not in flat}
     for name, value in flat.items():
         section, _, key = name.rpartition(".")
         if name in knobs:
@@ -180,3 +180,18 @@ def _is_optional(annotation: Any) -> bool:
 
 def _is_section(field: FieldInfo) -> bool:
     return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+# ---------------------------------------------------------------- knobs that older studies lack
+
+
+def earlier(model: type[BaseModel]) -> dict[str, Any]:
+    """What each knob counts as where a study is older than it: dotted name → value. See `config.newer_knob`."""
+    extras = ((name, field.json_schema_extra) for name, field in fields(model))
+    return {name: extra["before"] for name, extra in extras if isinstance(extra, dict) and "before" in extra}
+
+
+def completed(model: type[BaseModel], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested `settings` of an older study, with every knob of `model` that is newer than it."""
+    knobs = dict(fields(model))
+    return nested({**earlier(model), **dict(flattened(settings, knobs))})

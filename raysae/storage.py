@@ -1,4 +1,7 @@
-"""Files that appear whole or not at all, and JSON that proves itself. Local folders and whatever fsspec knows (s3://…)."""
+"""Files that appear whole or not at all, and JSON that proves itself.
+
+They may be in local folders, or wherever fsspec can write (s3://…).
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,35 @@ from fsspec.implementations.local import LocalFileSystem
 
 from raysae.config import UserError
 
-PARTIAL = ".partial"  # ending of a file that is being written
-SEAL = "sha256"  # key of a JSON file's own checksum
+PARTIAL = ".partial"  # Ending of a file that is being written
+SEAL = "sha256"  # Key of a JSON file's own checksum
 
 
 def open_location(field: str, location: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a folder or URL, and the path in it. UserError, naming the config's `field`: there is no such kind of storage here."""
+    """The file system of a folder or URL, and the path in it.
+
+    Raises:
+        UserError: there is no such kind of storage here. The message names the config's `field`.
+    """
     try:
         return fsspec.core.url_to_fs(os.path.expanduser(location))
     except (ImportError, ValueError) as error:
-        raise UserError(f"{field} is '{location}', which cannot be opened ({error}): name a folder or an s3:// URL") from error
+        raise UserError(
+            f"{field} is '{location}', which cannot be opened ({error}): name a folder or an s3:// URL"
+        ) from error
 
 
 def sealed(content: dict) -> bytes:
-    """`content` as JSON with a checksum of its own in it."""
+    """`content` as JSON that includes its own checksum."""
     return json.dumps({**content, SEAL: _checksum(content)}).encode()
 
 
 def unsealed(data: bytes, path: str) -> dict:
-    """What was `sealed`. UserError: it is damaged; `path` names it."""
+    """The content that was `sealed`.
+
+    Raises:
+        UserError: it is damaged. The message names `path`.
+    """
     try:
         content = json.loads(data)
         if content.pop(SEAL) == _checksum(content):
@@ -45,10 +58,15 @@ def _checksum(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_atomically(files: fsspec.AbstractFileSystem, path: str, content: bytes, kept: str = "nothing there has changed") -> None:
-    """Write so that after a crash the file is absent or whole: temporary file, fsync, rename, fsync of the folder. Object stores put atomically.
+def write_atomically(
+    files: fsspec.AbstractFileSystem, path: str, content: bytes, kept: str = "nothing there has changed"
+) -> None:
+    """Write so that after a crash the file is absent or whole.
 
-    UserError: the storage takes no more, whatever the reason; `kept` says what is there all the same.
+    Locally it writes a temporary file, syncs it, renames it, and syncs the folder. Object stores put atomically.
+
+    Raises:
+        UserError: the storage takes no more, whatever the reason. The message says with `kept` what is still there.
     """
     try:
         folder = path.rpartition("/")[0]
@@ -59,7 +77,9 @@ def write_atomically(files: fsspec.AbstractFileSystem, path: str, content: bytes
             files.pipe_file(path, content)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path} cannot be written ({reason}): {kept}; make room or mend it, then go on with --resume") from error
+        raise UserError(
+            f"{path} cannot be written ({reason}): {kept}. Make room or mend it, then go on with --resume."
+        ) from error
 
 
 def _write_locally(folder: str, path: str, content: bytes) -> None:

@@ -1,9 +1,10 @@
-"""Measures how the project's Python prose reads: sentence lengths, semicolons, trailing comments that only continue a name.
+"""Measures how the project's Python prose reads.
 
 python scripts/prose.py                 every tracked Python file, one row per folder and a total
 python scripts/prose.py raysae/stream   the files below these paths, one row each
 
-It is a report, not a gate. The exit code is 0 whatever it finds.
+It counts sentence lengths, semicolons, and trailing comments that only continue a name. It is a report, not a gate. The
+exit code is 0 whatever it finds.
 """
 
 from __future__ import annotations
@@ -18,24 +19,29 @@ import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TARGETS = "aims: median sentence of docstrings at most 11 words, at most 4 semicolons per 1,000 words, at most 5 % dangling comments"
-DANGLING = re.compile(
-    r"(of|for|in|into|to|by|with|without|from|at|on|as|per|than|that|which|who|whose|whom|where|when|while|so|but|and|or|be|not|nor|if|until)\b"
+TARGETS = (
+    "aims: median sentence of docstrings at most 11 words, at most 4 semicolons per 1,000 words, "
+    "at most 5 % dangling comments"
 )
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|:\n|\n\s*\n|\n\s*(?=[-*]|\w+: )")  # also paragraphs, items of lists, arguments
+DANGLING = re.compile(
+    r"(of|for|in|into|to|by|with|without|from|at|on|as|per|than|that|which|who|whose|whom|where|when|while|so|but|and"
+    r"|or|be|not|nor|if|until)\b"
+)
+# A sentence also ends at a paragraph, an item of a list, and an argument.
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|:\n|\n\s*\n|\n\s*(?=[-*]|\w+: )")
 WORD = re.compile(r"[^\W_][\w'’-]*")
-LONG = 20  # words from which on a sentence is listed
+LONG = 20  # A sentence with more words is long
 
 
 @dataclass
 class Prose:
     """What was counted in some files."""
 
-    sentences: list[int] = field(default_factory=list)  # words of each sentence of a docstring
-    words: int = 0  # in docstrings and comments
+    sentences: list[int] = field(default_factory=list)  # Words of each sentence of a docstring
+    words: int = 0  # Words in docstrings and comments
     semicolons: int = 0
-    trailing: int = 0  # comments behind code
-    dangling: int = 0  # trailing comments that begin in the middle of a sentence
+    trailing: int = 0  # Comments behind code
+    dangling: int = 0  # Trailing comments that begin in the middle of a sentence
 
     def __add__(self, other: Prose) -> Prose:
         return Prose(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -51,7 +57,9 @@ def measure(source: str) -> Prose:
     """The prose of one module."""
     prose = Prose()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
             _count(prose, text)
             prose.sentences += [len(words) for part in SENTENCE_END.split(text) if len(words := WORD.findall(part)) > 1]
     lines = source.splitlines()
@@ -74,7 +82,9 @@ def _count(prose: Prose, text: str) -> None:
 
 
 def main(paths: list[str]) -> None:
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "--", *paths], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "--", *paths], capture_output=True, text=True, check=True
+    )
     files = [Path(line) for line in listed.stdout.splitlines() if line.endswith(".py") and Path(line).exists()]
     rows: dict[str, Prose] = {}
     for file in files:

@@ -2,10 +2,12 @@
 
     python scripts/train_embedded_lm.py --data ../shared/data --work build/embedded_lm
 
-Everything is held out by document: `validation_head.txt` and every story that the pronoun test quotes are never trained on, ten books and
-one Python file in fifty are kept for evaluation. The run checkpoints every `--every` steps and resumes from its last checkpoint when called
-again with the same `--work`; calling it with a larger `--tokens` goes on from there. `--export` writes the package's copy (fp16) and prints
-the numbers of the README.
+Everything is held out by document. `validation_head.txt` and every story that the pronoun test quotes are never trained
+on. Ten books and one Python file in fifty are kept for evaluation.
+
+The run checkpoints every `--every` steps. Called again with the same `--work`, it resumes from its last checkpoint. A
+larger `--tokens` continues from there. `--export` writes the package's copy (fp16). It prints the numbers of the
+README.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 256
 VOCABULARY = 4096
-# Shares of training contexts, before and after SECOND_STAGE tokens. There are but 0.75M tokens of stories: dropout keeps the model, which by then
-# has seen each three times, from learning them by heart.
+# Shares of training contexts, before and after SECOND_STAGE tokens. There are only 0.75M tokens of stories, and by then
+# the model has seen each three times. Dropout keeps it from learning them by heart.
 MIXTURES = {"stories": (0.35, 0.50), "prose": (0.25, 0.30), "python": (0.40, 0.20)}
 DROPOUTS = (0.0, 0.1)
 SECOND_STAGE = 6_144_000
@@ -43,8 +45,8 @@ EXPORT = Path(__file__).parents[1] / "raysae" / "lm" / "embedded"
 def stories(data: Path) -> tuple[list[str], list[str]]:
     """Training stories, and the held-out text: the whole official validation file.
 
-    A training story is dropped when the pronoun test quotes it (it begins with an item's prefix) or when its first 80 characters stand in the
-    validation file.
+    A training story is dropped when the pronoun test quotes it: it begins with an item's prefix. It is also dropped
+    when the validation file contains its first 80 characters.
     """
     folder = data / "text" / "tinystories"
     validation = (folder / "validation_head.txt").read_text()
@@ -63,7 +65,7 @@ def stories(data: Path) -> tuple[list[str], list[str]]:
 
 
 def books(data: Path) -> tuple[list[str], list[str]]:
-    """Books ordered by the hash of their title; the first ten are held out."""
+    """Books ordered by the hash of their title. The first ten are held out."""
     texts = []
     for shard in sorted((data / "text" / "classic-books").glob("*.jsonl.xz")):
         with lzma.open(shard, "rt") as lines:
@@ -73,7 +75,10 @@ def books(data: Path) -> tuple[list[str], list[str]]:
 
 
 def python_sources() -> tuple[list[str], list[str]]:
-    """Standard library and installed packages of the running interpreter; one file in fifty is held out by the hash of its path."""
+    """Standard library and installed packages of the running interpreter.
+
+    One file in fifty is held out by the hash of its path.
+    """
     roots = [Path(sysconfig.get_paths()["stdlib"]), Path(sysconfig.get_paths()["purelib"])]
     train, held_out, seen = [], [], set()
     for root in roots:
@@ -95,7 +100,10 @@ def python_sources() -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(corpus: dict[str, list[str]], rng: np.random.Generator) -> Tokenizer:
-    """Byte-level BPE on 6 MB of each kind of text. Digits stand alone; runs of spaces (Python's indentation) may merge."""
+    """Byte-level BPE on 6 MB of each kind of text.
+
+    Digits stand alone. Runs of spaces (Python's indentation) may merge.
+    """
     tokenizer = Tokenizer(models.BPE())
     split = Regex(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\n[ \t]*|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -112,26 +120,34 @@ def train_tokenizer(corpus: dict[str, list[str]], rng: np.random.Generator) -> T
             if budget < 0:
                 break
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(sample, trainer)
     return tokenizer
 
 
 def prepare(data: Path, work: Path) -> None:
-    """Tokenise everything once into `work`: per kind one uint16 stream, its document starts, and the held-out documents."""
+    """Tokenise everything once into `work`.
+
+    Each kind has one uint16 stream, its document starts, and the held-out documents.
+    """
     if (work / "corpus.json").exists():
         return
     rng = np.random.default_rng(0)
     split = {"stories": stories(data), "prose": books(data), "python": python_sources()}
     tokenizer = train_tokenizer({k: v[0] for k, v in split.items()}, rng)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=CONTEXT)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=CONTEXT
+    )
     fast.save_pretrained(work / "tokenizer")
     separator = tokenizer.encode("\n\n").ids
     summary = {}
     for kind, (train, held_out) in split.items():
         order = rng.permutation(len(train))
-        budget, chosen = 45_000_000, []  # bytes: more than any run here reads
+        budget, chosen = 45_000_000, []  # Bytes, more than any run here reads
         for i in order:
             chosen.append(train[i])
             budget -= len(train[i])
@@ -150,7 +166,10 @@ def prepare(data: Path, work: Path) -> None:
 
 
 class Contexts:
-    """Training contexts `(b, CONTEXT)`, BOS first; half begin at a document's start, half anywhere. Batch i is a function of (seed, i)."""
+    """Training contexts `(b, CONTEXT)`, BOS first. Batch i is a function of (seed, i).
+
+    Half begin at a document's start, half anywhere.
+    """
 
     def __init__(self, work: Path):
         self.streams = {k: np.load(work / f"{k}.npy", mmap_mode="r") for k in MIXTURES}
@@ -177,7 +196,7 @@ def stage(tokens: int) -> int:
 
 
 def add_dropout(model: LlamaForCausalLM) -> None:
-    """While training, drop the share `model.dropout` of the values that attention and MLPs add to the residual stream."""
+    """While training, drop the share `model.dropout` of what attention and MLPs add to the residual stream."""
     for layer in model.model.layers:
         for module in (layer.self_attn.o_proj, layer.mlp):
             module.register_forward_hook(lambda module, _, output: F.dropout(output, model.dropout, module.training))
@@ -187,14 +206,18 @@ def build() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8,
-            max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1, rms_norm_eps=1e-5,
+            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
+            num_key_value_heads=8, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+            bos_token_id=0, eos_token_id=1, pad_token_id=1, rms_norm_eps=1e-5,
         )
     )  # fmt: skip
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon on the blocks' matrices, AdamW on the embedding and the norms: about twice the progress per token of AdamW alone."""
+    """Muon on the blocks' matrices, AdamW on the embedding and the norms.
+
+    This makes about twice the progress per token of AdamW alone.
+    """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
@@ -215,7 +238,7 @@ def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
 
 def train(args: argparse.Namespace, work: Path, device: str) -> None:
     contexts, model = Contexts(work), build().to(device)
-    opts, compiled_loss = optimizers(model), torch.compile(loss_of)  # compiling: + 15 % on CPU
+    opts, compiled_loss = optimizers(model), torch.compile(loss_of)  # Compiling gains 15 % on a CPU
     base = [[g["lr"] for g in o.param_groups] for o in opts]
     step, checkpoint = 0, work / "checkpoint.pt"
     if checkpoint.exists():
@@ -246,13 +269,17 @@ def train(args: argparse.Namespace, work: Path, device: str) -> None:
         step += 1
         if step % 50 == 0:
             rate = (step - first) * per_step / (time.time() - began)
-            print(f"step {step} tokens {step * per_step / 1e6:.2f}M loss {running / 50:.3f} lr {factor:.3f} {rate:.0f} tokens/s", flush=True)
+            print(
+                f"step {step} tokens {step * per_step / 1e6:.2f}M loss {running / 50:.3f} "
+                f"lr {factor:.3f} {rate:.0f} tokens/s",
+                flush=True,
+            )
             running = 0.0
         if step % args.every == 0 or step * per_step >= args.tokens:
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step}
             torch.save(state, checkpoint.with_suffix(".tmp"))
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
-            if step * per_step <= 0.6 * args.tokens:  # the last state before the decay: where a longer run would go on from
+            if step * per_step <= 0.6 * args.tokens:  # The last state before the decay, where a longer run would resume
                 os.link(checkpoint, checkpoint.with_suffix(".new"))
                 os.replace(checkpoint.with_suffix(".new"), work / "before_decay.pt")
 
@@ -261,8 +288,13 @@ def train(args: argparse.Namespace, work: Path, device: str) -> None:
 
 
 @torch.no_grad()
-def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[str], limit: int = 400) -> tuple[float, int]:
-    """Σ loss in bits / Σ bytes of the predicted tokens, contexts of CONTEXT tokens with BOS, evenly spaced over the held-out documents."""
+def bits_per_byte(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[str], limit: int = 400
+) -> tuple[float, int]:
+    """Bits per byte: Σ loss in bits / Σ bytes of the predicted tokens. The second number is the bytes.
+
+    Contexts have CONTEXT tokens with BOS, evenly spaced over the held-out documents.
+    """
     windows = []
     for text in documents:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -277,8 +309,10 @@ def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, d
 
 
 @torch.no_grad()
-def pronoun_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Path, source: str) -> tuple[int, int]:
-    """Items of `source` on which the right pronoun's first token gets the higher logit, and how many there are."""
+def pronoun_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Path, source: str
+) -> tuple[int, int]:
+    """Items of `source` whose right pronoun's first token gets the higher logit, and all items, as numbers."""
     right = total = 0
     for line in (data / "eval/tinystories_pronoun/pronoun.jsonl").open():
         item = json.loads(line)
@@ -295,7 +329,15 @@ def pronoun_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     torch.manual_seed(0)
     ids = torch.tensor([[0, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]], device=model.device)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=90, do_sample=True, temperature=0.6, top_k=40, eos_token_id=None)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=90,
+        do_sample=True,
+        temperature=0.6,
+        top_k=40,
+        eos_token_id=None,
+    )
     return tokenizer.decode(out[0, 1:])
 
 
@@ -309,19 +351,27 @@ def evaluate(args: argparse.Namespace, work: Path, model: LlamaForCausalLM, toke
     right, total = pronoun_accuracy(model, tokenizer, Path(args.data), "validation_head.txt")
     interval = binomtest(right, total).proportion_ci(method="wilson")
     print(f"pronoun {right}/{total} = {right / total:.3f}, 95 % interval [{interval.low:.3f}, {interval.high:.3f}]")
-    for prompt in ("Once upon a time, there was a little girl named Lily.", "It was a dark night, and the old man", "def read_file(path):\n"):
+    for prompt in (
+        "Once upon a time, there was a little girl named Lily.",
+        "It was a dark night, and the old man",
+        "def read_file(path):\n",
+    ):
         print("-----\n" + sample(model, tokenizer, prompt))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data", help="folder with text/ and eval/")
-    parser.add_argument("--work", default="build/embedded_lm", help="folder for tokens and checkpoints")
-    parser.add_argument("--tokens", type=int, default=10_500_000, help="tokens to train on in all")
-    parser.add_argument("--batch", type=int, default=16, help="contexts per step")
-    parser.add_argument("--micro", type=int, default=4, help="contexts per backward pass (small enough for the cache)")
-    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--export", action="store_true", help="evaluate the checkpoint and write it into the package instead of training")
+    parser.add_argument("--data", default="../shared/data", help="Folder with text/ and eval/.")
+    parser.add_argument("--work", default="build/embedded_lm", help="Folder for tokens and checkpoints.")
+    parser.add_argument("--tokens", type=int, default=10_500_000, help="Tokens to train on in all.")
+    parser.add_argument("--batch", type=int, default=16, help="Contexts per step.")
+    parser.add_argument("--micro", type=int, default=4, help="Contexts per backward pass, few enough for the cache.")
+    parser.add_argument("--every", type=int, default=100, help="Steps between checkpoints.")
+    parser.add_argument(
+        "--export",
+        action="store_true",
+        help="Evaluate the checkpoint and write it into the package instead of training.",
+    )
     args = parser.parse_args()
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -333,12 +383,17 @@ def main() -> None:
     model = build()
     state = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
-    model = model.half().float()  # what ships is fp16; measure that
+    model = model.half().float()  # fp16 is what ships, so measure that
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     print(f"checkpoint at step {state['step']}")
     model.half().save_pretrained(EXPORT)
     tokenizer.save_pretrained(EXPORT)
-    evaluate(args, work, LlamaForCausalLM.from_pretrained(EXPORT, dtype=torch.float32), PreTrainedTokenizerFast.from_pretrained(EXPORT))
+    evaluate(
+        args,
+        work,
+        LlamaForCausalLM.from_pretrained(EXPORT, dtype=torch.float32),
+        PreTrainedTokenizerFast.from_pretrained(EXPORT),
+    )
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def test_a_sweep_of_few_steps_is_refused():
     command = [sys.executable, str(BENCHMARKS / "one_pass.py"), "--train.tokens", "2000"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 2
-    assert done.stderr == "error: the sweep has 2 steps: 33 are measured; raise train.tokens\n"
+    assert done.stderr == "error: the sweep has 2 steps, but 33 are measured. Raise train.tokens.\n"
 
 
 def test_a_part_that_fails_leaves_its_earlier_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,7 @@
-"""What the producers' bits depend on is part of an SAE's record: kept, compared when a run is resumed, and all through a run."""
+"""An SAE's fingerprint holds what the producers' bits depend on.
+
+The trainer keeps these facts in the SAE's file. It compares them on resume, and all through a run.
+"""
 
 import json
 import logging
@@ -22,7 +25,7 @@ def fingerprint_of(folder, name: str) -> dict:
 
 
 def changing_at(row: int, **facts) -> ArraySource:
-    """A source whose rows from `row` on come from a producer with other facts."""
+    """A source whose rows come from a producer with other facts, starting at `row`."""
     source = ArraySource()
     open_ = source.open
 
@@ -45,7 +48,10 @@ def changing_at(row: int, **facts) -> ArraySource:
 def test_they_are_in_the_file_of_a_trained_sae(tmp_path):
     trained(tmp_path, A)
     facts = fingerprint_of(tmp_path, A.name)
-    assert {key: facts[key] for key in facts if key.startswith("producer.")} == {"producer.threads": 1, "producer.device": "cpu"}
+    assert {key: facts[key] for key in facts if key.startswith("producer.")} == {
+        "producer.threads": 1,
+        "producer.device": "cpu",
+    }
     assert facts.items() >= device_facts("cpu").items()
 
 
@@ -58,7 +64,9 @@ def test_other_producers_are_refused_on_resume_unless_allowed_by_name(tmp_path, 
     other.numerics = {"threads": [2], "device": ["cpu"]}
     refused = loop_on(tmp_path, other)
     refused.add(A)
-    with pytest.raises(UserError, match=rf"{A.name} differs in producer.threads \(was 1, is 1 and 2\): .* --allow producer.threads"):
+    with pytest.raises(
+        UserError, match=rf"{A.name} differs in producer.threads \(was 1, is 1 and 2\): .* --allow producer.threads"
+    ):
         refused.run()
     assert trained(tmp_path, A, source=other, allow={"producer.threads"}).status()[0]["state"] == "done"
     assert "will not be bit for bit" in caplog.text
@@ -73,7 +81,7 @@ def test_producers_that_differ_from_each_other_stop_the_run_with_checkpoints_of_
     loop.add(B)
     with pytest.raises(UserError, match=r"differs in producer.device \(was cpu, is cpu and another\)"):
         loop.run()
-    again = trained(mixed, A, B)  # the other producer is gone
+    again = trained(mixed, A, B)  # The other producer is gone
     assert again.source.opened == [640]
     for c in (A, B):
         assert_same_sae(whole, mixed, c.name)
@@ -110,9 +118,15 @@ def test_the_device_is_the_model_of_the_cpu_with_its_instructions(tmp_path):
 
 @pytest.mark.parametrize(
     ("device", "asked", "has_it", "right"),
-    [("cpu", None, True, None), ("cpu", "float32", True, None), ("cuda", None, True, torch.bfloat16), ("cuda", None, False, None),
-     ("cuda", "float32", True, None), ("cuda", "bfloat16", False, torch.bfloat16)],
-)  # fmt: skip
+    [
+        ("cpu", None, True, None),
+        ("cpu", "float32", True, None),
+        ("cuda", None, True, torch.bfloat16),
+        ("cuda", None, False, None),
+        ("cuda", "float32", True, None),
+        ("cuda", "bfloat16", False, torch.bfloat16),
+    ],
+)
 def test_precision_of_training(device, asked, has_it, right, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it and not including_emulation)
     assert precision_of_training(TrainConfig(precision=asked), device) == right
@@ -130,7 +144,9 @@ def test_every_fact_may_be_allowed_by_name(device, monkeypatch):
     lm = SimpleNamespace(device=torch.device(device), attention="sdpa", dtype=torch.float32)
     facts = {*fingerprint(SPEC, A, TRAIN, device), *(f"producer.{fact}" for fact in shard.numerics(lm))}
     assert {fact for fact in facts if not fact.startswith(("sae.", "train."))} <= {*FACTS}
-    assert {"cpu": {"numba", "fast_integers"}, "cuda": {"triton", "precision", "producer.tf32", "bf16_reduction"}}[device] <= facts
+    assert {"cpu": {"numba", "fast_integers"}, "cuda": {"triton", "precision", "producer.tf32", "bf16_reduction"}}[
+        device
+    ] <= facts
 
 
 def test_another_cpu_is_refused_on_resume_unless_allowed_by_name(tmp_path, monkeypatch):

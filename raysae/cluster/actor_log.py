@@ -1,4 +1,7 @@
-"""What actors have to say: their warnings go to files of Ray's, where nobody looks, so the driver asks for them and shows them."""
+"""What actors have to say.
+
+Ray writes their warnings to files where nobody looks. So the driver asks for them and shows them.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ from collections import deque
 
 import ray
 
-KEPT = 100  # lines at most, until they are taken
+KEPT = 100  # Lines kept at most, until they are taken
 
 
 class Heard(logging.Handler):
-    """The warnings of raysae in this actor's process, from now on; the first one, where it is so, that Ray has restarted the actor."""
+    """The warnings of raysae in this actor's process, from now on.
+
+    If Ray has restarted the actor, the first one says so.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -25,7 +31,7 @@ class Heard(logging.Handler):
         self._lines.append(f"{record.getMessage()}: {one_line(error)}" if error else record.getMessage())
 
     def take(self) -> list[str]:
-        """Those that have not been taken yet."""
+        """The warnings that have not been taken yet."""
         return [self._lines.popleft() for _ in range(len(self._lines))]
 
 

@@ -1,4 +1,4 @@
-"""What the cluster has room for, in words: for the sentence that ends a sweep which cannot go on."""
+"""Words for what the cluster has room for. They go into the message that ends a sweep which cannot go on."""
 
 from __future__ import annotations
 
@@ -13,23 +13,30 @@ KINDS = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
 
 
 def placed(actor: ActorHandle) -> bool:
-    """Whether the actor has a process somewhere, be it one that is still starting."""
+    """Whether the actor has a process somewhere. The process may still be starting."""
     return state.actors(actor._actor_id.hex()).get("Address", {}).get("Port", 0) > 0
 
 
 def machine_of(actor: ActorHandle) -> str | None:
-    """The machine (its hexadecimal id) that the actor is alive on; None while it starts, waits for a place, or is dead."""
+    """Hexadecimal id of the machine that the actor is alive on.
+
+    It is None while the actor starts, waits for a place, or is dead.
+    """
     known = state.actors(actor._actor_id.hex())
     return known["Address"]["NodeID"] if known.get("State") == "ALIVE" else None
 
 
 def missing(needs: Mapping[str, float]) -> str:
-    """`needs` as in an actor's options, against what the machines have."""
+    """Words that compare `needs`, which are as in an actor's options, with what the machines have."""
     asked = {KINDS[key]: amount for key, amount in needs.items() if amount}
     free = state.available_resources_per_node()
     nodes = [node for node in ray.nodes() if node["Alive"]]
     rooms = [
-        ", ".join(f"{free.get(node['NodeID'], {}).get(kind, 0):g} of {node['Resources'].get(kind, 0):g} {kind}s" for kind in asked) for node in nodes
+        ", ".join(
+            f"{free.get(node['NodeID'], {}).get(kind, 0):g} of {node['Resources'].get(kind, 0):g} {kind}s"
+            for kind in asked
+        )
+        for node in nodes
     ]
     more = f" and {len(rooms) - NODES_NAMED} machines more" if len(rooms) > NODES_NAMED else ""
     wanted = " and ".join(f"{amount:g} {kind}s" for kind, amount in asked.items())

@@ -1,4 +1,7 @@
-"""Sends an outbox that could not be sent while its sweep ran: `python -m raysae.commands.send OUTBOX [--uri URI] [--experiment NAME]`."""
+"""Sends an outbox that could not be sent while its sweep ran.
+
+python -m raysae.commands.send OUTBOX [--uri URI] [--experiment NAME]
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,17 @@ from raysae.tracking.sender import try_lock
 
 
 def send(path: str | Path, uri: str | None = None, experiment: str | None = None) -> int:
-    """Sends what the outbox at `path` still holds; to another `uri` or `experiment`, all of it. Returns how many entries were sent.
-    What MLflow refuses for good is not among them, and stays in the outbox (see `outbox.refusal`).
+    """Sends what the outbox at `path` still holds, and returns how many entries were sent.
 
-    Runs that a dead driver has left open are closed as KILLED, at the time of its last sign of life (`--resume` opens them again).
-    Raises UserError where there is no outbox, its sweep is alive, the experiment was deleted, or MLflow does not answer: what has not been sent is
-    kept.
+    If another `uri` or `experiment` is given, all of it goes there. What MLflow refuses for good is not counted. It
+    stays in the outbox (see `outbox.refusal`).
+
+    Runs that a dead driver left open are closed as KILLED. Their end is its last sign of life. `--resume` opens them
+    again.
+
+    Raises:
+        UserError: there is no outbox, its sweep is alive, the experiment was deleted, or MLflow does not answer. What
+            has not been sent is kept.
     """
     if Path(path).is_dir():
         path = Path(path) / "outbox.db"
@@ -37,7 +45,7 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
     with lock:
         uri, experiment = absolute(uri or outbox.meta("uri")), experiment or outbox.meta("experiment")
         try:
-            experiment_id(connect(uri), uri, experiment)  # does it answer? Then the outbox may be addressed to it
+            experiment_id(connect(uri), uri, experiment)  # Raises unless it answers. Then address the outbox to it.
             direct(outbox, uri, experiment)
             if any(run.status == RUNNING for run in outbox.runs()):
                 outbox.end(STUDY, KILLED, outbox.last_time())
@@ -45,7 +53,9 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
             Delivery(outbox).deliver()
         except (MlflowException, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"MLflow at {uri} takes nothing now ({reason}): what it has not taken is kept in {path}") from error
+            raise UserError(
+                f"MLflow at {uri} takes nothing now ({reason}): what it has not taken is kept in {path}"
+            ) from error
         sent = waiting - (sum(outbox.refused().values()) - refused)
     outbox.close()
     return sent
@@ -53,11 +63,12 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
 
 def job(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m raysae.commands.send", description="Sends the numbers and artifacts that a study has kept on disk."
+        prog="python -m raysae.commands.send",
+        description="Sends the numbers and artifacts that a study has kept on disk.",
     )
-    parser.add_argument("outbox", help="the outbox file in the study's folder")
-    parser.add_argument("--uri", help="MLflow tracking URI; unset: the study's own")
-    parser.add_argument("--experiment", help="MLflow experiment; unset: the study's own")
+    parser.add_argument("outbox", help="Outbox file in the study's folder.")
+    parser.add_argument("--uri", help="MLflow tracking URI. The default is the study's own.")
+    parser.add_argument("--experiment", help="MLflow experiment. The default is the study's own.")
     arguments = parser.parse_args(argv)
     print(f"{send(arguments.outbox, arguments.uri, arguments.experiment)} entries sent")
     if refused := refusal(Outbox(arguments.outbox)):

@@ -1,4 +1,9 @@
-"""TODO docstring."""
+"""Picks and loads the GPU kernels, and holds the version of all kernels.
+
+`cuda.py` needs Triton, which PyTorch for GPUs brings along on Linux. So this module imports `cuda.py` only when a
+tensor is there for it. Elsewhere callers use plain PyTorch, or CPU loops that `compiled.py` compiles. Nothing is
+computed here.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-VERSION = 8  # raised with what gives SAEs other bits, here, in compiled, cuda, selection, screening, elements: earlier checkpoints are then refused
+# Raise this with every change in this folder that gives SAEs other bits. Earlier checkpoints are then refused.
+VERSION = 8
 
 
 def for_triton(like: Tensor) -> ModuleType | None:
-    """`cuda.py`, whose kernels are for tensors like this one: float32 on a GPU. None: they are not."""
+    """The module `cuda` if its kernels take tensors like this one: float32, on a GPU, with Triton. Otherwise None."""
     if not like.is_cuda or like.dtype != torch.float32 or triton_version() is None:
         return None
     from raysae.kernels import cuda
@@ -22,7 +28,7 @@ def for_triton(like: Tensor) -> ModuleType | None:
 
 @cache
 def triton_version() -> str | None:
-    """None where there is none: PyTorch for GPUs brings it along on Linux. All is done in plain PyTorch then."""
+    """The version of Triton, or None where it is not installed. Then plain PyTorch does everything on a GPU."""
     try:
         import triton
     except ImportError:

@@ -1,4 +1,12 @@
-"""TODO docstring."""
+"""Sparse code matrices as lists of their nonzeros, and the products that end in one row per feature.
+
+A code matrix is (b, n): rows of the batch × features. A *feature* is a column: a latent of the dictionary, or a place
+in a list of latents. Nonzeros come grouped by row. Gradients of weights need them by feature, so `ByFeature` sorts them
+once per backward pass. Each feature's sum then has a fixed order, and gives the same bits every time.
+
+Every product here is an embedding bag: a weighted sum of rows of a dense matrix. So neither a dense code matrix nor a
+gathered (N, d) tensor exists. Products that end in one row per row of the batch are in `products.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +21,6 @@ from torch.nn.functional import embedding_bag
 from raysae.kernels.buffers import OUTER_BYTES, rows_of
 from raysae.kernels.compiled import compiled
 
-# ---------------------------------------------------------------- products with sparse codes
-
 
 class Nonzeros(NamedTuple):
     """The nonzeros of a (b, n) code matrix, grouped by row."""
@@ -22,11 +28,11 @@ class Nonzeros(NamedTuple):
     features: Tensor  # (N,) int64
     values: Tensor  # (N,)
     rows: Tensor  # (N,) int64, ascending
-    starts: Tensor  # (b,) int64
+    starts: Tensor  # (b,) int64: the place where each row begins
 
     @classmethod
     def of_rows(cls, indices: Tensor, values: Tensor) -> Nonzeros:
-        """Of `indices` and `values` (b, k)."""
+        """The nonzeros of rows that have `values` (b, k) at the features `indices` (b, k)."""
         b, k = indices.shape
         starts = torch.arange(0, b * k, k, device=indices.device)
         rows = torch.arange(b, device=indices.device).repeat_interleave(k)
@@ -34,14 +40,20 @@ class Nonzeros(NamedTuple):
 
 
 def starts_of(ascending: Tensor, bins: int) -> Tensor:
-    """Where each of the numbers 0 … bins − 1 starts in the list `ascending`, (bins,)."""
+    """The places (bins,) where each of the numbers 0 … bins − 1 begins in the sorted list `ascending`."""
     return torch.searchsorted(ascending, torch.arange(bins, dtype=ascending.dtype, device=ascending.device))
 
 
 def order_of(keys: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """What sorts `keys` (N,) int64, stably: (N,), and where each of the numbers 0 … bins − 1 then starts: (bins,). Keys are not checked."""
+    """Sorts `keys` (N,) int64 stably, by counting on a CPU. Its plain twin is `keys.sort(stable=True)`.
+
+    Keys must be in 0 … bins − 1. They are not checked.
+
+    Returns:
+        The order (N,) that sorts them, and the places (bins,) where each number then begins.
+    """
     if keys.device.type != "cpu":
-        ordered, order = keys.to(torch.int32).sort(stable=True)  # in half the time of 64 bits
+        ordered, order = keys.to(torch.int32).sort(stable=True)  # Half the time of sorting 64 bits
         return order, starts_of(ordered, bins)
     order, starts = torch.empty_like(keys), keys.new_empty(bins)
     _order_of(keys.numpy(), order.numpy(), starts.numpy())
@@ -63,17 +75,33 @@ def _order_of(keys, order, starts):
 
 
 def outer_blocks(rows: Tensor, values: Tensor, starts: Tensor, source: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Σ over a feature's nonzeros of values · source[row], for `rows` and `values` (N,) sorted by feature, feature f from starts[f] on, and `source`
-    (b, d): blocks of features and their sums (·, d), so that there is no second matrix of the size of all."""
+    """Sums values · source[row] over each feature's nonzeros, a block of features at a time.
+
+    Blocks spare a second matrix of the size of all sums.
+
+    Args:
+        rows: (N,), sorted by feature.
+        values: (N,), in the same order.
+        starts: The place where each feature begins in both.
+        source: (b, d).
+
+    Yields:
+        Features, and their sums (·, d).
+    """
     block = rows_of(OUTER_BYTES, source)
     edges = [*starts[::block].tolist(), len(values)]
     for i, (begin, end) in enumerate(itertools.pairwise(edges)):
         features = slice(i * block, (i + 1) * block)
-        yield features, embedding_bag(rows[begin:end], source, starts[features] - begin, mode="sum", per_sample_weights=values[begin:end])
+        yield (
+            features,
+            embedding_bag(
+                rows[begin:end], source, starts[features] - begin, mode="sum", per_sample_weights=values[begin:end]
+            ),
+        )
 
 
 class ByFeature:
-    """The same nonzeros sorted by feature, for products that end in one row per feature."""
+    """Nonzeros sorted by feature, for products that end in one row per feature."""
 
     def __init__(self, codes: Nonzeros, n: int):
         self.order, self.starts = order_of(codes.features, n)
@@ -81,9 +109,15 @@ class ByFeature:
         self.b = len(codes.starts)
 
     def outer_(self, out: Tensor, values: Tensor, source: Tensor, add_to: Tensor | None = None) -> None:
-        """Σ over a feature's nonzeros of values · source[row], with `source` (b, d), written to the feature's row of `out` (n, d).
+        """Writes Σ values · source[row] over each feature's nonzeros into the feature's row of `out` (n, d).
 
-        With `add_to` (n,) feature f is added to row add_to[f] of a larger `out` instead.
+        The plain twin is `out = codes.T @ source` with a dense code matrix that holds `values`.
+
+        Args:
+            out: (n, d), or larger with `add_to`.
+            values: (N,), in the order of the nonzeros before sorting.
+            source: (b, d).
+            add_to: (n,). Feature f is added to row add_to[f] of `out` instead. Rows must be distinct.
         """
         for features, sums in outer_blocks(self.rows, values.index_select(0, self.order), self.starts, source):
             if add_to is None:
@@ -92,5 +126,5 @@ class ByFeature:
                 out.index_add_(0, add_to[features], sums)
 
     def sum_(self, out: Tensor, values: Tensor, add_to: Tensor | None = None) -> None:
-        """Σ of a feature's values, into `out` (n,), or added to it, as in `outer_`."""
+        """Writes the sum of each feature's values into `out` (n,), or adds it there, as `outer_` does."""
         self.outer_(out.unsqueeze(1), values, values.new_ones(self.b, 1), add_to)

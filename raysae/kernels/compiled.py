@@ -1,4 +1,8 @@
-"""Loops that numba compiles for the CPU at hand, and runs in several threads."""
+"""Compiles Python loops with numba for the CPU at hand, and runs them in several threads.
+
+A compiled loop reads each number once where plain PyTorch makes several passes over memory. The price is some seconds
+of compiling. Code is kept in files, so that only the first process on a machine pays it.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,20 @@ from pathlib import Path
 import numba
 import torch
 
-SUMS = {"reassoc", "contract", "nsz"}  # as `fastmath`: what the compiler may do so that sums are vectorised
+# Value of `fastmath`: the freedom that the compiler needs to vectorise sums.
+SUMS = {"reassoc", "contract", "nsz"}
 _pool = ThreadPoolExecutor()
-COMPILED = (torch.float32, torch.float64)  # dtypes, on a CPU
+COMPILED = (torch.float32, torch.float64)  # Dtypes that compiled loops take, on a CPU
 
 
 @functools.cache
 def _folder() -> Path | None:
-    """Where compiled code is kept: beside this package's own, else with the user's caches; None where neither can be written.
+    """The folder of compiled code, or None where no such folder can be written.
 
-    numba compiles anew when the file of a function changes, and would not when that of a function called from it does: so a folder for each state of
-    all files.
+    It lies in numba's own cache folder where one is set. Otherwise it lies beside this module, or in the user's caches.
+
+    numba compiles a function anew when its file changes. It does not when the file of a function called from it
+    changes. So each state of all files here has a folder of its own.
     """
     here = Path(__file__).parent
     state = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(here.glob("*.py")))).hexdigest()[:16]
@@ -39,7 +46,10 @@ def _folder() -> Path | None:
 
 
 def compiled(function: Callable | None = None, **options: object) -> Callable:
-    """Compiled at its first call, for a few seconds, and kept in a file for the next process, where there is a place for that."""
+    """Compiles `function` at its first call, which takes a few seconds. `options` go to `numba.njit`.
+
+    The code is kept in a file for the next process, if there is a folder for it.
+    """
     if function is None:
         return functools.partial(compiled, **options)
     options = {"nogil": True, "error_model": "numpy", **options}
@@ -48,11 +58,17 @@ def compiled(function: Callable | None = None, **options: object) -> Callable:
     try:
         return numba.njit(cache=folder is not None, **options)(function)
     finally:
-        numba.config.CACHE_DIR = before  # that of others who use numba
+        numba.config.CACHE_DIR = before  # Other users of numba keep their folder
 
 
 def in_parts(function: Callable, length: int, unit: int, *arguments: object) -> list:
-    """The results of function(*arguments, first, last) for parts of 0 … length, whole units but for the last: one for each of torch's threads."""
+    """Calls function(*arguments, first, last) on ranges of 0 … length, one for each of torch's threads.
+
+    A range is a whole number of units. The last one may end within a unit.
+
+    Returns:
+        The results, in the order of the ranges. There are fewer than threads if there are fewer units.
+    """
     share = unit * max(1, math.ceil(length / unit / torch.get_num_threads()))
     parts = list(itertools.pairwise([*range(0, length, share), length]))
     running = [_pool.submit(function, *arguments, *part) for part in parts[1:]]

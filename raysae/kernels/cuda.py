@@ -1,11 +1,17 @@
-"""What a TopK step does on a GPU beside dense products, in Triton: the largest pre-activations, and products with sparse codes.
+"""Triton kernels for a TopK step on a GPU: the largest pre-activations, and products with sparse codes.
 
-Matrices come in the number format of the products (bfloat16 or float32); sums are in float32. Every kernel goes over rows first and over strips of
-columns last, so that what its programs read at a time, a strip of the weights or of the batch, stays in the GPU's cache: a latent's weights are read
-by all its rows, from memory once. There are no atomic additions: the same bits every time.
+Dense products stay with cuBLAS. Matrices come in the products' number format, bfloat16 or float32. Sums are float32.
 
-The k largest of a row are found as in `selection.py`: the maximum of every group of consecutive latents, the k groups of largest maximum, the k
-largest members of these. Both times a bound that k elements reach is found by halving, in registers. What changes bits here raises `kernels.VERSION`.
+The kernels for codes go over rows first and over strips of columns last. What programs read at a time, a strip of the
+weights or of the batch, then stays in the GPU's cache. A latent's weights come from memory once, for all rows that
+read them. There are no atomic additions, so the same input gives the same bits every time.
+
+The k largest of a row are found as in `selection.py`. One kernel takes the maximum of every group of consecutive
+latents. The next takes the k groups of largest maximum, and the last takes the k largest members of these. Both find a
+bound that k elements reach, by halving an interval in registers.
+
+Docstrings name plain twins, in `screening.py`, `products.py`, `codes.py` and `rows.py`. `tests/sae/naive.py` is the
+short readable version of a whole training step. Raise `backends.VERSION` with a change here that gives other bits.
 """
 
 from __future__ import annotations
@@ -20,18 +26,23 @@ from triton import language as tl
 from raysae.kernels.buffers import Workspace, power_of_two
 from raysae.kernels.codes import ByFeature, Nonzeros
 
-SCORES = 1 << 30  # bytes of pre-activations at a time
-STRIP = 256  # columns that a program handles, one warp: its sums over nonzeros are within a thread, and those over columns need no barrier
-PER_ROW, PER_FEATURE = 8, 4  # nonzeros whose weights, or rows, it has on their way
-TILE = 8192  # pre-activations of a row that a program finds maxima of, for ROWS rows
-ROWS, MOST_ROWS = 8, 1 << 18  # the latter at a time: a grid has at most 65,535 programs beside the first dimension's
-LEAST = tl.constexpr(-(2**31))  # below the key of every number
+SCORES = 1 << 30  # Bytes of pre-activations at a time
+# Columns of a program, which is one warp. It sums over nonzeros within a thread, and over columns without a barrier.
+STRIP = 256
+PER_ROW, PER_FEATURE = 8, 4  # Nonzeros of a row, or of a feature, that a program loads at a time
+TILE = 8192  # Numbers that a program handles at a time: pre-activations of one row, or places of `put_`
+# Rows of a program of `_group_maxima`, and rows at a time. A grid's second dimension has at most 65,535 programs.
+ROWS, MOST_ROWS = 8, 1 << 18
+LEAST = tl.constexpr(-(2**31))  # Less than the key of every number
 
 
 def top_pre_activations(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, workspace: Workspace, precision: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """As `screening.top_pre_activations`."""
+    """`screening.top_pre_activations` on a GPU.
+
+    With `precision`, pre-activations are rounded to it before the bias is added.
+    """
     x, weight = (matrix if precision is None else matrix.to(precision) for matrix in (x, weight))
     found = []
     for part in x.split(min(MOST_ROWS, power_of_two(max(1, SCORES // (len(weight) * x.element_size()))))):
@@ -42,18 +53,30 @@ def top_pre_activations(
 
 
 def top_k(scores: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of `scores` (r, n) + `bias` (n,) float32: values, float32, and indices (ascending), (r, k) each.
+    """The k largest elements of each row of `scores` + `bias`, by three kernels.
 
-    NaN counts as +∞; of equal elements the first are taken."""
+    The plain twin is `(scores.float() + bias).topk(k)`. NaN counts as +∞. Of equal elements the first are taken.
+
+    Args:
+        scores: (r, n), bfloat16 or float32.
+        bias: (n,), float32.
+        k: From 1 to n.
+
+    Returns:
+        Values, float32, and indices, int64 and ascending: (r, k) each.
+    """
     r, n = scores.shape
-    members = 1 << (math.isqrt(n // k).bit_length() - 1)  # of a group: as many candidates then as groups, about
+    # Latents of a group: the k groups chosen then have about as many members as there are groups.
+    members = 1 << (math.isqrt(n // k).bit_length() - 1)
     groups = triton.cdiv(n, members)
     maxima = torch.empty(r, groups, dtype=torch.float32, device=scores.device)
     chosen = torch.empty(r, k, dtype=torch.int32, device=scores.device)
     values, indices = torch.empty_like(chosen, dtype=torch.float32), torch.empty_like(chosen, dtype=torch.int64)
     per_program, sets = max(1, TILE // members), triton.next_power_of_2(k)
     with torch.cuda.device_of(scores):
-        _group_maxima[triton.cdiv(groups, per_program), triton.cdiv(r, ROWS)](scores, bias, maxima, r, n, groups, members, per_program, ROWS)
+        _group_maxima[triton.cdiv(groups, per_program), triton.cdiv(r, ROWS)](
+            scores, bias, maxima, r, n, groups, members, per_program, ROWS
+        )
         size = triton.next_power_of_2(groups)
         _top_groups[r,](maxima, chosen, groups, k, size, sets, num_warps=warps(size))
         size = triton.next_power_of_2(k * members)
@@ -62,7 +85,7 @@ def top_k(scores: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def warps(elements: int) -> int:
-    """Of a program that holds so many numbers in registers."""
+    """Warps for a program that holds so many numbers in registers: from 4 to 16."""
     return min(16, max(4, elements // 1024))
 
 
@@ -73,7 +96,10 @@ def _group_maxima(scores, bias, maxima, r, n, groups, MEMBERS: tl.constexpr, GRO
     offset = tl.load(bias + column, mask=column < n, other=0.0)
     for i in range(ROWS):
         row = tl.program_id(1).to(tl.int64) * ROWS + i
-        score = tl.load(scores + row * n + column, mask=(column < n) & (row < r), other=float("-inf")).to(tl.float32) + offset
+        score = (
+            tl.load(scores + row * n + column, mask=(column < n) & (row < r), other=float("-inf")).to(tl.float32)
+            + offset
+        )
         score = tl.where(score == score, score, float("inf"))
         tl.store(maxima + row * groups + group, tl.max(score, 1), mask=(group < groups) & (row < r))
 
@@ -88,13 +114,17 @@ def _top_groups(maxima, chosen, groups, k, SIZE: tl.constexpr, SETS: tl.constexp
 
 
 @triton.jit
-def _top_members(scores, bias, chosen, values, indices, n, k, MEMBERS: tl.constexpr, SIZE: tl.constexpr, SETS: tl.constexpr):
+def _top_members(
+    scores, bias, chosen, values, indices, n, k, MEMBERS: tl.constexpr, SIZE: tl.constexpr, SETS: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     candidate = tl.arange(0, SIZE)
     there = candidate < k * MEMBERS
     column = tl.load(chosen + row * k + candidate // MEMBERS, mask=there, other=0) * MEMBERS + candidate % MEMBERS
     there = there & (column < n)
-    score = tl.load(scores + row * n + column, mask=there, other=0.0).to(tl.float32) + tl.load(bias + column, mask=there, other=0.0)
+    score = tl.load(scores + row * n + column, mask=there, other=0.0).to(tl.float32) + tl.load(
+        bias + column, mask=there, other=0.0
+    )
     score = tl.where(score == score, score, float("inf"))
     taken = _largest(tl.where(there, _key(score), LEAST), k, SIZE, SETS)
     place = row * k + tl.cumsum(taken.to(tl.int32), 0) - 1
@@ -104,17 +134,18 @@ def _top_members(scores, bias, chosen, values, indices, n, k, MEMBERS: tl.conste
 
 @triton.jit
 def _key(score):
-    """Integers in the order of the numbers."""
+    """Integers that have the order of the floats `score`."""
     bits = score.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _largest(keys, k, SIZE: tl.constexpr, SETS: tl.constexpr):
-    """Which `k` of `keys` (SIZE,) are largest; of equal ones the first. SETS is at least k."""
-    bound = tl.min(tl.max(tl.reshape(keys, [SIZE // SETS, SETS]), 0), 0)  # k keys or more reach it: each set has one
-    above = tl.max(keys, 0) + 1  # that fewer reach
-    middle = (bound & above) + ((bound ^ above) >> 1)  # half their sum, which may be no integer of 32 bits, rounded down
+    """Marks the `k` largest of `keys` (SIZE,), and of equal ones the first. SETS is at least k."""
+    bound = tl.min(tl.max(tl.reshape(keys, [SIZE // SETS, SETS]), 0), 0)  # At least k keys reach it: one of each set
+    above = tl.max(keys, 0) + 1  # Fewer than k keys reach it
+    # Half of their sum, rounded down. The sum itself may overflow 32 bits.
+    middle = (bound & above) + ((bound ^ above) >> 1)
     reached = 0
     while (middle != bound) & (reached != k):
         reached = tl.sum((keys >= middle).to(tl.int32), 0)
@@ -129,7 +160,7 @@ def _largest(keys, k, SIZE: tl.constexpr, SETS: tl.constexpr):
 
 
 class FusedCodes:
-    """As `kernels.SparseCodes`, with weights, errors and inputs rounded to `precision` where it is not None."""
+    """`products.SparseCodes` on a GPU. Weights, errors and inputs are rounded to `precision` if there is one."""
 
     def __init__(self, codes: Nonzeros, n: int, latents: Tensor | None, precision: torch.dtype | None):
         self.codes, self.n, self.latents, self.precision = codes, n, latents, precision or torch.float32
@@ -140,7 +171,9 @@ class FusedCodes:
         found, self._rounded = residual(self.codes._replace(features=features), target, self._weight)
         return found
 
-    def backward(self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
+    def backward(
+        self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
+    ) -> None:
         by_feature = ByFeature(self.codes, self.n)
         products = by_feature.outer_(W_dec, self.codes.values * scale, self._rounded, self.latents, self._weight)
         grad_codes = products.mul_(scale).mul_(self.codes.values > 0)
@@ -149,7 +182,11 @@ class FusedCodes:
 
 
 def residual(codes: Nonzeros, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`target` (b, d) less codes (b, n) times `weight` (n, d), in float32 and in weight's number format, (b, d) each."""
+    """`target` (b, d) minus codes (b, n) times `weight` (n, d). Its plain twin is `products.plain_residuals`.
+
+    Returns:
+        The residual (b, d) in float32, and again rounded to weight's number format.
+    """
     b, d = target.shape
     found, rounded = torch.empty_like(target), torch.empty_like(target, dtype=weight.dtype)
     operands = codes.features, codes.values, codes.starts, target, weight, found, rounded
@@ -159,7 +196,9 @@ def residual(codes: Nonzeros, target: Tensor, weight: Tensor) -> tuple[Tensor, T
 
 
 @triton.jit
-def _residual(features, values, starts, target, weight, found, rounded, b, nonzeros, d, SOME: tl.constexpr, STRIP: tl.constexpr):
+def _residual(
+    features, values, starts, target, weight, found, rounded, b, nonzeros, d, SOME: tl.constexpr, STRIP: tl.constexpr
+):
     row = tl.program_id(0)
     begin = tl.load(starts + row)
     end = tl.load(starts + row + 1, mask=row + 1 < b, other=nonzeros)
@@ -170,7 +209,9 @@ def _residual(features, values, starts, target, weight, found, rounded, b, nonze
         i = first + tl.arange(0, SOME)
         feature = tl.load(features + i, mask=i < end, other=0)
         value = tl.load(values + i, mask=i < end, other=0.0)
-        latent = tl.load(weight + feature[:, None] * d + column[None, :], mask=(i < end)[:, None] & inside[None, :], other=0.0)
+        latent = tl.load(
+            weight + feature[:, None] * d + column[None, :], mask=(i < end)[:, None] & inside[None, :], other=0.0
+        )
         left -= tl.sum(value[:, None] * latent.to(tl.float32), 0)
     place = row.to(tl.int64) * d + column
     tl.store(found + place, left, mask=inside)
@@ -178,11 +219,17 @@ def _residual(features, values, starts, target, weight, found, rounded, b, nonze
 
 
 class ByFeature(ByFeature):
-    """The nonzeros sorted by feature, with a kernel for their outer products."""
+    """`codes.ByFeature` with a kernel for outer products."""
 
-    def outer_(self, out: Tensor, values: Tensor, source: Tensor, add_to: Tensor | None = None, weight: Tensor | None = None) -> Tensor | None:
-        """As there, in float32. With a `weight` of the shape of `out`, the products of source[row] with the feature's row of it are returned for all
-        nonzeros, (N,)."""
+    def outer_(
+        self, out: Tensor, values: Tensor, source: Tensor, add_to: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor | None:
+        """Writes or adds the sums of `codes.ByFeature.outer_`, in float32.
+
+        Returns:
+            None, or with a `weight` of the shape of `out` source[row] · weight[feature] for each nonzero, (N,).
+            With `add_to` the row of `weight` is add_to[feature].
+        """
         n, d = len(self.starts), source.shape[1]
         strip = min(STRIP, triton.next_power_of_2(d))
         strips = triton.cdiv(d, strip)
@@ -215,16 +262,20 @@ def _outer(
         i = first + tl.arange(0, SOME)
         row = tl.load(rows + i, mask=i < end, other=0)
         value = tl.load(values + i, mask=i < end, other=0.0)
-        x = tl.load(source + row[:, None] * d + column[None, :], mask=(i < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        x = tl.load(
+            source + row[:, None] * d + column[None, :], mask=(i < end)[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)
         sums += tl.sum(value[:, None] * x, 0)
         if PRODUCTS:
             place = tl.load(order + i, mask=i < end, other=0)
-            tl.store(products + tl.program_id(1).to(tl.int64) * nonzeros + place, tl.sum(x * own[None, :], 1), mask=i < end)
+            tl.store(
+                products + tl.program_id(1).to(tl.int64) * nonzeros + place, tl.sum(x * own[None, :], 1), mask=i < end
+            )
     tl.store(out + latent * d + column, sums, mask=inside)
 
 
 def put_(numbers: Tensor, places: Tensor, values: Tensor) -> None:
-    """As `kernels.put_`; the same bits every time without sorting the places, which PyTorch does for that."""
+    """`rows.put_` on a GPU. PyTorch would sort the places to give the same bits every time. This does not need to."""
     with torch.cuda.device_of(numbers):
         _put[triton.cdiv(len(places), TILE),](numbers, places, values, len(places), TILE)
 
@@ -236,7 +287,7 @@ def _put(numbers, places, values, m, TILE: tl.constexpr):
 
 
 def add_rows_(matrix: Tensor, places: Tensor, rows: Tensor) -> None:
-    """As `kernels.add_rows_`, likewise."""
+    """`rows.add_rows_` on a GPU. It does not sort the places either."""
     m, d = rows.shape
     with torch.cuda.device_of(matrix):
         _add_rows[m,](matrix, places, rows, d, triton.next_power_of_2(d), num_warps=warps(d))
@@ -252,7 +303,7 @@ def _add_rows(matrix, places, rows, d, SIZE: tl.constexpr):
 
 
 def remove_parallel_(gradient: Tensor, unit: Tensor) -> None:
-    """As `kernels.remove_parallel_`, in one pass."""
+    """`rows.remove_parallel_` on a GPU, in one pass."""
     n, d = gradient.shape
     with torch.cuda.device_of(gradient):
         _remove_parallel[n,](gradient, unit, d, triton.next_power_of_2(d), num_warps=warps(d))
@@ -268,7 +319,7 @@ def _remove_parallel(gradient, unit, d, SIZE: tl.constexpr):
 
 
 def normalise_rows_(matrix: Tensor) -> None:
-    """As `kernels.normalise_rows_`, in one pass."""
+    """`rows.normalise_rows_` on a GPU, in one pass."""
     n, d = matrix.shape
     with torch.cuda.device_of(matrix):
         _normalise_rows[n,](matrix, torch.finfo(matrix.dtype).tiny, d, triton.next_power_of_2(d), num_warps=warps(d))

@@ -1,7 +1,10 @@
-"""The elements of a chunk of pre-activations that a dense architecture's loss depends on: all of them, or a list where they are few.
+"""The elements of a chunk of pre-activations that a dense architecture's loss depends on: all, or a list of few.
 
-An architecture that keeps what lies above a threshold begins with as many active latents as it likes and ends with a few in a hundred. `All` and
-`Few` have the same methods, so that its formulas are written once: a *quantity* is a number per element, (n, r) with `All` and (N,) with `Few`.
+An architecture with a threshold may begin with any number of active latents. It ends with a few in a hundred. Dense
+products are faster for many elements, and a list is faster for few. `All` and `Few` have the same methods. So an
+architecture's formulas are written once. `tests/sae/naive.py` has them in plain dense form.
+
+A *quantity* is a number per element: (n, r) with `All`, (N,) with `Few`.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ from raysae.kernels.buffers import Workspace
 from raysae.kernels.codes import order_of, outer_blocks
 from raysae.kernels.products import product
 
-LISTED = 1 / 7  # the share of a chunk's elements from which on a list costs more than all of them
-LONGEST = 1 << 18  # elements of a list, some 200 bytes each
+LISTED = 1 / 7  # Share of a chunk's elements above which a list costs more than all of them
+LONGEST = 1 << 18  # Most elements of a list. Each takes some 200 bytes.
 
 
 def elements_of(where: Tensor, workspace: Workspace, precision: torch.dtype | None = None) -> All | Few:
-    """Where `where` (n, r) is true; a list if that is faster: by their number alone, so that the same chunk takes the same way every time. On a GPU,
-    where dense products are cheap and a list would have the host wait for its length, all."""
+    """The elements at which `where` (n, r) is true, as a list if that is faster.
+
+    Their number decides alone, so that the same chunk takes the same form every time. On a GPU it is always `All`:
+    dense products are cheap there, and the host would have to wait for a list's length.
+    """
     few = not where.is_cuda and int(where.sum()) <= min(LONGEST, LISTED * where.numel())
     return Few(where) if few else All(workspace, precision)
 
@@ -32,32 +38,37 @@ class All:
         self._workspace, self._precision = workspace, precision
 
     def of(self, matrix: Tensor) -> Tensor:
-        """The quantity with the values of `matrix` (n, r)."""
+        """The quantity that has the values of `matrix` (n, r)."""
         return matrix
 
     def spread(self, latents: Tensor) -> Tensor:
-        """The quantity with each latent's value of `latents` (n,), or what broadcasts to it."""
+        """The quantity that has each latent's value of `latents` (n,), or a tensor that broadcasts to it."""
         return latents.unsqueeze(1)
 
     def sum(self, quantity: Tensor) -> Tensor:
-        """A quantity's sum for each latent, (n,)."""
+        """The sum of a quantity for each latent, (n,)."""
         return quantity.sum(1)
 
     def any(self, quantity: Tensor) -> Tensor:
-        """Whether a quantity, of bool, is true at any element of a latent, (n,)."""
+        """Whether a bool quantity is true at any element of a latent, (n,)."""
         return quantity.any(1)
 
     def decode(self, codes: Tensor, weight: Tensor) -> Tensor:
-        """Codes, a quantity, times the latents' rows of `weight` (n, d): (r, d)."""
+        """The quantity `codes` times the latents' rows of `weight` (n, d): (r, d)."""
         return product(codes.T, weight, self._precision)
 
     def gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """The gradient for the codes last given to `decode`, a quantity, from that for its result, `grad` (r, d)."""
+        """The gradient of the codes last given to `decode`, a quantity.
+
+        Args:
+            grad: The gradient of what `decode` returned, (r, d).
+            weight: (n, d), as given to `decode`.
+        """
         shape = len(weight), len(grad)
         return product(weight, grad.T, self._precision, out=self._workspace.take("grad_codes", shape, grad))
 
     def add_outer_(self, out: Tensor, quantity: Tensor, source: Tensor) -> None:
-        """Adds Σ over a latent's elements of quantity · source[row], with `source` (r, d), to the latent's row of `out` (n, d)."""
+        """Adds Σ quantity · source[row] over a latent's elements to its row of `out` (n, d), for `source` (r, d)."""
         if self._precision is None:
             out.addmm_(quantity, source)
         else:
@@ -65,13 +76,14 @@ class All:
 
 
 class Few:
-    """A list of elements, sorted by latent."""
+    """A list of N elements, sorted by latent. The methods are those of `All`."""
 
     def __init__(self, where: Tensor):
         self._n, r = where.shape
         self._places = where.view(-1).nonzero().squeeze(1)
         self._latents = self._places.div(r, rounding_mode="floor")
-        self._present, counts = self._latents.unique_consecutive(return_counts=True)  # at great widths few have an element in a chunk
+        # At great widths few latents have an element in a chunk.
+        self._present, counts = self._latents.unique_consecutive(return_counts=True)
         self._starts = counts.cumsum(0) - counts
         self._rows = torch.sub(self._places, self._latents, alpha=r)
         self._order, self._row_starts = order_of(self._rows, r)
@@ -94,7 +106,9 @@ class Few:
         self._leaf = codes[self._order].detach().requires_grad_()
         with torch.enable_grad():
             latents = self._latents[self._order]
-            self._product = embedding_bag(latents, weight.detach(), self._row_starts, mode="sum", per_sample_weights=self._leaf)
+            self._product = embedding_bag(
+                latents, weight.detach(), self._row_starts, mode="sum", per_sample_weights=self._leaf
+            )
         return self._product.detach()
 
     def gradient(self, grad: Tensor, weight: Tensor) -> Tensor:

@@ -1,8 +1,11 @@
-"""Products with sparse codes in bounded memory, the same bits every time; what a GPU does otherwise is in `cuda.py`.
+"""The products of a training step: pre-activations, residuals, and gradients of weights.
 
-Nonzeros of a code matrix (b, n) are three parallel lists, grouped by row: `features` (N,) int64, `values` (N,) and `starts` (b,), the place
-where each row begins. Every product with them is an embedding bag (a sum of rows of a dense matrix, weighted), so neither a dense code
-matrix nor a gathered (N, d) tensor exists. Large temporaries are reused buffers: memory fresh from the system costs a page fault per 4 KiB.
+Pre-activations are a dense product. What follows touches active latents only: with `SparseCodes` here, or with
+`FusedCodes` of `cuda.py` on a GPU. Where there are few latents, `DenseCodes` multiplies dense matrices instead, which
+is faster there. `code_matrix` chooses by size and device. Memory is bounded, and the same input gives the same bits
+every time.
+
+`tests/sae/naive.py` is the short readable version of a whole training step.
 """
 
 from __future__ import annotations
@@ -19,22 +22,40 @@ from raysae.kernels.codes import ByFeature, Nonzeros
 from raysae.kernels.compiled import COMPILED, SUMS, compiled, in_parts
 from raysae.kernels.rows import add_rows_, put_
 
-DENSE_PER_NONZERO = {"cpu": 4, "cuda": 64}  # elements of a dense code matrix that cost as much as one nonzero of a sparse one
+# Elements of a dense code matrix that cost as much as one nonzero of a sparse one.
+DENSE_PER_NONZERO = {"cpu": 4, "cuda": 64}
 
 
 def product(a: Tensor, b: Tensor, precision: torch.dtype | None, out: Tensor | None = None) -> Tensor:
-    """a · b. On a GPU operands may be rounded to `precision`; the products are then added up, and given, in float32."""
+    """a · b. On a GPU operands may be rounded to `precision`. Sums and result are then float32."""
     if precision is None:
         return torch.mm(a, b, out=out)
     return torch.mm(a.to(precision), b.to(precision), out_dtype=torch.float32, out=out)
 
 
 def pre_activation_chunks(
-    x: Tensor, weight: Tensor, bias: Tensor, workspace: Workspace, latents: Tensor | None = None, precision: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    workspace: Workspace,
+    latents: Tensor | None = None,
+    precision: torch.dtype | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """weight·xᵀ + bias (n, b) in chunks of rows of x: (rows, chunk (n, r)), each valid until the next is taken. With `latents` only these n of them.
+    """weight·xᵀ + bias (n, b), in chunks of rows of `x`.
 
-    Latent-major, as BLAS then has the long side first: x·weightᵀ takes 15 to 50 % longer on a CPU."""
+    Chunks are latent-major, so that BLAS has the long side first: x·weightᵀ takes 15 to 50 % longer on a CPU.
+
+    Args:
+        x: (b, d).
+        weight: (n, d), or more rows with `latents`.
+        bias: (n,), or more with `latents`.
+        workspace: Holds the chunk.
+        latents: (n,). Only these rows of `weight` and `bias` count.
+        precision: As in `product`.
+
+    Yields:
+        Rows of `x`, and their chunk (n, r). The next chunk overwrites it.
+    """
     n = len(weight) if latents is None else len(latents)
     if latents is not None and n * x.shape[1] * x.element_size() <= MAXIMUM_BYTES[x.device.type]:
         weight, bias, latents = weight[latents], bias[latents], None
@@ -61,22 +82,30 @@ def _pre_activations(x: Tensor, weight: Tensor, bias: Tensor, precision: torch.d
 
 
 def decode_rows(indices: Tensor, values: Tensor, weight: Tensor) -> Tensor:
-    """Σ_j values[:, j] · weight[indices[:, j]] for `indices` and `values` (b, k): (b, d)."""
+    """Decodes `indices` and `values` (b, k) with `weight` (n, d): Σ_j values[:, j] · weight[indices[:, j]], (b, d)."""
     return embedding_bag(indices, weight, mode="sum", per_sample_weights=values)
 
 
 def residuals(codes: Nonzeros, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`target` (b, d) less the codes (b, n) times `weight` (n, d), and the products of its rows with the rows of weight, those at nonzeros, (N,)."""
+    """What the codes (b, n) leave of `target` (b, d), and its products with active latents.
+
+    On a CPU a compiled loop does both, row by row. The weights of a row's latents are then still in the cache for the
+    products. `plain_residuals` is its short readable twin.
+
+    Returns:
+        residual: target − codes · weight, (b, d).
+        products: residual[row] · weight[feature] for each nonzero, (N,). `backward` needs them.
+    """
     if target.device.type != "cpu" or target.dtype not in COMPILED:
         return plain_residuals(codes, target, weight)
-    found, products = torch.empty_like(target), torch.empty_like(codes.values)  # row by row: its latents' weights are still in the cache for these
+    found, products = torch.empty_like(target), torch.empty_like(codes.values)
     operands = (tensor.numpy() for tensor in (*codes, target.contiguous(), weight.detach(), found, products))
     in_parts(_residuals, len(target), 1, *operands)
     return found, products
 
 
 def plain_residuals(codes: Nonzeros, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in plain torch."""
+    """`residuals` in plain PyTorch: autograd gives the products."""
     leaf = codes.values.detach().requires_grad_()
     with torch.enable_grad():
         decoded = embedding_bag(codes.features, weight.detach(), codes.starts, mode="sum", per_sample_weights=leaf)
@@ -86,7 +115,7 @@ def plain_residuals(codes: Nonzeros, target: Tensor, weight: Tensor) -> tuple[Te
 
 @compiled(fastmath=SUMS)
 def _residuals(features, values, rows, starts, target, weight, found, products, first, last):
-    """Rows `first` to `last` of `found`, and their part of `products`."""
+    """Writes rows `first` to `last` of `found`, and their nonzeros of `products`."""
     for i in range(first, last):
         begin, end = starts[i], starts[i + 1] if i + 1 < len(starts) else len(values)
         row = found[i]
@@ -100,11 +129,16 @@ def _residuals(features, values, rows, starts, target, weight, found, products, 
 
 @compiled(fastmath=SUMS)
 def products_of(weight, latents, row, products):
-    """Into `products` those of `row` (d,) with the rows `latents` of `weight` (n, d)."""
+    """Writes weight[latents] · row into `products`, for `weight` (n, d) and `row` (d,)."""
     last = len(latents) - 1
-    for i in range(0, len(latents), 4):  # four at a time, so that their weights come from memory side by side
+    for i in range(0, len(latents), 4):  # Four at a time, so that their weights come from memory side by side
         a, b, c, d = i, min(i + 1, last), min(i + 2, last), min(i + 3, last)
-        latent_a, latent_b, latent_c, latent_d = weight[latents[a]], weight[latents[b]], weight[latents[c]], weight[latents[d]]
+        latent_a, latent_b, latent_c, latent_d = (
+            weight[latents[a]],
+            weight[latents[b]],
+            weight[latents[c]],
+            weight[latents[d]],
+        )
         of_a, of_b, of_c, of_d = row.dtype.type(0), row.dtype.type(0), row.dtype.type(0), row.dtype.type(0)
         for m in range(len(row)):
             of_a += latent_a[m] * row[m]
@@ -115,23 +149,35 @@ def products_of(weight, latents, row, products):
 
 
 class SparseCodes:
-    """A (b, n) code matrix as its nonzeros, between a dictionary's forward and backward pass: work for active latents only.
+    """A (b, n) code matrix as its nonzeros, between a dictionary's forward and backward pass.
 
-    With `latents` (n,) the codes are of a part of the dictionary: column f belongs to latent latents[f] of the weights."""
+    It works on active latents only. With `latents` (n,) the codes are of some latents of a larger dictionary: column f
+    belongs to row latents[f] of the weights. `naive.loss` in `tests/sae/naive.py` is the plain version, with a dense
+    code matrix and autograd.
+    """
 
     def __init__(self, codes: Nonzeros, n: int, latents: Tensor | None = None):
         self.codes, self.n, self.latents = codes, n, latents
 
     def residual(self, target: Tensor, weight: Tensor) -> Tensor:
-        """`target` (b, d) less the codes times the latents' rows of `weight` (·, d)."""
+        """`target` (b, d) minus the codes times the latents' rows of `weight` (·, d)."""
         features = self.codes.features if self.latents is None else self.latents[self.codes.features]
         residual, self._products = residuals(self.codes._replace(features=features), target, weight)
         return residual
 
-    def backward(self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
-        """Gradients of the latents' weights into W_enc (n, d), b_enc (n,) and W_dec (n, d), of a loss whose gradient with respect to codes · weight
-        is `scale` times the `residual` (b, d) found last, where the encoder's input is `x` (b, d); those of a part of the dictionary are added to
-        its rows."""
+    def backward(
+        self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
+    ) -> None:
+        """Writes the gradients of weights. With `latents` it adds them to these rows instead.
+
+        Args:
+            scale: The loss's gradient at the decoder output, codes · weight, is scale · residual.
+            residual: (b, d), as `residual` returned it last.
+            x: The encoder's input, (b, d).
+            W_enc: Gradient (n, d), or larger with `latents`.
+            b_enc: Gradient (n,), or larger with `latents`.
+            W_dec: Gradient (n, d), or larger with `latents`.
+        """
         grad_codes = self._products.mul_(scale).mul_(self.codes.values > 0)
         by_feature = ByFeature(self.codes, self.n)
         by_feature.outer_(W_dec, self.codes.values * scale, residual, self.latents)
@@ -140,9 +186,14 @@ class SparseCodes:
 
 
 class DenseCodes:
-    """The same with a dense matrix, which is faster where there are few latents: a dense product does its operations so much faster."""
+    """`SparseCodes` with a dense matrix.
 
-    def __init__(self, codes: Nonzeros, n: int, latents: Tensor | None, workspace: Workspace, precision: torch.dtype | None):
+    This is faster where there are few latents: a dense product takes far less time per operation.
+    """
+
+    def __init__(
+        self, codes: Nonzeros, n: int, latents: Tensor | None, workspace: Workspace, precision: torch.dtype | None
+    ):
         shape = (len(codes.starts), n)
         self.matrix = workspace.take("codes", shape, codes.values).zero_()
         put_(self.matrix.view(-1), torch.add(codes.features, codes.rows, alpha=n), codes.values)
@@ -154,8 +205,12 @@ class DenseCodes:
             return torch.addmm(target, self.matrix, self._weight, alpha=-1)
         return target - product(self.matrix, self._weight, self.precision)
 
-    def backward(self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
-        grad_codes = product(residual, self._weight.T, self.precision, out=self.workspace.take("grad_codes", self.matrix.shape, residual))
+    def backward(
+        self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
+    ) -> None:
+        grad_codes = product(
+            residual, self._weight.T, self.precision, out=self.workspace.take("grad_codes", self.matrix.shape, residual)
+        )
         grad_codes.mul_(scale).mul_(self.matrix > 0)
         codes = self.matrix.mul_(scale)
         if self.latents is None:
@@ -171,10 +226,22 @@ class DenseCodes:
 def code_matrix(
     codes: Nonzeros, n: int, workspace: Workspace, latents: Tensor | None = None, precision: torch.dtype | None = None
 ) -> SparseCodes | DenseCodes:
-    """`codes` as a (b, n) matrix, of the `latents` (n,) of a larger dictionary or of a whole one, in the form that is faster: by their number alone,
-    so that the same codes take the same way every time. `precision` is that of `product`."""
+    """The nonzeros `codes` as a (b, n) matrix, in the form that is faster.
+
+    The number of nonzeros and the device decide alone. So the same codes take the same form every time.
+
+    Args:
+        codes: The nonzeros.
+        n: Columns of the matrix.
+        workspace: Holds the matrix if it is dense.
+        latents: (n,). The latents of a larger dictionary that the columns belong to.
+        precision: As in `product`.
+    """
     elements, device = len(codes.starts) * n, codes.values.device.type
-    if elements <= DENSE_PER_NONZERO[device] * len(codes.values) and elements * codes.values.element_size() <= MAXIMUM_BYTES[device]:
+    if (
+        elements <= DENSE_PER_NONZERO[device] * len(codes.values)
+        and elements * codes.values.element_size() <= MAXIMUM_BYTES[device]
+    ):
         return DenseCodes(codes, n, latents, workspace, precision)
     if cuda := for_triton(codes.values):
         return cuda.FusedCodes(codes, n, latents, precision)

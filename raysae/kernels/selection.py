@@ -1,17 +1,17 @@
-"""The largest pre-activations, exactly: k of each row (`top_k`) or a number of a whole batch (`BatchTop`).
+"""Selects the largest pre-activations, exactly: k of each row (`top_k`), or a number of a whole batch (`BatchTop`).
 
-Pre-activations come latent-major, `scores` (n, r): latents × rows of the batch, as `kernels.pre_activation_chunks` makes them. What changes the bits
-of SAEs here raises `kernels.VERSION`.
+Pre-activations come latent-major, `scores` (n, r): latents × rows of the batch. `products.pre_activation_chunks` makes
+them so. The short readable versions are `dense_top` in `tests/sae/naive.py`, and `torch.topk`.
 
-On a CPU `top_k` is compiled, as torch.topk moves every element several times. For each row it
+On a CPU `top_k` is compiled, because `torch.topk` moves every element several times. It works in four steps per row.
 
-    1. takes the maximum of every group of some consecutive latents,
-    2. halves the interval of these maxima a few times, towards a bound that k of them just reach (k or more always do),
-    3. looks for elements at or above the bound in the groups that reach it: the k largest are among them,
-    4. keeps the k largest of these.
+    1. It takes the maximum of every group of some consecutive latents.
+    2. It halves the interval of these maxima a few times, towards a bound that k of them just reach. At least k do.
+    3. It collects elements at or above the bound, from the groups that reach it. The k largest are among them.
+    4. It keeps the k largest of these.
 
-1 and 2 go through many rows at once in vector registers, 3 and 4 touch a small part of the elements, more of them where one maximum lies far from
-all others.
+Steps 1 and 2 go through many rows at once in vector registers. Steps 3 and 4 touch few elements. They touch more where
+one maximum lies far from all others. Raise `backends.VERSION` with a change here that gives SAEs other bits.
 """
 
 from __future__ import annotations
@@ -26,14 +26,21 @@ from torch import Tensor
 from raysae.kernels.codes import Nonzeros, starts_of
 from raysae.kernels.compiled import COMPILED, compiled, in_parts
 
-STRIP, LANES = 64, 16  # rows that are handled together, and of these the ones that one comparison is for
-HALVINGS = 8
+STRIP, LANES = 64, 16  # Rows that are handled together, and rows of one comparison
+HALVINGS = 8  # More make the bound tighter, and take longer
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each column of `scores` (n, r), in no particular order: values and indices, (r, k) each; the values are torch.topk's.
+    """The k largest elements of each column of `scores` (n, r), in no particular order.
 
-    NaN counts as +∞. Of equal elements the same are taken every time, on a CPU whatever columns are beside. ValueError: k is not in 1 … n.
+    Its plain twin is `scores.T.topk(k)`, which gives the same values. NaN counts as +∞. Of equal elements the same are
+    taken every time. On a CPU the columns beside do not matter either.
+
+    Returns:
+        Values and indices, (r, k) each.
+
+    Raises:
+        ValueError: `k` is not in 1 … n.
     """
     n, r = scores.shape
     if not 1 <= k <= n:
@@ -41,24 +48,29 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if scores.device.type != "cpu" or scores.dtype not in COMPILED:
         return torch.topk(scores.T.contiguous(), k, dim=1, sorted=False)
     values, indices = scores.new_empty(r, k), scores.new_empty(r, k, dtype=torch.int64)
-    members = math.isqrt(n // k)  # of a group: there are then at least k groups, and step 3 has about as much to do as step 2
+    # Latents of a group. There are then at least k groups, and step 3 has about as much to do as step 2.
+    members = math.isqrt(n // k)
     arguments = scores.contiguous().numpy(), k, members, values.numpy(), indices.numpy()
     in_parts(_select, r, LANES, *arguments)
     return values, indices
 
 
 def top_of_chunks(chunks: Iterable[tuple[slice, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """`top_k` of (n, b) in chunks of columns, as `kernels.pre_activation_chunks` makes them: values and indices, (b, k) each."""
+    """`top_k` of chunks of columns, as `products.pre_activation_chunks` makes them: values and indices, (b, k) each."""
     values, indices = zip(*(top_k(scores, k) for _, scores in chunks), strict=True)
     return torch.cat(values), torch.cat(indices)
 
 
 @compiled
 def _select(scores, k, members, values, indices, first, last):
-    """Columns `first` to `last` of `scores` (n, r): their rows of `values` and `indices` (r, k)."""
-    groups, room = len(scores) // members, 2 * k + 16  # of what is found in a column: `_take` makes room where that is not enough
+    """Selects from columns `first` to `last` of `scores` (n, r), into these rows of `values` and `indices` (r, k)."""
+    groups, room = len(scores) // members, 2 * k + 16  # `_take` makes room where a column has more elements
     maxima = np.empty((groups, STRIP), scores.dtype)
-    found, latents, counts = np.empty((STRIP, room), scores.dtype), np.empty((STRIP, room), np.int64), np.empty(STRIP, np.int64)
+    found, latents, counts = (
+        np.empty((STRIP, room), scores.dtype),
+        np.empty((STRIP, room), np.int64),
+        np.empty(STRIP, np.int64),
+    )
     for start in range(first, last, STRIP):
         width = min(STRIP, last - start)
         _group_maxima(scores, start, width, members, maxima)
@@ -75,21 +87,25 @@ def _select(scores, k, members, values, indices, first, last):
 
 @compiled
 def _group_maxima(scores, start, width, members, maxima):
-    """The maxima (groups, STRIP) of consecutive latents in `width` columns of `scores` (n, r) from `start` on; −∞ in the places that are left."""
+    """Writes the maxima (groups, STRIP) of consecutive latents, for `width` columns of `scores` (n, r) from `start` on.
+
+    Columns from `width` on get −∞.
+    """
     maxima[:, width:] = -np.inf
     for g in range(len(maxima)):
         maximum = maxima[g]
         for c in range(width):
             maximum[c] = scores[g * members, start + c]
         for j in range(g * members + 1, (g + 1) * members):
-            row = scores[j, start : start + width]  # one-dimensional and contiguous, or the loop would not be vectorised
-            for c in range(width):  # NaN stays, and comes in
+            # One-dimensional and contiguous, or the loop would not be vectorised.
+            row = scores[j, start : start + width]
+            for c in range(width):  # A maximum becomes NaN, and stays so, where a member is NaN
                 maximum[c] = maximum[c] if maximum[c] > row[c] or maximum[c] != maximum[c] else row[c]
 
 
 @compiled
 def bounds_of_largest(maxima, k):
-    """Numbers (STRIP,) that k or more of each column of `maxima` (groups, STRIP) are not below."""
+    """A bound (STRIP,) for each column of `maxima` (groups, STRIP): at least k of its maxima are not below it."""
     half = maxima.dtype.type(0.5)
     low, high = np.full(STRIP, np.inf, maxima.dtype), np.full(STRIP, -np.inf, maxima.dtype)
     middle, reached = np.empty(STRIP, maxima.dtype), np.empty(STRIP, np.float32)
@@ -116,9 +132,12 @@ def bounds_of_largest(maxima, k):
 
 @compiled
 def _collect(scores, start, width, maxima, members, k, bound, found, latents, counts):
-    """Elements of these columns not below `bound` (STRIP,), their latents and how many they are into `found`, `latents` and `counts`."""
+    """Collects the elements of these columns that are not below `bound` (STRIP,).
+
+    Elements go into `found`, their latents into `latents`, and their number into `counts`.
+    """
     n, groups = len(scores), len(maxima)
-    bounds = bound.reshape(STRIP // LANES, LANES)  # a view: `bound` rises on the way
+    bounds = bound.reshape(STRIP // LANES, LANES)  # A view, because `bound` rises on the way
     for g in range(groups):
         blocks = maxima[g].reshape(STRIP // LANES, LANES)
         for block in range(STRIP // LANES):
@@ -131,7 +150,7 @@ def _collect(scores, start, width, maxima, members, k, bound, found, latents, co
                         for j in range(g * members, (g + 1) * members):
                             if not scores[j, start + c] < bound[c]:
                                 _take(scores[j, start + c], j, c, k, bound, found, latents, counts)
-    for j in range(groups * members, n):  # latents in no group
+    for j in range(groups * members, n):  # Latents in no group
         for c in range(width):
             if not scores[j, start + c] < bound[c]:
                 _take(scores[j, start + c], j, c, k, bound, found, latents, counts)
@@ -139,7 +158,7 @@ def _collect(scores, start, width, maxima, members, k, bound, found, latents, co
 
 @compiled
 def _take(value, j, c, k, bound, found, latents, counts):
-    """Adds what was found; where there is no room, the bound rises to the k-th largest so far."""
+    """Adds an element to those found. If there is no room, the bound first rises to the k-th largest so far."""
     if counts[c] == found.shape[1]:
         keep_largest(found[c], latents[c], counts[c], k)
         bound[c], counts[c] = found[c, :k].min(), k
@@ -150,7 +169,10 @@ def _take(value, j, c, k, bound, found, latents, counts):
 
 @compiled
 def keep_largest(found, latents, count, k):
-    """Brings the k largest of the first `count` of `found` to its front, with their `latents`: Hoare's selection."""
+    """Brings the k largest of the first `count` elements of `found` to its front, by Hoare's selection.
+
+    Their `latents` move with them.
+    """
     low, high = 0, count - 1
     while low < high:
         pivot, i, j = found[(low + high) // 2], low, high
@@ -172,15 +194,19 @@ def keep_largest(found, latents, count, k):
 
 
 class BatchTop:
-    """The `count` largest positive elements of a (b, n) matrix that comes in chunks of rows."""
+    """The `count` largest positive elements of a (b, n) matrix that comes in chunks of rows.
+
+    The plain twin is `matrix.flatten().topk(count)`, as in `naive.loss` of `tests/sae/naive.py`. This one never holds
+    the whole matrix.
+    """
 
     def __init__(self, count: int, n: int, like: Tensor):
         self.count, self.n = count, n
         self.values = like.new_empty(0)
-        self.places = torch.empty(0, dtype=torch.int64, device=like.device)  # row · n + latent
+        self.places = torch.empty(0, dtype=torch.int64, device=like.device)  # Each is row · n + latent
 
     def add(self, first_row: int, scores: Tensor) -> None:
-        """Takes the rows from `first_row` on, as columns of `scores` (n, r), contiguous."""
+        """Takes the rows from `first_row` on. They are the columns of `scores` (n, r), which is contiguous."""
         flat, r = scores.flatten(), scores.shape[1]
         found = torch.nonzero(flat >= self._lower_bound(scores)).squeeze(1)
         values = torch.cat([self.values, flat[found]])
@@ -193,7 +219,7 @@ class BatchTop:
         self.values, self.places = values, places
 
     def _lower_bound(self, scores: Tensor) -> Tensor:
-        """A number above 0: elements below it cannot be among the `count` largest and need no look."""
+        """A number above 0. No element below it can be among the `count` largest."""
         smallest_positive = scores.new_tensor(torch.finfo(scores.dtype).tiny)
         if len(self.values) == self.count:
             return self.values.min()
@@ -204,11 +230,11 @@ class BatchTop:
         maxima = scores[: members * groups].unflatten(0, (members, groups)).amax(0).flatten()
         if len(maxima) < self.count:
             return smallest_positive
-        # `count` groups have an element at least as large as the count-th largest maximum
+        # At least `count` groups have an element as large as the count-th largest maximum.
         return torch.topk(maxima, self.count, sorted=False).values.min().maximum(smallest_positive)
 
     def nonzeros(self, b: int) -> Nonzeros:
-        """What was selected, as nonzeros of a (b, n) matrix."""
+        """The selected elements as nonzeros of a (b, n) matrix."""
         places, order = self.places.sort()
         rows = places.div(self.n, rounding_mode="floor")
         return Nonzeros(places - rows * self.n, self.values[order], rows, starts_of(rows, b))

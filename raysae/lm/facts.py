@@ -1,15 +1,17 @@
-"""What is known of a language model before it is loaded: its sizes, its hook points and a digest of its weights.
+"""What is known of a language model before it is loaded: sizes, hook points and a digest of its weights.
 
-Nothing here imports torch, so that a job can refuse a wrong model, hook point or layer at once. Sizes come from the model's `config.json`.
+Nothing here imports torch, so that a job can refuse a wrong model, hook point or layer at once. Sizes come from the
+model's `config.json`.
 
 Hook points are named KIND.LAYER, with layers counted from 0:
 
 | kind | the tensor | width |
 | --- | --- | --- |
-| `resid_pre` | the residual stream entering the block; at layer 0 the embeddings | d_model |
+| `resid_pre` | the residual stream entering the block, at layer 0 the embeddings | d_model |
 | `resid_post` | the residual stream leaving the block, before any final norm | d_model |
-| `attn_out`, `mlp_out` | what attention and MLP add to the residual stream, so after a post-norm (Gemma 2) | d_model |
-| `attn_z` | input of the attention's output projection: the heads' outputs, concatenated | d_attn = heads · head size |
+| `attn_out` | what attention adds to the residual stream, so after a post-norm (Gemma 2) | d_model |
+| `mlp_out` | what the MLP adds to the residual stream, so after a post-norm (Gemma 2) | d_model |
+| `attn_z` | input of the attention's output projection: the concatenated heads | d_attn = heads · head size |
 | `mlp_act` | input of the MLP's output projection: the neurons | d_mlp |
 
 So resid_pre + attn_out + mlp_out = resid_post, in parallel blocks too.
@@ -27,8 +29,10 @@ from typing import Literal, NamedTuple
 from raysae.config import ModelConfig, UserError, digest
 
 EMBEDDED = Path(__file__).parent / "embedded"
-UNLIMITED_CONTEXT = 1024  # context length taken for models that have no limit of their own (ALiBi)
-HASHED_WHOLE = 1 << 30  # bytes; of a larger weight file the digest takes the size and SAMPLES pieces of SAMPLE bytes
+UNLIMITED_CONTEXT = 1024  # Context length taken for models that have no limit of their own (ALiBi)
+# Bytes of the largest weight file that is digested whole. Of a larger one the digest takes the size and SAMPLES pieces
+# of SAMPLE bytes.
+HASHED_WHOLE = 1 << 30
 SAMPLES, SAMPLE = 1024, 1 << 16
 
 
@@ -37,21 +41,23 @@ SAMPLES, SAMPLE = 1024, 1 << 16
 
 @dataclass(frozen=True)
 class Modules:
-    """Module paths: `blocks` from the causal LM down, the others from a block down. What is None has no hook points."""
+    """Module paths. `blocks` starts at the causal LM, the others at a block. A path of None has no hook points."""
 
-    blocks: str  # the list of decoder blocks
-    attn: str | None = None  # its output, or its post-norm's, is added to the residual stream
-    attn_proj: str | None = None  # output projection inside attn
+    blocks: str  # List of decoder blocks
+    attn: str | None = None  # The block adds its output, or its post-norm's, to the residual stream
+    attn_proj: str | None = None  # Output projection inside attn
     mlp: str | None = None
     mlp_proj: str | None = None
-    attn_norm: str | None = None  # post-norm: between attn and the residual stream
+    attn_norm: str | None = None  # Post-norm between attn and the residual stream
     mlp_norm: str | None = None
 
 
 _LLAMA = Modules("model.layers", attn="self_attn", attn_proj="self_attn.o_proj", mlp="mlp", mlp_proj="mlp.down_proj")
 ARCHITECTURES: dict[str, Modules] = {
     "gpt2": Modules("transformer.h", attn="attn", attn_proj="attn.c_proj", mlp="mlp", mlp_proj="mlp.c_proj"),
-    "gpt_neox": Modules("gpt_neox.layers", attn="attention", attn_proj="attention.dense", mlp="mlp", mlp_proj="mlp.dense_4h_to_h"),
+    "gpt_neox": Modules(
+        "gpt_neox.layers", attn="attention", attn_proj="attention.dense", mlp="mlp", mlp_proj="mlp.dense_4h_to_h"
+    ),
     "llama": _LLAMA,
     "gemma2": replace(_LLAMA, attn_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm"),
     "mistral": _LLAMA,
@@ -61,7 +67,10 @@ ARCHITECTURES: dict[str, Modules] = {
 
 
 class Kind(NamedTuple):
-    """Where a kind of hook point is read: a field of `Modules`, the module's side, and the field of `ModelFacts` that is its width."""
+    """Where a kind of hook point is read: a field of `Modules`, and the module's side.
+
+    `width` is the field of `ModelFacts` that holds the kind's width.
+    """
 
     module: Literal["blocks", "attn", "attn_proj", "mlp", "mlp_proj"]
     side: Literal["input", "output"]
@@ -83,21 +92,23 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class ModelFacts:
-    folder_or_name: str  # what transformers loads
-    commit: str | None  # of a model on the hub
-    architecture: str  # model_type of config.json
+    folder_or_name: str  # Name that transformers loads
+    commit: str | None  # Commit of a model on the hub, None for a folder
+    architecture: str  # The model_type of config.json
     layers: int
     d_model: int
-    d_attn: int | None  # heads · head size; None where config.json does not say
+    d_attn: int | None  # Heads · head size, or None if config.json does not give it
     d_mlp: int | None
-    context_length: int  # longest context in tokens
-    digest: str  # equal where weights, configuration and module paths are
+    context_length: int  # Longest context in tokens
+    digest: str  # Equal for equal weights, configuration and module paths
     modules: Modules
 
     @property
     def kinds(self) -> list[str]:
         """The kinds of hook point this model has: those whose module and width are known."""
-        return [name for name, kind in KINDS.items() if getattr(self.modules, kind.module) and getattr(self, kind.width)]
+        return [
+            name for name, kind in KINDS.items() if getattr(self.modules, kind.module) and getattr(self, kind.width)
+        ]
 
 
 def model_facts(config: ModelConfig) -> ModelFacts:
@@ -111,7 +122,9 @@ def model_facts(config: ModelConfig) -> ModelFacts:
         content = json.loads(path.read_text(encoding="utf-8"))
         architecture = content["model_type"]
     except (ValueError, KeyError, TypeError, OSError):
-        raise UserError(f"model.name is {config.name!r}: its config.json is not the configuration of a transformers model") from None
+        raise UserError(
+            f"model.name is {config.name!r}: its config.json is not the configuration of a transformers model"
+        ) from None
     modules = _modules(config, architecture)
 
     def size(*names: str) -> int | None:
@@ -120,7 +133,9 @@ def model_facts(config: ModelConfig) -> ModelFacts:
     layers = size("num_hidden_layers", "n_layer")
     d_model = size("hidden_size", "n_embd")
     if not layers or not d_model:
-        raise UserError(f"model.name is {config.name!r}: its config.json names neither num_hidden_layers nor hidden_size, which raysae needs")
+        raise UserError(
+            f"model.name is {config.name!r}: its config.json lacks num_hidden_layers or hidden_size, which raysae needs"
+        )
     heads = size("num_attention_heads", "n_head")
     d_mlp = size("intermediate_size", "n_inner")
     return ModelFacts(
@@ -132,7 +147,9 @@ def model_facts(config: ModelConfig) -> ModelFacts:
         d_attn=heads * (size("head_dim") or d_model // heads) if heads else None,
         d_mlp=4 * d_model if d_mlp is None and architecture == "gpt2" else d_mlp,
         context_length=size("max_position_embeddings", "n_positions") or UNLIMITED_CONTEXT,
-        digest=digest([_weights(path.parent, config) if commit is None else f"{config.name}@{commit}", asdict(modules)]),
+        digest=digest(
+            [_weights(path.parent, config) if commit is None else f"{config.name}@{commit}", asdict(modules)]
+        ),
         modules=modules,
     )
 
@@ -144,32 +161,46 @@ def model_folder(config: ModelConfig) -> Path | None:
 
 
 def hub_commit(config: ModelConfig) -> str:
-    """The commit of a model on the hub. UserError: it cannot be loaded."""
+    """The commit of a model on the hub.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
     return _config_file(config)[1]
 
 
 def not_loadable(config: ModelConfig, reason: object = "") -> UserError:
-    """One sentence for whatever kept the model or its tokenizer from being found or loaded; `reason` is an exception or a clause."""
+    """The error for a model or tokenizer that cannot be found or loaded. `reason` is an exception or a clause."""
     if config.name == "embedded":
-        return UserError(f"model.name is 'embedded', but this copy of raysae has no model in {EMBEDDED}: name a folder or a Hugging Face model")
+        return UserError(
+            f"model.name is 'embedded', but this copy of raysae has no model in {EMBEDDED}: "
+            "name a folder or a Hugging Face model"
+        )
     because = f" ({str(reason).strip().splitlines()[0].rstrip('.')})" if str(reason).strip() else ""
-    return UserError(f"model.name is {config.name!r}: neither a model's folder nor a model that can be loaded from the Hugging Face hub{because}")
+    return UserError(
+        f"model.name is {config.name!r}: neither a model's folder nor a model that can be loaded from the Hugging Face "
+        f"hub{because}"
+    )
 
 
 def parse_hook_point(name: str, facts: ModelFacts) -> tuple[str, int]:
     """Kind and layer of a hook point, e.g. `("resid_post", 3)`.
 
     Raises:
-        UserError: no such kind or layer in this model; the sentence names the valid ones.
+        UserError: this model has no such kind or layer. The message names the valid ones.
     """
     kinds = ", ".join(facts.kinds)
     kind, layer = match.groups() if (match := re.fullmatch(r"([a-z_]+)\.(0|[1-9][0-9]*)", name)) else (None, "0")
     if kind in KINDS and kind not in facts.kinds:
         needed = KINDS[kind].module
-        raise UserError(f"hook point {name!r} needs model.modules to name {needed!r} and config.json to give its width; there are {kinds}")
+        raise UserError(
+            f"hook point {name!r} needs model.modules to name {needed!r} and config.json to give its width. "
+            f"This model has {kinds}"
+        )
     if kind not in KINDS or int(layer) >= facts.layers:
         raise UserError(
-            f"hook point {name!r} is not one of this model's: give KIND.LAYER with a kind of {kinds} and a layer from 0 to {facts.layers - 1}"
+            f"hook point {name!r} is not one of this model's: "
+            f"give KIND.LAYER with a kind of {kinds} and a layer from 0 to {facts.layers - 1}"
         )
     return kind, int(layer)
 
@@ -184,7 +215,7 @@ def hook_width(name: str, facts: ModelFacts) -> int:
 
 
 def _config_file(config: ModelConfig) -> tuple[Path, str | None]:
-    """Path of the model's config.json, and the hub's commit (None for a folder)."""
+    """Path of the model's config.json, and its commit on the hub, which is None for a folder."""
     folder = model_folder(config)
     if folder is not None:
         if not (folder / "config.json").is_file():
@@ -192,13 +223,13 @@ def _config_file(config: ModelConfig) -> tuple[Path, str | None]:
         return folder / "config.json", None
     if config.name == "embedded":
         raise not_loadable(config)
-    from huggingface_hub import hf_hub_download  # only for models from the hub
+    from huggingface_hub import hf_hub_download  # Imported only for models from the hub
 
     try:
         path = Path(hf_hub_download(config.name, "config.json", revision=config.revision))
-    except (OSError, ValueError) as error:  # every error of the hub's client is one of these
+    except (OSError, ValueError) as error:  # Every error of the hub's client is one of these
         raise not_loadable(config, error) from None
-    return path, path.parent.name  # the hub's local copy is .../snapshots/COMMIT/config.json
+    return path, path.parent.name  # The hub's local copy is .../snapshots/COMMIT/config.json
 
 
 def _modules(config: ModelConfig, architecture: str) -> Modules:
@@ -211,15 +242,16 @@ def _modules(config: ModelConfig, architecture: str) -> Modules:
         return replace(known, **config.modules)
     if "blocks" not in config.modules:
         raise UserError(
-            f"model.name is {config.name!r} of architecture {architecture!r}, and raysae knows {', '.join(sorted(ARCHITECTURES))}: "
-            "name the module paths with model.modules, e.g. {'blocks': 'model.layers', 'attn': 'self_attn', 'attn_proj': 'self_attn.o_proj', "
-            "'mlp': 'mlp', 'mlp_proj': 'mlp.down_proj'}, with 'attn_norm' and 'mlp_norm' where norms stand between these and the residual stream"
+            f"model.name is {config.name!r} of architecture {architecture!r}, but raysae only knows "
+            f"{', '.join(sorted(ARCHITECTURES))}. Name the module paths with model.modules, e.g. {{'blocks': "
+            "'model.layers', 'attn': 'self_attn', 'attn_proj': 'self_attn.o_proj', 'mlp': 'mlp', 'mlp_proj': "
+            "'mlp.down_proj'}, and 'attn_norm' and 'mlp_norm' if the model has post-norms"
         )
     return Modules(**config.modules)
 
 
 def _weights(folder: Path, config: ModelConfig) -> dict[str, str]:
-    """Digest of every file of a model's folder that its activations depend on."""
+    """Digest of every file of a model's folder that its activations depend on, by file name."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not weights:
         raise not_loadable(config, f"there are no weights (*.safetensors) in {folder}")
@@ -228,8 +260,11 @@ def _weights(folder: Path, config: ModelConfig) -> dict[str, str]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file; of one too large to be read for it, of its size and of pieces spread over it, the first and the last among them. Of content
-    alone, so that machines with copies of their own agree."""
+    """SHA-256 of a file's content, so that machines with copies of their own agree.
+
+    A file above `HASHED_WHOLE` is too large to be read for it. Its digest is that of its size and of pieces spread over
+    it, the first and the last among them.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= HASHED_WHOLE:

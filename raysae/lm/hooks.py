@@ -1,4 +1,7 @@
-"""Reading and replacing tensors on their way through a module, and passing over modules: for the length of one forward pass."""
+"""Hooks for the length of a forward pass: they read or replace tensors on their way through a module.
+
+Blocks can also be passed over, so that they compute nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-Look = Callable[[Tensor], Tensor | None]  # sees a tensor; returns another in its place, or None to let it pass
+Look = Callable[[Tensor], Tensor | None]  # Sees a tensor. Returns another in its place, or None to let it pass
 
 
 class Stop(Exception):  # noqa: N818 - a signal, as StopIteration is
@@ -16,7 +19,7 @@ class Stop(Exception):  # noqa: N818 - a signal, as StopIteration is
 
 
 class Site(NamedTuple):
-    """A place in a model: what enters or leaves a module. Of a tuple that leaves it, the first element."""
+    """A place in a model: the tensor that enters or leaves a module. If a tuple leaves it, its first element counts."""
 
     module: nn.Module
     side: Literal["input", "output"]
@@ -24,7 +27,7 @@ class Site(NamedTuple):
 
 @contextmanager
 def hooked(looks: Iterable[tuple[Site, Look]]) -> Iterator[None]:
-    """While this lasts, each site's tensor is shown to its function, which may replace it or raise `Stop`."""
+    """Show each site's tensor to its function while this lasts. The function may replace the tensor or raise `Stop`."""
     with ExitStack() as stack:
         for (module, side), look in looks:
             if side == "input":
@@ -67,12 +70,13 @@ def _like(new: Tensor, old: Tensor) -> Tensor:
 
 @contextmanager
 def passed_over(blocks: Sequence[nn.Module], hidden: Tensor, extras: int | None) -> Iterator[None]:
-    """While this lasts, calling one of `blocks` computes nothing: the last returns `hidden`, the others what they are given.
+    """Make `blocks` compute nothing while this lasts. The last returns `hidden`, the others return their input.
 
     Args:
         blocks: consecutive decoder blocks from the first on.
         hidden: (c, t, d), the residual stream that leaves the last of them.
-        extras: None where a block returns its tensor alone, else the length of what follows the tensor in the tuple it returns.
+        extras: how many elements follow the tensor in the tuple that a block returns. None means that a block returns
+            its tensor alone.
     """
 
     def stand_in(last: bool):
@@ -82,7 +86,8 @@ def passed_over(blocks: Sequence[nn.Module], hidden: Tensor, extras: int | None)
 
         return forward
 
-    # The instance's `forward` hides the class's; where models are spread over devices, accelerate has already put its own there.
+    # The instance's `forward` hides the class's. If the model is spread over devices, accelerate has already put one
+    # of its own there.
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for block in blocks:

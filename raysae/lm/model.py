@@ -1,9 +1,11 @@
 """A causal language model whose activations can be read and replaced at named hook points (see `facts`).
 
-Every method works on whole contexts of equal length without padding, in evaluation mode and without gradients. Here `c` counts contexts,
-`t` positions, `w` the width of a hook point, `d` the model's width and `V` the vocabulary. The model's own forward pass does all the computing:
-hooks read and replace tensors on the way, an exception ends the pass after the highest hook point needed, and blocks below a hook point are
-passed over when continuing from it. So masks, positions and whatever else an architecture does stay its own.
+Every method works on whole contexts of equal length without padding, in evaluation mode and without gradients. Shapes
+are in contexts `c`, positions `t`, a hook point's width `w`, the model's width `d` and the vocabulary `V`.
+
+The model's own forward pass does all the computing. Hooks read and replace tensors on the way. An exception ends the
+pass after the highest hook point needed. To continue from a hook point, the blocks below it are passed over. So masks,
+positions and whatever else an architecture does stay its own.
 """
 
 from __future__ import annotations
@@ -23,18 +25,26 @@ from raysae.lm.facts import KINDS, ModelFacts, hook_width, model_facts, not_load
 from raysae.lm.hooks import Site, Stop, hooked, passed_over
 
 Replacement = Callable[[Tensor], Tensor]
-LOGITS_AT_ONCE = 1 << 21  # elements of the logits held at a time where only sums over the vocabulary are wanted: 8 MiB in float32 stay in the cache
+# Elements of the logits held at a time if only sums over the vocabulary are wanted. In float32 they are 8 MiB, which
+# stay in the processor's cache.
+LOGITS_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """A clean forward pass up to a hook point, kept to be continued any number of times with `LanguageModel.resume`."""
+    """A clean forward pass up to a hook point. `LanguageModel.resume` continues it any number of times.
 
-    tokens: Tensor  # (c, t)
+    - `tokens`: (c, t) token ids.
+    - `activation`: (c, t, w), the activation at the hook point.
+    - `hidden`: (c, t, d), the residual stream entering block `first`. At resid_pre and resid_post it is the activation.
+    - `first`: the lowest block to run again.
+    """
+
+    tokens: Tensor
     hook_point: str
-    activation: Tensor  # (c, t, w), at the hook point
-    hidden: Tensor  # (c, t, d), the residual stream entering block `first`; the activation itself at resid_pre and resid_post
-    first: int  # the lowest block to run again
+    activation: Tensor
+    hidden: Tensor
+    first: int
 
 
 class LanguageModel:
@@ -52,8 +62,10 @@ class LanguageModel:
 
     @classmethod
     def load(cls, config: ModelConfig, device: str | torch.device = "cpu") -> LanguageModel:
-        """Loads weights in `config.dtype` onto `device`, or spread over all GPUs with `config.device_map`. Attention is PyTorch's fused
-        one, or the eager one where an architecture does not allow it (Gemma 2's soft-capping).
+        """Load weights in `config.dtype` onto `device`, or with `config.device_map` spread over all GPUs.
+
+        Attention is PyTorch's fused one. It is the eager one if the architecture does not allow that, as with Gemma 2's
+        soft-capping.
 
         Raises:
             UserError: the model is not found, incomplete, of unknown architecture, or its module paths do not fit.
@@ -74,22 +86,31 @@ class LanguageModel:
             raise not_loadable(config, error) from None
         missing = sorted(report["missing_keys"])
         if missing:
-            raise UserError(f"model.name is {config.name!r}: its weight files lack {len(missing)} of the model's tensors, e.g. {missing[0]}")
+            raise UserError(
+                f"model.name is {config.name!r}: "
+                f"its weight files lack {len(missing)} of the model's tensors, e.g. {missing[0]}"
+            )
         return cls(model if config.device_map else model.to(device), facts)
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go in; with a device map other layers may be elsewhere, and activations stay where they were computed."""
+        """The device that tokens go to.
+
+        With a device map other layers may be elsewhere, and activations stay where they were computed.
+        """
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of the activations."""
+        """The dtype of the weights, and so of the activations."""
         return self.model.dtype
 
     @property
     def attention(self) -> str:
-        """How attention is computed: transformers' name for it and, where PyTorch chooses a kernel on a GPU, those it may choose from."""
+        """How attention is computed: transformers' name for it.
+
+        If PyTorch chooses a kernel on a GPU, the kernels that it may choose from follow.
+        """
         name = str(self.model.config._attn_implementation)
         if name != "sdpa" or self.device.type != "cuda":
             return name
@@ -102,12 +123,15 @@ class LanguageModel:
         return " ".join([name, *(kernel for kernel, enabled in kernels.items() if enabled)])
 
     def twin(self) -> LanguageModel:
-        """The same model with modules of its own on the same weights, for use in another thread: what is hooked in one is not in the other."""
+        """The same model with modules of its own on the same weights.
+
+        It is for use in another thread, because hooks in one model are not in the other.
+        """
         weights = [*self.model.parameters(), *self.model.buffers()]
         return copy.deepcopy(self, {id(tensor): tensor for tensor in weights})
 
     def contexts_at_once(self, length: int) -> int:
-        """How many contexts of `length` tokens have logits of at most LOGITS_AT_ONCE elements (at least 1)."""
+        """How many contexts of `length` tokens have logits of at most LOGITS_AT_ONCE elements. It is at least 1."""
         return max(1, LOGITS_AT_ONCE // (length * self.model.config.vocab_size))
 
     # ---------------------------------------------------------------- reading
@@ -119,8 +143,9 @@ class LanguageModel:
         Args:
             tokens: (c, t) token ids.
             hook_points: e.g. `["resid_post.3", "mlp_act.0"]`.
-            token_loss: also returns under the key "token_loss" a float32 tensor (c, t): the loss in nats of predicting token t from those before it,
-                not a number at position 0. The pass then runs to the end, with logits for only a few contexts at a time.
+            token_loss: whether to add a float32 tensor (c, t) under the key "token_loss". It holds the loss in nats of
+                predicting token t from those before it, and NaN at position 0. The pass then runs to the end. Logits
+                are computed for only a few contexts at a time.
         """
         if not token_loss:
             return self._capture(tokens, hook_points)
@@ -135,7 +160,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, replace: Mapping[str, Replacement] = {}) -> Tensor:
-        """Logits (c, t, V) of a whole forward pass in which the activation at each hook point of `replace` gives way to the function of it."""
+        """Logits (c, t, V) of a whole forward pass.
+
+        At each hook point of `replace`, the function's result takes the place of the activation.
+        """
         with hooked([(self._site(name), function) for name, function in replace.items()]):
             return self._forward(tokens)
 
@@ -154,13 +182,18 @@ class LanguageModel:
 
     @torch.no_grad()
     def resume(self, prefix: Prefix, activation: Tensor) -> Tensor:
-        """Logits (c, t, V) with `activation` (c, t, w) in place of the prefix's own. Only the blocks above are computed, and, but for resid_post, the
-        hook point's own.
+        """Logits (c, t, V) with `activation` (c, t, w) in place of the prefix's own.
 
-        `resume(prefix(tokens, hook), f(prefix.activation))` equals `logits(tokens, {hook: f})`.
+        `resume(prefix(tokens, hook), f(prefix.activation))` equals `logits(tokens, {hook: f})`. Only the blocks above
+        the hook point are computed. The hook point's own block is computed too, except at resid_post.
+
+        Raises:
+            ValueError: the activation has another shape than the prefix's.
         """
         if activation.shape != prefix.activation.shape:
-            raise ValueError(f"the activation has the shape {tuple(activation.shape)}, the prefix's {tuple(prefix.activation.shape)}")
+            raise ValueError(
+                f"the activation has the shape {tuple(activation.shape)}, the prefix's {tuple(prefix.activation.shape)}"
+            )
         if prefix.hidden is prefix.activation:
             return self._logits_from(prefix.tokens, prefix.first, activation.to(prefix.hidden))
         return self._logits_from(prefix.tokens, prefix.first, prefix.hidden, {prefix.hook_point: lambda _: activation})
@@ -170,16 +203,24 @@ class LanguageModel:
     def _forward(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
 
-    def _logits_from(self, tokens: Tensor, first: int, hidden: Tensor, replace: Mapping[str, Replacement] = {}) -> Tensor:
-        """Logits where `hidden` (c, t, d) enters block `first`; where `first` is the number of layers, the final norm and the head remain.
-        Embeddings are looked up in vain, which is cheap, so that the model makes its masks and positions as ever."""
+    def _logits_from(
+        self, tokens: Tensor, first: int, hidden: Tensor, replace: Mapping[str, Replacement] = {}
+    ) -> Tensor:
+        """Logits of a pass in which `hidden` (c, t, d) enters block `first`.
+
+        If `first` is the number of layers, only the final norm and the head remain. The embedding lookup is wasted,
+        which is cheap. Running it lets the model build its masks and positions.
+        """
         if first == 0:
             return self.logits(tokens, {"resid_pre.0": lambda _: hidden, **replace})
         with passed_over(self.blocks[:first], hidden, self._block_extras):
             return self.logits(tokens, replace)
 
     def _capture(self, tokens: Tensor, hook_points: Sequence[str]) -> dict[str, Tensor]:
-        """Activations at the hook points; the forward pass ends when it has all of them, whatever the order of modules within a block."""
+        """Activations at the hook points.
+
+        The forward pass ends when it has all of them, whatever the order of modules within a block.
+        """
         wanted = {name: self._site(name) for name in hook_points}
         captured: dict[str, Tensor] = {}
 
@@ -192,7 +233,10 @@ class LanguageModel:
             with suppress(Stop), hooked([(site, functools.partial(keep, name)) for name, site in wanted.items()]):
                 self._forward(tokens)
         for name in wanted.keys() - captured.keys():
-            raise UserError(f"hook point {name!r}: the model's forward pass does not go through the module that model.modules names for it")
+            raise UserError(
+                f"hook point {name!r}: the model's forward pass does not go through the module "
+                "that model.modules names for it"
+            )
         return {name: captured[name] for name in wanted}
 
     def _site(self, hook_point: str) -> Site:
@@ -210,18 +254,26 @@ class LanguageModel:
         try:
             return parent.get_submodule(path)
         except AttributeError:
-            raise UserError(f"model.modules: {field!r} is {path!r}, which {type(parent).__name__} does not have") from None
+            raise UserError(
+                f"model.modules: {field!r} is {path!r}, which {type(parent).__name__} does not have"
+            ) from None
 
     @torch.no_grad()
     def _check_modules(self) -> int | None:
-        """Runs block 0 on four tokens to see that every hook point has the width in `facts` and that attention and MLP add up to the block.
+        """Run block 0 on four tokens to check the module paths.
+
+        Every hook point must have the width in `facts`, and attention and MLP must add up to the block.
 
         Returns:
-            how many elements follow the residual stream in what a block returns; None where it returns a tensor alone.
+            how many elements follow the residual stream in what a block returns, or None if it returns a tensor alone.
+
+        Raises:
+            UserError: the module paths do not fit.
         """
         if not isinstance(self.blocks, nn.ModuleList) or len(self.blocks) != self.facts.layers:
             raise UserError(
-                f"model.modules: 'blocks' is {self.facts.modules.blocks!r}, which is not the list of the model's {self.facts.layers} blocks"
+                f"model.modules: 'blocks' is {self.facts.modules.blocks!r}, "
+                f"which is not the list of the model's {self.facts.layers} blocks"
             )
         returned = []
         handle = self.blocks[0].register_forward_hook(lambda module, args, output: returned.append(output))
@@ -232,19 +284,27 @@ class LanguageModel:
         for name, activation in seen.items():
             found, expected = activation.shape[-1], hook_width(name, self.facts)
             if found != expected:
-                raise UserError(f"hook point {name!r} is {found} wide where config.json says {expected}: check model.modules")
+                raise UserError(
+                    f"hook point {name!r} is {found} wide, but config.json says {expected}: check model.modules"
+                )
         if {"attn_out.0", "mlp_out.0"} <= seen.keys():
             parts = [seen[name].float() for name in ("resid_pre.0", "attn_out.0", "mlp_out.0")]
             difference = sum(parts) - seen["resid_post.0"].float()
-            if difference.norm() > 0.05 * max(part.norm() for part in parts):  # bfloat16 rounds by 0.004
+            if difference.norm() > 0.05 * max(part.norm() for part in parts):  # Rounding to bfloat16 alone gives 0.004
                 raise UserError(
-                    "model.modules: resid_pre + attn_out + mlp_out is not resid_post in block 0, so 'attn' or 'mlp' is not what the block adds to "
-                    "the residual stream; name its post-norms as 'attn_norm' and 'mlp_norm', or leave 'attn' and 'mlp' out"
+                    "model.modules: resid_pre + attn_out + mlp_out is not resid_post in block 0, so 'attn' or 'mlp' is "
+                    "not what the block adds to the residual stream. Name its post-norms as 'attn_norm' and "
+                    "'mlp_norm', or leave 'attn' and 'mlp' out"
                 )
         return None if isinstance(returned[0], Tensor) else len(returned[0]) - 1
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy in nats, float32 (c, t − 1): entry p is the loss of predicting token p + 1 from logits (c, t, V) at position p."""
+    """Cross-entropy in nats, float32 (c, t − 1).
+
+    Entry p is the loss of predicting token p + 1 from the logits (c, t, V) at position p.
+    """
     predicted = tokens[:, 1:].to(logits.device)
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), predicted.flatten(), reduction="none").view(predicted.shape)
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), predicted.flatten(), reduction="none").view(
+        predicted.shape
+    )

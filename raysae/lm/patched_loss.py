@@ -1,16 +1,19 @@
-"""What a language model loses when a hook point's activations give way to an SAE's reconstructions: cross-entropy and KL divergence.
+"""Cross-entropy and KL of a language model whose activations give way to an SAE's reconstructions at a hook point.
 
-Definitions. A context's first `skip` positions are left intact; at all later ones the activation is replaced. Cross-entropy (CE, nats per token)
-and KL are taken over the predictions made *at* a replaced position, that is of tokens skip + 1 … t − 1.
+Definitions. A context's first `skip` positions are left intact. At all later ones the activation is replaced.
+Cross-entropy (CE, nats per token) and KL are taken over the predictions made *at* a replaced position. These predict
+the tokens skip + 1 … t − 1.
 
-- `ce_recovered` = (CE_mean − CE_sae) / (CE_mean − CE_clean), where for CE_mean every replaced activation is the mean over training rows;
-- `ce_recovered_zero` likewise with zeros in place of the mean;
-- both are undefined (None) where the denominator is below 0.01 nats: there is nothing to recover;
+- `ce_recovered` = (CE_mean − CE_sae) / (CE_mean − CE_clean). For CE_mean, every replaced activation is the mean over
+  training rows.
+- `ce_recovered_zero` is the same with zeros in place of the mean.
+- Both are undefined (None) if the denominator is below 0.01 nats: there is nothing to recover.
 - `kl` = KL(clean ‖ patched), mean per token.
 
-Contexts go through in small batches: one clean pass up to the hook point, then one partial pass from there up per variant. On a CPU each of torch's
-threads has batches of its own where their logits are small (the embedded model's are, GPT-2's are not): waiting for each other in every operation
-would cost them a quarter of their time.
+Contexts go through in small batches. Each has one clean pass up to the hook point. Then each variant has one partial
+pass from there up. On a CPU with small logits, each of torch's threads has batches of its own. Otherwise the threads
+wait for each other in every operation, which costs a quarter of their time. The embedded model's logits are small in
+this sense, GPT-2's are not.
 """
 
 from __future__ import annotations
@@ -28,20 +31,23 @@ from torch import Tensor
 
 from raysae.lm.model import LanguageModel
 
-THREADS = 16  # at most, that have batches of their own: each holds their logits several times
-LEAST_DENOMINATOR = 0.01  # nats
-ROWS_AT_ONCE = 4096  # rows given to an SAE at a time: wide ones hold (rows, latents)
+THREADS = 16  # Most threads with batches of their own. Each holds the logits of a batch several times
+LEAST_DENOMINATOR = 0.01  # Nats below which there is nothing to recover
+ROWS_AT_ONCE = 4096  # Rows given to an SAE at a time. Wide SAEs hold (rows, latents)
 
 
 @dataclass(frozen=True)
 class DownstreamSums:
-    """Sums over predicted tokens, in float64. Those of several shards add up with `+`; `finish` divides."""
+    """Sums over predicted tokens, in float64. The sums of several shards add up with `+`, and `finish` divides.
 
-    tokens: int  # predicted tokens
-    clean: float  # summed cross-entropy, nats
+    `clean`, `mean`, `zero` and `sae` are summed cross-entropies in nats. `sae` and `kl` are keyed by SAE.
+    """
+
+    tokens: int  # Predicted tokens
+    clean: float
     mean: float
     zero: float
-    sae: dict[str, float]  # by SAE
+    sae: dict[str, float]
     kl: dict[str, float]
 
     def __add__(self, other: DownstreamSums) -> DownstreamSums:
@@ -57,7 +63,11 @@ class DownstreamSums:
         )
 
     def finish(self) -> dict[str, dict[str, float | None]]:
-        """By SAE: ce_recovered and ce_recovered_zero (None where undefined); kl, ce_clean, ce_sae, ce_mean and ce_zero in nats per token."""
+        """Metrics by SAE.
+
+        They are ce_recovered and ce_recovered_zero (None where undefined), and in nats per token kl, ce_clean, ce_sae,
+        ce_mean and ce_zero.
+        """
         clean, mean, zero = self.clean / self.tokens, self.mean / self.tokens, self.zero / self.tokens
         metrics = {}
         for name in self.sae:
@@ -79,7 +89,12 @@ def _recovered(ablated: float, sae: float, clean: float) -> float | None:
 
 
 def downstream_metrics(
-    lm: LanguageModel, tokens: Tensor, hook_point: str, saes: Mapping[str, Callable[[Tensor], Tensor]], mean: Tensor, skip: int
+    lm: LanguageModel,
+    tokens: Tensor,
+    hook_point: str,
+    saes: Mapping[str, Callable[[Tensor], Tensor]],
+    mean: Tensor,
+    skip: int,
 ) -> DownstreamSums:
     """Sums of the metrics above over the contexts of one shard.
 
@@ -87,21 +102,26 @@ def downstream_metrics(
         lm: the language model.
         tokens: (c, t) token ids.
         hook_point: where the SAEs were trained.
-        saes: by name, functions from raw activations (rows, w) in float32 on the hook point's device to reconstructions of the same shape. They may
-            be called in several threads at once.
+        saes: functions by name. They take raw activations (rows, w) in float32 on the hook point's device and return
+            reconstructions of the same shape. Several threads may call them at once.
         mean: (w,), mean activation over training rows.
-        skip: first positions of each context that are left intact, less than t − 1.
+        skip: how many first positions of each context are left intact, less than t − 1.
+
+    Raises:
+        ValueError: `skip` is out of range, or there are no contexts.
     """
     length = tokens.shape[1]
     if not 0 <= skip < length - 1:
         raise ValueError(
-            f"skip is {skip}: from 0 to {length - 2} is right for contexts of {length} tokens, so that a replaced position predicts a token"
+            f"skip is {skip}, but contexts have {length} tokens: "
+            f"give a number from 0 to {length - 2}, so that a replaced position predicts a token"
         )
     if not len(tokens):
         raise ValueError("there are no contexts to evaluate")
     at_once = lm.contexts_at_once(length)
     batches = tokens.split(max(1, min(at_once, ROWS_AT_ONCE // length)))
-    apart = lm.device.type == "cpu" and at_once > 1  # one context's logits fill the cache otherwise, and memory if each thread has its own
+    # With larger logits one context fills the cache, and contexts of each thread's own would fill memory.
+    apart = lm.device.type == "cpu" and at_once > 1
     threads = min(torch.get_num_threads(), len(batches), THREADS) if apart else 1
     free = SimpleQueue()
     for model in (lm, *(lm.twin() for _ in range(threads - 1))):
@@ -120,7 +140,10 @@ def downstream_metrics(
 
 @contextmanager
 def _mapping(threads: int) -> Iterator[Callable]:
-    """`map` in so many threads with one of torch's each; the plain one, with all of torch's, for one."""
+    """A `map` over `threads` threads, in each of which torch uses one thread.
+
+    For one thread it is the plain `map`, in which torch uses all of its threads.
+    """
     if threads == 1:
         yield map
         return
@@ -129,12 +152,17 @@ def _mapping(threads: int) -> Iterator[Callable]:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool.map
     finally:
-        torch.set_num_threads(before)  # BLAS has one number for the whole process
+        torch.set_num_threads(before)  # BLAS has one number of threads for the whole process
 
 
 @torch.no_grad()
 def _batch_sums(
-    lm: LanguageModel, tokens: Tensor, hook_point: str, saes: Mapping[str, Callable[[Tensor], Tensor]], mean: Tensor, skip: int
+    lm: LanguageModel,
+    tokens: Tensor,
+    hook_point: str,
+    saes: Mapping[str, Callable[[Tensor], Tensor]],
+    mean: Tensor,
+    skip: int,
 ) -> DownstreamSums:
     prefix = lm.prefix(tokens, hook_point)
     original = prefix.activation  # (c, t, w)
@@ -149,7 +177,7 @@ def _batch_sums(
     predicted = tokens[:, skip + 1 :].to(original.device).unsqueeze(-1)
 
     def log_probability(logits: Tensor) -> Tensor:
-        return logits.float().log_softmax(-1)[:, skip:-1]  # (c, t − 1 − skip, V); cut before, it would be copied
+        return logits.float().log_softmax(-1)[:, skip:-1]  # (c, t − 1 − skip, V). Cutting first would copy the logits
 
     def cross_entropy(log_probability: Tensor) -> float:
         return -log_probability.gather(-1, predicted).sum(dtype=torch.float64).item()

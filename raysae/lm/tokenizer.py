@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FILES = ("tokenizer*", "vocab*", "merges*", "*.model", "special_tokens_map.json", "added_tokens.json", "config.json", "*.py")
+FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+    "*.py",
+)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -21,23 +30,30 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none.
     """
-    from transformers import AutoTokenizer  # importing it takes seconds: torch comes with it
+    from transformers import AutoTokenizer  # The import takes seconds, because torch comes with it
 
     folder = model_folder(config)
     if folder is None and config.name == "embedded":
         raise not_loadable(config)
     try:
-        return AutoTokenizer.from_pretrained(folder or config.name, revision=config.revision, trust_remote_code=config.trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            folder or config.name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
     except (OSError, ValueError) as error:
         if folder is None:
             raise not_loadable(config, error) from None
-        raise UserError(f"model.name is {config.name!r}: the folder holds no tokenizer that transformers can load") from None
+        raise UserError(
+            f"model.name is {config.name!r}: the folder holds no tokenizer that transformers can load"
+        ) from None
 
 
 def tokenizer_digest(config: ModelConfig) -> str:
-    """16 hexadecimal digits of all that the tokens of a text depend on: the tokenizer's files (on the hub: the commit) and what reads them.
+    """16 hexadecimal digits of all that the tokens of a text depend on.
 
-    It does not take loading the tokenizer, which takes seconds: text that has been tokenised before is found without.
+    That is the tokenizer's files, or its commit on the hub, and the versions of the libraries that read them. The
+    digest does without loading the tokenizer, which takes seconds. So text that was tokenised before is found fast.
     """
     folder = model_folder(config)
     files = sorted({path for pattern in FILES for path in folder.glob(pattern)}) if folder else []

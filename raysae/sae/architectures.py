@@ -1,4 +1,4 @@
-"""The architectures by name, and the one place that builds them."""
+"""The class of every architecture, and the one place that builds them. Facts that need no torch are in `config.py`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from raysae.sae.relu import ReLU
 from raysae.sae.tied import Tied
 from raysae.sae.topk import TopK
 
-ARCHITECTURES: dict[str, type[SAE]] = {"topk": TopK, "batchtopk": BatchTopK, "relu": ReLU, "tied": Tied, "jumprelu": JumpReLU}
+CLASSES: dict[str, type[SAE]] = {"topk": TopK, "batchtopk": BatchTopK, "relu": ReLU, "tied": Tied, "jumprelu": JumpReLU}
 
 
 def build(config: SAEConfig, d: int, train: TrainConfig) -> SAE:
     """The autoencoder that `config` names, on the CPU in float32. Its weights are drawn from config.seed alone."""
-    return ARCHITECTURES[config.architecture](config, d, train)
+    return CLASSES[config.architecture](config, d, train)

@@ -1,21 +1,24 @@
-"""What all sparse autoencoders share: parameters, initialisation, folding, and the steps around an optimiser's.
+"""What all sparse autoencoders share: parameters, initialisation, folding, files, and the steps around an optimiser's.
 
-Training works in normalised units: activations are divided by `scale`, measured once so that the mean of ‖x / scale‖² is the activation's
-width d (the tied architecture takes raw activations, scale 1). `folded()` gives the same autoencoder for raw activations; evaluation,
-analysis and files know only folded ones.
+Training works in normalised units. Activations are divided by `scale`, measured once, so that the mean of ‖x / scale‖²
+is the activation's width d. The tied architecture takes raw activations, with a scale of 1. `folded()` gives the same
+autoencoder for raw activations. Evaluation, analyses and files know only folded ones.
 
 One training step is
 
-    terms = sae.loss_and_grads(x / sae.scale, step)      # sets .grad of every parameter, in buffers kept between steps
+    x = rows / sae.scale
+    terms = sae.loss_and_grads(x, x, step)               # sets .grad of every parameter, in buffers kept between steps
     sae.after_grads()                                    # removes what would change the norm of decoder rows
     ... clip the gradients, optimizer.step() ...
     sae.after_step()                                     # decoder rows back to norm 1, thresholds brought up to date
+
+`tests/sae/naive.py` is the readable version of every architecture's step.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +32,7 @@ from raysae.kernels.rows import geometric_median, normalise_rows_, remove_parall
 
 
 class Codes(NamedTuple):
-    """Sparse codes: the active latents of each row, in no particular order. A place that holds no active latent has the value 0."""
+    """Sparse codes: the active latents of each row, in no particular order. A place without one has the value 0."""
 
     values: Tensor  # (b, k), at least 0
     indices: Tensor  # (b, k) int64
@@ -44,86 +47,108 @@ def centre_of(rows: Tensor, train: TrainConfig) -> Tensor:
 class StepInfo:
     """What a training step depends on beside the batch."""
 
-    sparsity_factor: float = 1.0  # warm-up of the penalty's coefficient, 0 … 1
-    dead: Tensor | None = None  # (n,) bool: the latents that count as dead, for AuxK
+    sparsity_factor: float = 1.0  # Warm-up of the penalty's coefficient, 0 … 1
+    dead: Tensor | None = None  # (n,) bool, the latents that count as dead, for AuxK
+    progress: float = 0.0  # Share of the run's steps that are done, 0 … 1, for architectures that anneal
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder of width `n` on activations of width `d`: x̂ = W_decᵀ c + b_dec with c = activation(W_enc (x − b_dec) + b_enc).
+    """A sparse autoencoder with n latents: x̂ = W_decᵀ c + b_dec with c = activation(W_enc (x − b_dec) + b_enc).
 
-    Weights are latent-major, W_enc and W_dec are (n, d). Every architecture but the tied one keeps decoder rows at norm 1 and starts with
-    W_enc = W_dec, rows of random directions. A subclass gives the activation (`encode`) and the loss with its gradients.
+    Weights are latent-major, W_enc (n, d_in) and W_dec (n, d_out). Every architecture so far reconstructs its input, so
+    that both widths are d. Every architecture but the tied one keeps decoder rows at norm 1 and starts with W_enc = W_dec,
+    rows of random directions. A subclass gives the activation (`encode`) and the loss with its gradients.
+
+    State that training needs is in buffers, which a checkpoint keeps. `SAVED` names what an SAE's file keeps.
+
     One instance may encode and decode in several threads at once, each with buffers of its own, and train in one.
 
-    On a GPU `precision`, bfloat16, may be set: what operands of training's products are rounded to (see `kernels.product`), and
-    TopK's pre-activations before their bias is added. Parameters, other sums, losses and gradients are float32 all the same;
-    everything is where None stands, and in `encode`.
+    On a GPU `precision` may be bfloat16. Operands of training's products are then rounded to it (see `products.product`),
+    and so are TopK's pre-activations before their bias is added. Parameters, other sums, losses and gradients stay
+    float32. `encode` always computes in float32.
     """
 
     precision: torch.dtype | None = None
+    SAVED: tuple[str, ...] = ("W_enc", "W_dec", "b_enc", "b_dec")  # SAELens's names of the tensors in a file
+    FACTOR_WITHOUT_DIRECTION = 1.0  # For codes of a latent with a decoder row of zeros, see `unit_decoder_rows_`
 
     def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
         super().__init__()
-        self.config, self.train_config, self.d, self.n = config, train, d, config.width
+        self.config, self.train_config, self.n = config, train, config.width
+        self.d_in = self.d_out = d
         self._make_weights(torch.Generator().manual_seed(config.seed))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("_fired", torch.zeros(self.n, dtype=torch.bool), persistent=False)
         self._workspace = Workspace()
 
     def _make_weights(self, generator: torch.Generator) -> None:
-        directions = unit_rows(torch.randn(self.n, self.d, generator=generator))
+        directions = unit_rows(torch.randn(self.n, self.d_in, generator=generator))
         self.W_enc = nn.Parameter(directions.clone())
         self.b_enc = nn.Parameter(torch.zeros(self.n))
         self.W_dec = nn.Parameter(directions)
-        self.b_dec = nn.Parameter(torch.zeros(self.d))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
 
     @torch.no_grad()
     def initialise(self, rows: Tensor, centre: Tensor | None = None) -> None:
-        """Measures `scale` and sets b_dec to the `centre_of` these `rows` (r, d), raw activations; `centre` (d,), where it is known already."""
+        """Measures `scale` on raw activations `rows` (r, d) and sets b_dec to their `centre_of`.
+
+        `centre` (d,) is that point where it is known already.
+        """
         rows = rows.to(self.b_dec)
         self.scale.copy_(rows.double().square().mean().sqrt())
         self.b_dec.copy_((centre_of(rows, self.train_config) if centre is None else centre) / self.scale)
 
+    # ---------------------------------------------------------------- encoding and decoding
+
     def encoder(self) -> Tensor:
-        """The encoder's rows as they are used, (n, d)."""
+        """The encoder's rows as they are used, (n, d_in)."""
         return self.W_enc
 
     def decoder(self) -> Tensor:
-        """The decoder's rows as they are used, the dictionary's features, (n, d) of norm 1."""
+        """The decoder's rows as they are used, the dictionary's features, (n, d_out) of norm 1."""
         return self.W_dec
 
     def encode(self, x: Tensor) -> Codes | Tensor:
-        """Codes of `x` (b, d): `Codes` for topk, else a dense (b, n) tensor."""
+        """Codes of `x` (b, d_in): `Codes` for topk, else a dense (b, n) tensor."""
         raise NotImplementedError
 
     def decode(self, codes: Codes | Tensor) -> Tensor:
-        """x̂ (b, d) of sparse or dense codes."""
+        """x̂ (b, d_out) of sparse or dense codes."""
         if isinstance(codes, Codes):
             return decode_rows(codes.indices, codes.values, self.decoder()) + self.b_dec
         return torch.addmm(self.b_dec, codes, self.decoder())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x̂ (b, d), rows taken in chunks so that memory is bounded at any width."""
+        """x̂ (b, d_out). Rows are taken in chunks, so that memory is bounded at any width."""
         return torch.cat([self.decode(self.encode(rows)) for rows in x.split(self.rows_at_once())])
 
     @property
     def code_width(self) -> int:
-        """How many numbers the codes of one row are, as `encode` gives them."""
+        """How many numbers `encode` gives for one row."""
         return self.n
 
     def rows_at_once(self) -> int:
         """Rows whose codes fit into bounded memory."""
-        return chunk_rows(max(self.code_width, self.d), self.W_enc.element_size(), self.W_enc.device.type)
+        width = max(self.code_width, self.d_in)
+        return chunk_rows(width, self.W_enc.element_size(), self.W_enc.device.type)
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """W_enc (x − b_dec) + b_enc, latent-major (n, b) as in `kernels.pre_activation_chunks`."""
+        """W_enc (x − b_dec) + b_enc, latent-major (n, b) as in `products.pre_activation_chunks`."""
         return torch.addmm(self.b_enc.unsqueeze(1), self.encoder(), (x - self.b_dec).T)
 
-    def loss_and_grads(self, x: Tensor, step: StepInfo) -> dict[str, Tensor]:
-        """Loss terms of a batch `x` (b, d) in normalised units, as scalars; overwrites .grad of every parameter and what `fired` tells.
+    # ---------------------------------------------------------------- training
 
-        `loss` is what is minimised; `squared_error` is the mean over rows of ‖x − x̂‖² (a sum over d); `l0` the mean number of active
-        latents per row; further terms are the architecture's own.
+    def loss_and_grads(self, x: Tensor, target: Tensor, step: StepInfo) -> dict[str, Tensor]:
+        """Loss terms of a batch in normalised units, as scalars. Overwrites .grad of every parameter and what `fired` tells.
+
+        Args:
+            x: input (b, d_in).
+            target: what x̂ is to be, (b, d_out). An autoencoder's is `x` itself.
+            step: where training stands.
+
+        Returns:
+            `loss` is what is minimised. `squared_error` is the mean over rows of ‖target − x̂‖², a sum over d. `l0` is the
+            mean number of active latents per row. Further terms are the architecture's own.
         """
         raise NotImplementedError
 
@@ -141,11 +166,27 @@ class SAE(nn.Module):
         """(n,) bool: the latents active in the batch last given to `loss_and_grads`."""
         return self._fired
 
+    def _centred(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and target less b_dec, (b, d) each. They are one tensor where the target is the input."""
+        centred = torch.sub(x, self.b_dec, out=self._workspace.take("centred", x.shape, x))
+        if target is x:
+            return centred, centred
+        return centred, torch.sub(target, self.b_dec, out=self._workspace.take("centred_target", target.shape, target))
+
+    def _take_grads(self) -> None:
+        """Gives every parameter a .grad to write into, where an earlier step left none."""
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    # ---------------------------------------------------------------- folding and files
+
     @torch.no_grad()
     def folded(self) -> SAE:
-        """The same autoencoder for raw activations, a copy for inference: folded(x) = scale · self(x / scale), its codes are self's times scale.
+        """The same autoencoder for raw activations, a copy for inference.
 
-        Every activation function here commutes with a positive factor, so biases and thresholds take the factor and weights stay as they are.
+        folded(x) = scale · self(x / scale), and its codes are self's times scale. Every activation function here commutes
+        with a positive factor. So biases and thresholds take the factor, and weights stay as they are.
         """
         folded = copy.deepcopy(self).requires_grad_(False)
         for tensor in folded._in_activation_units():
@@ -154,13 +195,41 @@ class SAE(nn.Module):
         return folded
 
     def _in_activation_units(self) -> list[Tensor]:
-        return [self.b_enc, self.b_dec]
+        """The tensors that a factor on the activations multiplies."""
+        return [*self._per_latent(), self.b_dec]
 
-    def _take_grads(self) -> None:
-        """Every parameter gets a .grad to write into, where an earlier step left none."""
-        for parameter in self.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    def _per_latent(self) -> list[Tensor]:
+        """The tensors that a factor on one latent's pre-activation multiplies, (n,) each, beside its row of W_enc."""
+        return [self.b_enc]
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors named in `SAVED`, weights latent-major."""
+        return {name: getattr(self, name) for name in self.SAVED}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes tensors as `saved` gives them."""
+        own = self.state_dict()
+        for name in own.keys() & tensors.keys():
+            own[name].copy_(tensors[name])
+
+    @torch.no_grad()
+    def subtract_b_dec_(self) -> None:
+        """For weights whose encoder takes x itself: the same codes from x − b_dec."""
+        self.b_enc.add_(self.W_enc @ self.b_dec)
+
+    @torch.no_grad()
+    def unit_decoder_rows_(self) -> None:
+        """Moves the norms of decoder rows into the codes. A row of zeros stays."""
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        self.W_dec.div_(norms.where(norms > 0, 1).unsqueeze(1))
+        self._multiply_codes(norms.where(norms > 0, self.FACTOR_WITHOUT_DIRECTION))
+
+    def _multiply_codes(self, factors: Tensor) -> None:
+        """Multiplies every latent's codes by its factor (n,), at least 0."""
+        self.W_enc.mul_(factors.unsqueeze(1))
+        for tensor in self._per_latent():
+            tensor.mul_(factors)
 
 
 def share_buffers(saes: Iterable[SAE]) -> None:

@@ -6,6 +6,8 @@ value, so that the codes of a row do not depend on its company.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,8 @@ AVERAGED_STEPS = 100  # the running mean is plain over the first so many steps, 
 
 class BatchTopK(TopK):
     """x̂ from the pre-activations above one threshold, k per row on average."""
+
+    SAVED = (*TopK.SAVED, "threshold")
 
     def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
         super().__init__(config, d, train)
@@ -37,10 +41,14 @@ class BatchTopK(TopK):
 
     def _select(self, centred: Tensor, dead: Tensor | None) -> tuple[Nonzeros, DeadCodes | None]:
         top, dead_tops = BatchTop(len(centred) * self.config.k, self.n, self.b_enc), []
-        for rows, scores in pre_activation_chunks(centred, self.W_enc, self.b_enc, self._workspace, precision=self.precision):
+        for rows, scores in pre_activation_chunks(
+            centred, self.W_enc, self.b_enc, self._workspace, precision=self.precision
+        ):
             top.add(rows.start, scores)
             if dead is not None:
-                of_dead = torch.index_select(scores, 0, dead, out=self._workspace.take("dead", (len(dead), scores.shape[1]), scores))
+                of_dead = torch.index_select(
+                    scores, 0, dead, out=self._workspace.take("dead", (len(dead), scores.shape[1]), scores)
+                )
                 dead_tops.append(top_k(of_dead, min(self.k_aux, len(dead))))
         self._smallest = top.values.min() if len(top.values) else None
         codes = top.nonzeros(len(centred))
@@ -55,6 +63,13 @@ class BatchTopK(TopK):
         if self._smallest is not None:
             self.threshold_steps += 1
             self.threshold.lerp_(self._smallest, 1 / self.threshold_steps.clamp(max=AVERAGED_STEPS).to(self.threshold))
+
+    def saved(self) -> dict[str, Tensor]:
+        """Files have a threshold for each latent."""
+        return super().saved() | {"threshold": self.threshold.expand(self.n)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        super().restore({**tensors, "threshold": tensors["threshold"][0]})
 
     def _in_activation_units(self) -> list[Tensor]:
         return [*super()._in_activation_units(), self.threshold]

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import fsspec
@@ -22,11 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from raysae.config import SAEConfig, TrainConfig, UserError
+from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig, UserError
+from raysae.knobs import completed
 from raysae.sae.architectures import build
 from raysae.sae.base import SAE
 
-SAELENS_ARCHITECTURE = {"topk": "topk", "batchtopk": "jumprelu", "relu": "standard", "tied": "standard", "jumprelu": "jumprelu"}
 TRANSFORMER_LENS = {
     "resid_pre": "blocks.{}.hook_resid_pre",
     "resid_post": "blocks.{}.hook_resid_post",
@@ -48,9 +49,14 @@ def save_sae(sae: SAE, folder: str | Path, metadata: dict | None = None) -> None
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(_tensors(sae), fresh / WEIGHTS)
+        tensors = _in_saelens_layout(sae.saved())
+        save_file({name: _to_write(tensor) for name, tensor in tensors.items()}, fresh / WEIGHTS)
         (fresh / CONFIG).write_text(json.dumps(_saelens_config(sae, metadata or {}), indent=2) + "\n")
-        own = {"config": sae.config.model_dump(), "d": sae.d, "sha256": {name: _sha256(fresh / name) for name in (WEIGHTS, CONFIG)}}
+        own = {
+            "config": sae.config.model_dump(),
+            "d": sae.d_in,
+            "sha256": {name: _sha256(fresh / name) for name in (WEIGHTS, CONFIG)},
+        }
         (fresh / OWN).write_text(json.dumps(own, indent=2) + "\n")
         fresh.chmod(0o755)
         for path in [*fresh.iterdir(), fresh]:
@@ -79,7 +85,7 @@ def load_sae(folder: str | Path) -> SAE:
     folder = Path(folder)
     try:
         own = json.loads((folder / OWN).read_text())
-        config, d, checksums = SAEConfig(**own["config"]), own["d"], own["sha256"]
+        config, d, checksums = SAEConfig(**completed(SAEConfig, own["config"])), own["d"], own["sha256"]
     except FileNotFoundError:
         raise UserError(f"{folder} is not a saved SAE: it has no {OWN}") from None
     except (ValueError, KeyError, TypeError):
@@ -94,36 +100,26 @@ def load_sae(folder: str | Path) -> SAE:
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from None
     sae = build(config, d, TrainConfig()).requires_grad_(False)
-    _take_tensors(sae, tensors)
+    sae.restore(_in_saelens_layout(tensors))
     return sae
 
 
-def _tensors(sae: SAE) -> dict[str, torch.Tensor]:
-    """In SAELens's names and layout."""
-    tensors = {"W_enc": sae.W_enc.T, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    if SAELENS_ARCHITECTURE[sae.config.architecture] == "jumprelu":
-        tensors["threshold"] = sae.threshold.expand(sae.n)  # batchtopk has one for all latents
-    return {name: tensor.detach().float().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+def _in_saelens_layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """W_enc changes between ours, (n, d), and SAELens's, (d, n)."""
+    return {name: tensor.T if name == "W_enc" else tensor for name, tensor in tensors.items()}
 
 
-def _take_tensors(sae: SAE, tensors: dict[str, torch.Tensor]) -> None:
-    state = {**tensors, "W_enc": tensors["W_enc"].T}
-    if sae.config.architecture == "batchtopk":
-        state["threshold"] = tensors["threshold"][0]
-    if sae.config.architecture == "jumprelu":
-        state["log_threshold"] = tensors["threshold"].log()
-    own = sae.state_dict()
-    for name in own.keys() & state.keys():
-        own[name].copy_(state[name])
+def _to_write(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().float().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _saelens_config(sae: SAE, metadata: dict) -> dict:
-    architecture = SAELENS_ARCHITECTURE[sae.config.architecture]
+    architecture = ARCHITECTURES[sae.config.architecture].saelens
     kind, _, layer = sae.config.hook_point.rpartition(".")
     hook_name = TRANSFORMER_LENS[kind].format(layer) if kind in TRANSFORMER_LENS else sae.config.hook_point
     config = {
         "architecture": architecture,
-        "d_in": sae.d,
+        "d_in": sae.d_in,
         "d_sae": sae.n,
         "dtype": "float32",
         "device": "cpu",

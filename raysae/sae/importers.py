@@ -30,13 +30,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from raysae.config import SAEConfig, TrainConfig, UserError
-from raysae.sae.architectures import build
+from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig, UserError
+from raysae.sae.architectures import CLASSES, build
 from raysae.sae.base import SAE
 from raysae.sae.files import CONFIG, OWN, TRANSFORMER_LENS, WEIGHTS, load_sae
 from raysae.storage import file_system
 
-SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG = "sae.safetensors", "params.npz", "params.safetensors", "ae.pt", "config.json"
+SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG = (
+    "sae.safetensors",
+    "params.npz",
+    "params.safetensors",
+    "ae.pt",
+    "config.json",
+)
 UNREADABLE = (  # what readers of damaged files raise
     SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, TypeError, RuntimeError, EOFError, LookupError
 )  # fmt: skip
@@ -73,9 +79,9 @@ def load_any(where: str | Path, hook_point: str | None = None) -> NamedSAE:
 
 def require_width(named: NamedSAE, width: int) -> None:
     """UserError where the autoencoder does not take activations of `width`, its hook point's."""
-    if named.sae.d != width:
+    if named.sae.d_in != width:
         raise UserError(
-            f"{named.name} takes activations {named.sae.d} wide, but {named.sae.config.hook_point} of this model is {width} wide: name the hook "
+            f"{named.name} takes activations {named.sae.d_in} wide, but {named.sae.config.hook_point} of this model is {width} wide: name the hook "
             "point and the model that it was trained on"
         )
 
@@ -164,12 +170,16 @@ class _Parts:
     """An autoencoder as its owner wrote it, weights latent-major."""
 
     architecture: str  # relu, topk or jumprelu
-    tensors: Mapping[str, Tensor | None]  # W_enc (n, d), W_dec (n, d), b_enc (n,), b_dec (d,), threshold (n,) for jumprelu; None where missing
+    tensors: Mapping[
+        str, Tensor | None
+    ]  # W_enc (n, d), W_dec (n, d), b_enc (n,), b_dec (d,), threshold (n,) for jumprelu; None where missing
     names: Mapping[str, str]  # what the owner calls them, for messages
     subtracts_b_dec: bool  # from the encoder's input
     hook_point: str | None
     k: int | None = None
-    by_decoder_norm: bool = False  # topk chooses by pre-activation times the norm of the decoder row, and decodes with rows of norm 1
+    by_decoder_norm: bool = (
+        False  # topk chooses by pre-activation times the norm of the decoder row, and decodes with rows of norm 1
+    )
 
 
 def _saelens(source: _Source) -> _Parts:
@@ -182,12 +192,14 @@ def _saelens(source: _Source) -> _Parts:
         architecture = "topk"
     elif architecture == "standard" and activation != "relu":
         raise source.refused(f"its activation function is {activation}; raysae has relu and topk")
-    known = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
+    known = {facts.saelens: name for name, facts in ARCHITECTURES.items() if facts.native}
     if architecture not in known:
         raise source.refused(f"its architecture is {architecture}; raysae loads {', '.join(known)} from SAELens")
     normalised = config.get("normalize_activations") or "none"
     if normalised not in ("none", False):
-        raise source.refused(f"it normalises activations ({normalised}), which is not folded into its weights: fold it in SAELens and save it again")
+        raise source.refused(
+            f"it normalises activations ({normalised}), which is not folded into its weights: fold it in SAELens and save it again"
+        )
     if "scaling_factor" in tensors or "finetuning_scaling_factor" in tensors:
         raise source.refused("it has a fine-tuning scaling factor, which raysae does not apply")
     said = config | metadata  # beside each other up to version 5
@@ -198,13 +210,15 @@ def _saelens(source: _Source) -> _Parts:
                 f"it was trained on activations of processed weights ({option}), which the model's own weights do not give: name an SAE of a model "
                 "loaded without processing"
             )
-    head = next((said[name] for name in ("hook_head_index", "hook_point_head_index") if said.get(name) is not None), None)
+    head = next(
+        (said[name] for name in ("hook_head_index", "hook_point_head_index") if said.get(name) is not None), None
+    )
     if head is not None:
         raise source.refused(f"it was trained on attention head {head} alone; raysae's hook points hold all heads")
     hook_name = metadata.get("hook_name") or config.get("hook_name") or config.get("hook_point")
     return _Parts(
         known[architecture],
-        *_named(tensors, {name: name for name in _needed(architecture)}, transposed=("W_enc",)),
+        *_named(tensors, {name: name for name in CLASSES[known[architecture]].SAVED}, transposed=("W_enc",)),
         subtracts_b_dec=config.get("apply_b_dec_to_input", True),
         hook_point=_from_transformer_lens(hook_name),
         k=k,
@@ -226,16 +240,24 @@ def _sparsify(source: _Source) -> _Parts:
 
 def _gemma_scope(source: _Source) -> _Parts:
     file = GEMMA_2 if (source.folder / GEMMA_2).exists() else GEMMA_3
-    tensors = {("W" + name[1:] if name.startswith("w_") else name): tensor for name, tensor in source.tensors(file).items()}
+    tensors = {
+        ("W" + name[1:] if name.startswith("w_") else name): tensor for name, tensor in source.tensors(file).items()
+    }
     config = source.optional_json(DICTIONARY_CONFIG)
     if config.get("architecture", "jump_relu") != "jump_relu":
         raise source.refused(f"its architecture is {config['architecture']}; raysae loads jump_relu from Gemma Scope")
-    if "affine_skip_connection" in tensors or config.get("hf_hook_point_out", config.get("hf_hook_point_in")) != config.get("hf_hook_point_in"):
+    if "affine_skip_connection" in tensors or config.get(
+        "hf_hook_point_out", config.get("hf_hook_point_in")
+    ) != config.get("hf_hook_point_in"):
         raise source.refused("it is a transcoder (it predicts one place from another), not an autoencoder")
     spelt = str if file == GEMMA_2 else str.lower
-    parts, names = _named(tensors, {name: name for name in _needed("jumprelu")}, transposed=("W_enc",))
+    parts, names = _named(tensors, {name: name for name in CLASSES["jumprelu"].SAVED}, transposed=("W_enc",))
     return _Parts(
-        "jumprelu", parts, {name: spelt(given) for name, given in names.items()}, subtracts_b_dec=False, hook_point=_from_gemma(source, config)
+        "jumprelu",
+        parts,
+        {name: spelt(given) for name, given in names.items()},
+        subtracts_b_dec=False,
+        hook_point=_from_gemma(source, config),
     )
 
 
@@ -243,7 +265,7 @@ def _dictionary_learning(source: _Source) -> _Parts:
     trainer, tensors = source.section(source.json(DICTIONARY_CONFIG), "trainer"), source.tensors(DICTIONARY)
     kind = str(trainer.get("dict_class"))
     linear = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight", "b_dec": "b_dec"}
-    plain = {name: name for name in _needed("jumprelu")}
+    plain = {name: name for name in CLASSES["jumprelu"].SAVED}
     known = {
         "AutoEncoder": ("relu", linear | {"b_dec": "bias"}, ("W_dec",), True),
         "AutoEncoderNew": ("relu", linear | {"b_dec": "decoder.bias"}, ("W_dec",), False),
@@ -256,10 +278,14 @@ def _dictionary_learning(source: _Source) -> _Parts:
         raise source.refused(f"its dict_class is {kind}; raysae loads {', '.join(known)} from dictionary_learning")
     architecture, names, transposed, subtracts = known[kind]
     if "threshold" in names and "threshold" in tensors and tensors["threshold"].ndim == 0 and names["b_enc"] in tensors:
-        tensors["threshold"] = tensors["threshold"].expand_as(tensors[names["b_enc"]])  # BatchTopK has one for all latents
+        tensors["threshold"] = tensors["threshold"].expand_as(
+            tensors[names["b_enc"]]
+        )  # BatchTopK has one for all latents
     k = trainer.get("k", tensors["k"].item() if "k" in tensors else None)
     hook_point = _from_submodule_name(str(trainer.get("submodule_name")))
-    return _Parts(architecture, *_named(tensors, names, transposed), subtracts_b_dec=subtracts, hook_point=hook_point, k=k)
+    return _Parts(
+        architecture, *_named(tensors, names, transposed), subtracts_b_dec=subtracts, hook_point=hook_point, k=k
+    )
 
 
 # files that tell the format, its reader, and how many trailing parts of the path make a name
@@ -272,16 +298,14 @@ READERS: tuple[tuple[set[str], Callable[[_Source], _Parts], int], ...] = (
 )
 
 
-def _needed(architecture: str) -> tuple[str, ...]:
-    return ("W_enc", "W_dec", "b_enc", "b_dec", *(("threshold",) if architecture == "jumprelu" else ()))
-
-
 def _named(
     tensors: Mapping[str, Tensor], names: Mapping[str, str], transposed: tuple[str, ...] = ()
 ) -> tuple[dict[str, Tensor | None], Mapping[str, str]]:
     """Our name → tensor (None where missing), and our name → the owner's."""
     found = {ours: tensors.get(theirs) for ours, theirs in names.items()}
-    return {ours: tensor.T if ours in transposed and tensor is not None else tensor for ours, tensor in found.items()}, names
+    return {
+        ours: tensor.T if ours in transposed and tensor is not None else tensor for ours, tensor in found.items()
+    }, names
 
 
 # ---------------------------------------------------------------- hook points
@@ -334,50 +358,46 @@ def _from_gemma(source: _Source, config: dict) -> str | None:
 def _assemble(parts: _Parts, where: str, hook_point: str | None) -> SAE:
     missing = [parts.names[name] for name, tensor in parts.tensors.items() if tensor is None]
     if missing:
-        raise UserError(f"{where} lacks the tensor{'s' * (len(missing) > 1)} {', '.join(missing)}, which {parts.architecture} SAEs have")
-    tensors = {name: tensor.float().clone() for name, tensor in parts.tensors.items()}
+        raise UserError(
+            f"{where} lacks the tensor{'s' * (len(missing) > 1)} {', '.join(missing)}, which {parts.architecture} SAEs have"
+        )
+    tensors = {name: tensor.double() for name, tensor in parts.tensors.items()}
     _check_shapes(tensors, parts.names, where)
     hook_point = hook_point or parts.hook_point
     if hook_point is None:
-        raise UserError(f"{where} does not say where its activations come from in words that raysae knows: name its hook point, e.g. resid_post.3")
+        raise UserError(
+            f"{where} does not say where its activations come from in words that raysae knows: name its hook point, "
+            "e.g. resid_post.3"
+        )
     n, d = tensors["W_dec"].shape
-    if parts.architecture == "topk" and (not isinstance(parts.k, int) or not 0 < parts.k <= n):
-        raise UserError(f"{where}: k is {parts.k}; a topk SAE of {n} latents needs a number from 1 to {n}")
-
-    if not parts.subtracts_b_dec:
-        tensors["b_enc"] = tensors["b_enc"].double() + tensors["W_enc"].double() @ tensors["b_dec"].double()
-    if parts.architecture != "topk" or parts.by_decoder_norm:
-        norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1, dtype=torch.float64)
-        tensors["W_dec"].div_(norms.where(norms > 0, 1).unsqueeze(1))
-        if parts.architecture != "topk":  # a latent without a direction is active for its owner too; topk gives it a pre-activation of 0
-            norms[norms == 0] = 1
-        tensors["W_enc"].mul_(norms.unsqueeze(1))
-        for name in ("b_enc", "threshold"):
-            if name in tensors:
-                tensors[name] = tensors[name] * norms
-    if parts.architecture == "jumprelu":
-        tensors["threshold"] = tensors["threshold"].clamp_min(0)  # owners apply ReLU as well
-        tensors["log_threshold"] = tensors["threshold"].log()
-
-    level = (
-        {"k": parts.k} if parts.architecture == "topk" else {"sparsity": 0}
-    )  # coefficient and learning rate belong to training, they have no use here
+    by_k = ARCHITECTURES[parts.architecture].level == "k"
+    if by_k and (not isinstance(parts.k, int) or not 0 < parts.k <= n):
+        raise UserError(
+            f"{where}: k is {parts.k}, but a {parts.architecture} SAE of {n} latents needs a number from 1 to {n}"
+        )
+    # Learning rate and coefficient belong to training and have no use here.
+    level = ARCHITECTURES[parts.architecture].pick(k=parts.k, sparsity=0)
     config = SAEConfig(architecture=parts.architecture, hook_point=hook_point, width=n, learning_rate=1, **level)
-    sae = build(config, d, TrainConfig()).requires_grad_(False)
-    own = sae.state_dict()
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
-    return sae
+    sae = build(config, d, TrainConfig()).requires_grad_(False).double()  # Rounded once, at the end
+    sae.restore(tensors)
+    if not parts.subtracts_b_dec:
+        sae.subtract_b_dec_()
+    if not by_k or parts.by_decoder_norm:
+        sae.unit_decoder_rows_()
+    return sae.float()
 
 
 def _check_shapes(tensors: dict[str, Tensor], names: Mapping[str, str], where: str) -> None:
     if tensors["W_dec"].ndim != 2:
         raise UserError(f"{where}: {names['W_dec']} has {tensors['W_dec'].ndim} dimensions; a decoder has 2")
     n, d = tensors["W_dec"].shape
-    for name, shape in {"W_enc": (n, d), "b_enc": (n,), "b_dec": (d,), "threshold": (n,)}.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            found = " × ".join(map(str, tensors[name].shape)) or "a single number"
-            raise UserError(f"{where}: {names[name]} is {found}, which does not fit a decoder of {n} latents and {d} dimensions")
+    for name, tensor in tensors.items():
+        shape = {"W_enc": (n, d), "W_dec": (n, d), "b_dec": (d,)}.get(name, (n,))
+        if tuple(tensor.shape) != shape:
+            found = " × ".join(map(str, tensor.shape)) or "a single number"
+            raise UserError(
+                f"{where}: {names[name]} is {found}, which does not fit a decoder of {n} latents and {d} dimensions"
+            )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{where}: {names[name]} has numbers that are not finite")

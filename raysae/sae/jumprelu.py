@@ -12,12 +12,14 @@ The input of the encoder is x − b_dec as in the other architectures: the paper
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from raysae.config import SAEConfig, TrainConfig
 from raysae.kernels.elements import All, Few
-from raysae.sae.dense import DenseSAE
+from raysae.sae.dense import DenseSAE, Rows
 
 INITIAL_ROWS = 128  # that thresholds are first set from
 
@@ -28,6 +30,8 @@ class JumpReLU(DenseSAE):
     `threshold` (n,) is θ, which codes are made with; `after_step` follows the parameter `log_threshold`.
     """
 
+    SAVED = (*DenseSAE.SAVED, "threshold")
+
     def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
         super().__init__(config, d, train)
         self.register_buffer("threshold", torch.full((self.n,), train.bandwidth))
@@ -37,24 +41,36 @@ class JumpReLU(DenseSAE):
     def initialise(self, rows: Tensor, centre: Tensor | None = None) -> None:
         super().initialise(rows, centre)
         pre = self.pre_activations(rows[:INITIAL_ROWS].to(self.b_dec) / self.scale).flatten()
-        active = min(2 * self.d, self.n / 4) / self.n
-        self.threshold.fill_(pre.kthvalue(max(1, int((1 - active) * len(pre)))).values.clamp_min(self.train_config.bandwidth))
+        active = min(2 * self.d_in, self.n / 4) / self.n
+        self.threshold.fill_(
+            pre.kthvalue(max(1, int((1 - active) * len(pre)))).values.clamp_min(self.train_config.bandwidth)
+        )
         self.log_threshold.copy_(self.threshold.log())
 
     def _matter(self, pre: Tensor) -> Tensor:
-        return (pre <= (self.threshold - self.train_config.bandwidth).unsqueeze(1)).logical_not_()  # and a few more, for rounding
+        return (
+            pre <= (self.threshold - self.train_config.bandwidth).unsqueeze(1)
+        ).logical_not_()  # and a few more, for rounding
 
     def _activate(self, pre: Tensor, elements: All | Few) -> Tensor:
         return pre * (pre > elements.spread(self.threshold))
 
-    def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float, elements: All | Few) -> Tensor:
+    def _backward(
+        self, rows: Rows, elements: All | Few, pre: Tensor, codes: Tensor, grad_codes: Tensor
+    ) -> dict[str, Tensor]:
         bandwidth = self.train_config.bandwidth
         near = (pre.sub_(elements.spread(self.threshold)).abs_() < bandwidth / 2).to(pre)
-        grad_threshold = -(elements.sum(torch.mul(grad_codes, near, out=pre)) * self.threshold + coefficient * elements.sum(near)) / bandwidth
+        grad_threshold = (
+            -(
+                elements.sum(torch.mul(grad_codes, near, out=pre)) * self.threshold
+                + rows.coefficient * elements.sum(near)
+            )
+            / bandwidth
+        )
         self.log_threshold.grad.addcmul_(grad_threshold, self.threshold)
         active = codes > 0
         grad_codes.mul_(active)
-        return active.sum(dtype=codes.dtype)
+        return {"penalty": active.sum(dtype=codes.dtype)}
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -67,5 +83,15 @@ class JumpReLU(DenseSAE):
         folded.log_threshold.copy_(folded.threshold.log())
         return folded
 
-    def _in_activation_units(self) -> list[Tensor]:
-        return [*super()._in_activation_units(), self.threshold]
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Others apply a ReLU too, so that a negative threshold means 0."""
+        threshold = tensors["threshold"].clamp_min(0)
+        super().restore({**tensors, "threshold": threshold, "log_threshold": threshold.log()})
+
+    def _multiply_codes(self, factors: Tensor) -> None:
+        super()._multiply_codes(factors)
+        self.log_threshold.copy_(self.threshold.log())
+
+    def _per_latent(self) -> list[Tensor]:
+        return [*super()._per_latent(), self.threshold]

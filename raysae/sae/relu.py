@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from raysae.kernels.elements import All, Few
-from raysae.sae.dense import DenseSAE
+from raysae.sae.dense import DenseSAE, Rows
 
 
 class ReLU(DenseSAE):
@@ -20,6 +20,8 @@ class ReLU(DenseSAE):
     def _activate(self, pre: Tensor, elements: All | Few) -> Tensor:
         return pre.relu()
 
-    def _backward(self, pre: Tensor, codes: Tensor, grad_codes: Tensor, coefficient: float, elements: All | Few) -> Tensor:
-        grad_codes.add_(coefficient).mul_(codes > 0)
-        return codes.sum()
+    def _backward(
+        self, rows: Rows, elements: All | Few, pre: Tensor, codes: Tensor, grad_codes: Tensor
+    ) -> dict[str, Tensor]:
+        grad_codes.add_(rows.coefficient).mul_(codes > 0)
+        return {"penalty": codes.sum()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raysae.config import SAEConfig, TrainConfig
 from raysae.kernels.elements import All, Few
 from raysae.kernels.rows import normalise_rows_, remove_parallel_, row_blocks, row_norms, unit_rows
+from raysae.sae.dense import Rows
 from raysae.sae.relu import ReLU
 
 
@@ -25,10 +26,10 @@ class Tied(ReLU):
         self.error_weight = 1 / d
 
     def _make_weights(self, generator: torch.Generator) -> None:
-        bound = math.sqrt(6 / (self.n + self.d))
-        self.W_dec = nn.Parameter(torch.rand(self.n, self.d, generator=generator).mul_(2).sub_(1).mul_(bound))
+        bound = math.sqrt(6 / (self.n + self.d_in))
+        self.W_dec = nn.Parameter(torch.rand(self.n, self.d_in, generator=generator).mul_(2).sub_(1).mul_(bound))
         self.b_enc = nn.Parameter(torch.zeros(self.n))
-        self.register_buffer("b_dec", torch.zeros(self.d))
+        self.register_buffer("b_dec", torch.zeros(self.d_in))
 
     @property
     def W_enc(self) -> Tensor:  # noqa: N802
@@ -43,9 +44,10 @@ class Tied(ReLU):
     def decoder(self) -> Tensor:
         return unit_rows(self.W_dec)
 
-    def _add_weight_grads(self, elements: All | Few, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor, centred: Tensor) -> None:
+    def _add_grads(self, rows: Rows, elements: All | Few, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor) -> None:
         elements.add_outer_(self.W_dec.grad, codes, grad_x_hat)
-        elements.add_outer_(self.W_dec.grad, grad_pre, centred)
+        elements.add_outer_(self.W_dec.grad, grad_pre, rows.x)
+        self.b_enc.grad.add_(elements.sum(grad_pre))
 
     def _finish_grads(self, grad_x_hat_sum: Tensor) -> None:
         # from the gradient for M̂ to that for M

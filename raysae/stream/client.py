@@ -1,4 +1,7 @@
-"""A consumer's end of the queue: joins, fetches, acknowledges, and goes on by itself when the queue or a machine that stored blocks has died."""
+"""A consumer's end of the queue: it joins, fetches and acknowledges.
+
+It goes on by itself when the queue, or a machine that stored blocks, has died.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,13 @@ class StreamClient:
     """Reads one hook point of a stream under the name `consumer`.
 
     Args:
-        queue: what `queue.start_stream` returned.
+        queue: handle of the queue, as `queue.start_stream` returns it, or of a relay.
+        consumer: name of this consumer in the queue.
+        hook_point: the hook point to read.
         training: spec of the training stream.
-        width: of the activations at the hook point.
-        block_mib: the stream's.
-        faults: timeouts and limits; unset: the defaults.
+        width: width of the activations at the hook point.
+        block_mib: size of the stream's blocks in MiB.
+        faults: timeouts and limits. Unset: the defaults.
     """
 
     def __init__(
@@ -47,16 +52,20 @@ class StreamClient:
         self.width = width
         self.block_mib = block_mib
         self.faults = faults or FaultsConfig()
-        self.numerics: Seen = {}  # of the producers of the blocks read since `open`
-        self._done = 0  # shards completely consumed
+        self.numerics: Seen = {}  # Numerics of the producers of the blocks read since `open`
+        self._done = 0  # Shards completely consumed
         self._until: int | None = None
         self._joined = False
-        # The present reader's references by (shard, block), kept until the shard is consumed: a process that lets go of its last one to an object
-        # while another thread receives one may never get it (Ray 2.60), and two may fetch a block: the reader ahead, and whoever wants first rows.
+        # The current reader's references by (shard, block), kept until the shard is consumed. Two threads may fetch the
+        # same block: the one that reads ahead, and one that wants the first rows. A process may drop its last reference
+        # to an object while another thread receives one. Then that thread may never get the object (Ray 2.60).
         self._refs: dict[tuple[int, int], ray.ObjectRef] = {}
 
     def open(self, row: int, batch: int, end: int | None = None, device: torch.device | str = "cpu") -> BatchReader:
-        """Join the training stream at `row`; batches of it up to row `end`. One reader at a time: closing it leaves the stream."""
+        """Join the training stream at `row` and return a reader of its batches up to row `end`.
+
+        Only one reader may be open at a time. Closing it leaves the stream.
+        """
         self.numerics, self._refs = {}, {}
         self._done = row // self.training.rows_per_shard
         self._until = None if end is None else -(-end // self.training.rows_per_shard)
@@ -68,16 +77,19 @@ class StreamClient:
         )  # fmt: skip
 
     def leave(self) -> None:
-        """Tell the queue that this consumer needs nothing more for now: others no longer wait for it."""
+        """Tell the queue that this consumer needs nothing more for now. Others no longer wait for it."""
         self._joined = False
         self._refs = {}
         self.queue.leave.remote(self.consumer)
 
     def block(self, shard: int, block: int) -> np.ndarray | None:
-        """A block of the training stream, waiting for it: `(rows, width)`, read-only, in the object store's memory. None: the shard is skipped.
+        """Wait for a block of the training stream.
+
+        The block is `(rows, width)`, read-only, and lies in the object store's memory. It is None if the shard is
+        skipped.
 
         Raises:
-            StreamError: the queue has no such block for this consumer and says why, the block could not be read, or the reader was closed meanwhile.
+            StreamError: the queue cannot give the block and says why, it could not be read, or the reader was closed.
         """
         refs = self._refs
 
@@ -92,8 +104,8 @@ class StreamClient:
             except NotJoinedError:
                 if not open_still():
                     raise StreamError(f"consumer {self.consumer} has left the stream") from None
-                self._join()  # the queue was restarted; patience is with whoever fetches
-                if not self._joined:  # meanwhile; the queue must not wait for whom it has just been told of
+                self._join()  # The queue was restarted. `patiently` then fetches again
+                if not self._joined:  # We left while joining: tell the queue
                     self.queue.leave.remote(self.consumer)
                 raise
             if open_still():
@@ -105,8 +117,12 @@ class StreamClient:
         return self._get(TRAIN, shard, block, fetch, lambda: _forget(refs, lambda other: other == shard), open_still)
 
     def evaluation_block(self, shard: int, block: int) -> np.ndarray | None:
-        """A block of the held-out stream, as `block`."""
-        return self._get(EVALUATION, shard, block, lambda: ray.get(self.queue.evaluation_block.remote(self.hook_point, shard, block))[0])
+        """Wait for a block of the held-out stream. It is like the result of `block`."""
+
+        def fetch() -> ray.ObjectRef | None:
+            return ray.get(self.queue.evaluation_block.remote(self.hook_point, shard, block))[0]
+
+        return self._get(EVALUATION, shard, block, fetch)
 
     def _join(self) -> None:
         row = self._done * self.training.rows_per_shard
@@ -129,22 +145,26 @@ class StreamClient:
         for attempt in range(self.faults.shard_attempts):
             ref = patiently(fetch, self.faults.queue_seconds, wanted)
             try:
-                return None if ref is None else ray.get(ref, timeout=self.faults.block_seconds * 2**attempt)  # it may only be slow to come
+                # The block may only be slow to come, so the limit doubles with each attempt.
+                return None if ref is None else ray.get(ref, timeout=self.faults.block_seconds * 2**attempt)
             except (ObjectLostError, GetTimeoutError) as error:
                 if not wanted():
                     raise
                 why = f"{type(error).__name__} {self.faults.shard_attempts} times, see faults.block_seconds"
                 forget()
                 lost = ref.hex()
-                self._patiently(lambda: ray.get(self.queue.lost.remote(stream, shard, lost)))  # noqa: B023, called at once
-        raise StreamError(f"block {block} of shard {shard} of the {stream} stream could not be read by {self.consumer}: {why}")
+                # The lambda is called at once, so it sees this `lost`.
+                self._patiently(lambda: ray.get(self.queue.lost.remote(stream, shard, lost)))  # noqa: B023
+        raise StreamError(
+            f"block {block} of shard {shard} of the {stream} stream could not be read by {self.consumer}: {why}"
+        )
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         return patiently(call, self.faults.queue_seconds)
 
 
 def _forget(refs: dict[tuple[int, int], ray.ObjectRef], which: Callable[[int], bool]) -> None:
-    """Let go of the references to such shards; other threads may add some meanwhile."""
+    """Drop the references to the shards that `which` picks. Other threads may add some meanwhile."""
     for place in list(refs):
         if which(place[0]):
             refs.pop(place, None)

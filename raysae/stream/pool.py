@@ -1,5 +1,8 @@
-"""The queue's producers: started, given jobs, replaced when they die or hang or their machine is about to go, more of them when consumers wait, fewer
-when they idle."""
+"""The queue's producers: the pool starts them and gives them jobs.
+
+It replaces a producer that dies or hangs, or whose machine is about to go. It adds producers when consumers wait and
+removes producers that idle.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,20 @@ from raysae.config import FaultsConfig
 
 log = logging.getLogger(__name__)
 
-DEATHS_SECONDS = 600.0  # within which `faults.producer_deaths` is no bad luck any more: the pool gives up
-FAILED_JOBS = 2  # in a row: the process may be damaged (a broken CUDA context, say) and is replaced
-PRESSURE_SECONDS = 10  # the pool grows when consumers waited for producers in more than half of that time
-IDLE_SECONDS = 60.0  # a producer above the minimum that idles longer is let go
+# The pool gives up when more than `faults.producer_deaths` per producer die within this time. That is not bad luck.
+DEATHS_SECONDS = 600.0
+# A producer is replaced after this many failures in a row. Its process may be damaged, e.g. by a broken CUDA context.
+FAILED_JOBS = 2
+PRESSURE_SECONDS = 10  # The pool grows when consumers waited for producers in more than half of this time
+IDLE_SECONDS = 60.0  # The pool removes a producer above the minimum that idles longer
 
 
 @dataclass(frozen=True)
 class Job:
-    """A call of a producer. Of its `returns` results only the first, which is small, is awaited.
+    """A call of a producer with `returns` results. Only the first, which is small, is awaited.
 
-    One of `done(first result, references to the others)` and `failed(error, whether the producer died or hung)` is called. A producer that is silent
-    for `seconds` has hung.
+    The pool calls either `done(first result, references to the others)` or
+    `failed(error, whether the producer died or hung)`. A producer that is silent for `seconds` has hung.
     """
 
     method: str
@@ -44,14 +49,14 @@ class Job:
 
 
 class Producing:
-    """One producer: its actor and the task that serves it with jobs."""
+    """One producer: its actor and the asyncio task that gives it jobs."""
 
     def __init__(self, actor: ActorHandle):
         self.actor = actor
-        self.pid: int | None = None  # set once its model is loaded
+        self.pid: int | None = None  # Set once its model is loaded
         self.node: str | None = None
-        self.leaving = False  # its machine is about to go: it works on until another can
-        self.idle_since: float | None = None  # set while it waits for a job
+        self.leaving = False  # Its machine is about to go. It works on until another producer can
+        self.idle_since: float | None = None  # Set while it waits for a job
         self.task: asyncio.Task | None = None
 
 
@@ -60,10 +65,11 @@ class ProducerPool:
 
     Args:
         create: starts a producer's actor. Ray places it when there are resources.
-        take: waits for the next job; must not lose a job when it is cancelled.
+        take: waits for the next job. It must not lose a job when it is cancelled.
+        least, most: bounds on the number of producers.
         needs: what a producer reserves on a machine.
         faults: timeouts and limits.
-        waited: told the seconds that producers were without a job.
+        waited: receives the seconds that producers were without a job.
         changed: called when the pool has given up.
     """
 
@@ -82,7 +88,7 @@ class ProducerPool:
         self.least, self.most, self.needs, self.faults = least, most, needs, faults
         self.producers: list[Producing] = []
         self.replaced = 0
-        self.failure: str | None = None  # set: the pool has given up, and why
+        self.failure: str | None = None  # Why the pool has given up, if it has
         self._deaths: deque[float] = deque()
         self._failed_starts = 0
         self._pressure: deque[bool] = deque(maxlen=PRESSURE_SECONDS)
@@ -93,7 +99,11 @@ class ProducerPool:
         return [producer.pid for producer in self.producers if producer.pid is not None]
 
     def tend(self, pressed: bool) -> None:
-        """Called every second from the event loop: `pressed` says that consumers wait for work that no producer has taken up."""
+        """Add and remove producers. The event loop calls this every second.
+
+        Args:
+            pressed: whether consumers wait for work that no producer has taken up.
+        """
         if self.failure:
             return
         self._pressure.append(pressed)
@@ -101,7 +111,11 @@ class ProducerPool:
         for _ in range(self.least - len(staying)):
             self._add()
         now = time.monotonic()
-        if sum(self._pressure) > PRESSURE_SECONDS / 2 and len(self.producers) < self.most and len(self.pids) == len(self.producers):
+        if (
+            sum(self._pressure) > PRESSURE_SECONDS / 2
+            and len(self.producers) < self.most
+            and len(self.pids) == len(self.producers)
+        ):
             log.info("consumers wait: a producer is added to %d", len(self.producers))
             self._add()
             self._pressure.clear()
@@ -109,11 +123,13 @@ class ProducerPool:
         for producer in list(self.producers):
             if producer.idle_since is None:
                 continue
-            if (producer.leaving and others) or (len(self.producers) > self.least and now - producer.idle_since > IDLE_SECONDS):
+            if (producer.leaving and others) or (
+                len(self.producers) > self.least and now - producer.idle_since > IDLE_SECONDS
+            ):
                 self._remove(producer)
 
     def leave(self, node: str) -> None:
-        """The machine is about to go: its producers are replaced, and work on until another can."""
+        """Replace the producers of a machine that is about to go. They work on until another producer can."""
         for producer in self.producers:
             if producer.node == node and not producer.leaving:
                 log.warning("a producer moves: its machine is being drained")
@@ -143,7 +159,7 @@ class ProducerPool:
             producer.idle_since = began = time.monotonic()
             if producer.leaving:
                 self.tend(False)
-                if producer not in self.producers:  # it was let go: a job that it took now would be nobody's
+                if producer not in self.producers:  # `tend` removed it: a job that it took now would be lost
                     return
             try:
                 job = await self.take()
@@ -158,23 +174,32 @@ class ProducerPool:
         self._bury(producer, error, died=False)
 
     def _served(self, task: asyncio.Task) -> None:
-        """An error that is not a producer's is one of ours, and the job it happened with is nobody's now: to go on would be to wait for it."""
+        """Stop the pool if serving a producer raised.
+
+        That is our bug. Its job is lost, so stop rather than wait for it.
+        """
         if not task.cancelled() and (ours := task.exception()):
             log.error("producers can no longer be served", exc_info=ours)
             self._give_up(one_line(ours))
 
     async def _start(self, producer: Producing) -> tuple[int, str]:
-        """The producer's process id and machine, once its model is loaded. One that has no place on the cluster is waited for while others work."""
+        """The producer's process id and machine, once its model is loaded.
+
+        While other producers work, this waits for one that has no place on the cluster.
+        """
         ready = asyncio.ensure_future(producer.actor.ping.remote())
         while not (await asyncio.wait([ready], timeout=self.faults.start_seconds))[0]:
             if placed(producer.actor):
                 raise TimeoutError(f"the language model was not loaded after {self.faults.start_seconds:g} s")
             if not self.pids:
-                self._give_up(f"no machine has had room for a language model for {self.faults.start_seconds:g} s: {missing(self.needs)}")
+                self._give_up(
+                    f"no machine has had room for a language model for {self.faults.start_seconds:g} s: "
+                    f"{missing(self.needs)}"
+                )
         return ready.result()
 
     async def _do(self, job: Job, producer: Producing) -> tuple[Exception | None, bool]:
-        """The job's error, if any, and whether the producer is gone."""
+        """Run a job. Returns its error, if any, and whether the producer is gone."""
         try:
             refs = getattr(producer.actor, job.method).options(num_returns=job.returns).remote(*job.args)
             first, *others = refs if job.returns > 1 else [refs]
@@ -190,11 +215,11 @@ class ProducerPool:
         return None, False
 
     def _bury(self, producer: Producing, error: Exception, died: bool) -> None:
-        """Kill what is left of a producer and let `tend` start another, unless it keeps happening."""
+        """Kill what is left of a producer and let `tend` start another. Give up if this keeps happening."""
         if producer not in self.producers:
             return
         self.producers.remove(producer)
-        ray.kill(producer.actor)  # also one that is stopped: Ray ends the process where it does not end by itself
+        ray.kill(producer.actor)  # This also ends a stopped process, because Ray kills one that does not end by itself
         log.warning("a producer is replaced: %s", one_line(error))
         self.replaced += 1
         now = time.monotonic()
@@ -203,9 +228,13 @@ class ProducerPool:
         while self._deaths and self._deaths[0] < now - DEATHS_SECONDS:
             self._deaths.popleft()
         if self._failed_starts >= self.faults.start_attempts:
-            self._give_up(f"the language model could not be started in {self.faults.start_attempts} attempts: {one_line(error)}")
+            self._give_up(
+                f"the language model could not be started in {self.faults.start_attempts} attempts: {one_line(error)}"
+            )
         elif len(self._deaths) > self.faults.producer_deaths * max(1, len(self.producers)):
-            self._give_up(f"{len(self._deaths)} producers died within {DEATHS_SECONDS:g} s, the last one: {one_line(error)}")
+            self._give_up(
+                f"{len(self._deaths)} producers died within {DEATHS_SECONDS:g} s, the last one: {one_line(error)}"
+            )
         else:
             self.tend(False)
 

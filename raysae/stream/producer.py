@@ -1,6 +1,7 @@
-"""The actor that owns a language model: it produces shards and evaluates SAEs in the model. Created and called by `queue.StreamQueue`.
+"""The actor that owns a language model. It produces shards and evaluates SAEs in the model.
 
-Importing this module imports neither torch nor transformers: the queue, which does, stays light.
+`queue.StreamQueue` creates and calls it. Importing this module imports neither torch nor transformers, so the queue,
+which imports it, stays light.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Production:
-    """What a producer needs to know, the same for all producers of a sweep.
+    """What a producer needs to know. It is the same for all producers of a sweep.
 
-    `specs` and `contexts` are by stream name. The contexts lie in the object store, once per machine; here are references to them, pickled by
-    themselves, which keeps them for as long as the driver lives and so for a restarted queue too. `threads` are CPU threads; unset: torch's default.
+    `specs` and `contexts` are keyed by stream name. The contexts lie in the object store, once per machine. The values
+    here are references to them, each pickled by itself. That keeps the contexts as long as the driver lives, and so for
+    a restarted queue too. `threads` counts CPU threads. Unset: torch's default.
     """
 
     model: ModelConfig
     stream: StreamConfig
     specs: Mapping[str, ActivationSpec]
     contexts: Mapping[str, bytes]
-    widths: Mapping[str, int]  # of the hook points, in the order of the blocks
+    widths: Mapping[str, int]  # Hook point → width, in the order of the blocks
     threads: int | None = None
 
 
@@ -45,7 +47,7 @@ class Producer:
     """A language model on the device that Ray has assigned to this process."""
 
     def __init__(self, production: Production):
-        others = threads()  # Ray's
+        others = threads()  # Ray's threads
 
         import torch
 
@@ -62,13 +64,15 @@ class Producer:
         for spec in production.specs.values():
             if spec.model != self.lm.facts.digest:
                 raise UserError(
-                    f"model.name is {production.model.name!r}: on this machine it is not what the driver has (its digest is {self.lm.facts.digest}, "
-                    f"not {spec.model}): put the same files there"
+                    f"model.name is {production.model.name!r}, whose files on this machine differ from the driver's "
+                    f"(digest {self.lm.facts.digest}, not {spec.model}): copy the driver's files to this machine"
                 )
-        self.contexts: dict[str, Contexts] = {name: ray.get(ray.cloudpickle.loads(ref)) for name, ref in production.contexts.items()}
+        self.contexts: dict[str, Contexts] = {
+            name: ray.get(ray.cloudpickle.loads(ref)) for name, ref in production.contexts.items()
+        }
         self.makers = {name: self._maker(name) for name in production.specs}
         if not gpu:
-            be_nice(others)  # not before the model is loaded: trainers that start wait for the first shard
+            be_nice(others)  # Only once the model is loaded, because trainers that start wait for the first shard
 
     def _maker(self, stream: str) -> ShardMaker:
         from raysae.stream.cache import open_cache
@@ -83,23 +87,37 @@ class Producer:
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def produce(self, stream: str, shard: int, tolerant: bool = False) -> list:
-        """[meta, *blocks of the first hook point, *blocks of the second, …]: a pure function of its arguments, so that any producer can repeat it.
+        """A shard as [meta, *blocks of the first hook point, *blocks of the second, …].
 
-        ValueError: some activation is NaN or infinite, unless `tolerant`: then meta says at which hook points, and the others can be used.
+        It is a pure function of the arguments, so any producer can repeat it.
+
+        Args:
+            stream: name of the stream.
+            shard: index of the shard.
+            tolerant: whether to accept activations that are NaN or infinite. Meta then says at which hook points they
+                are. The other hook points can be used.
+
+        Raises:
+            ValueError: some activation is NaN or infinite, and `tolerant` is not set.
         """
         meta, blocks = self.makers[stream].make(shard)
         if meta["nonfinite"] and not tolerant:
             raise ValueError(nonfinite(meta))
         return [meta, *(block for hook in self.production.widths for block in blocks[hook])]
 
-    def evaluate(self, stream: str, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int) -> dict[str, dict]:
-        """Cross-entropy and KL with the SAEs' reconstructions in place of the activations, by SAE; see `downstream.DownstreamSums.finish`.
+    def evaluate(
+        self, stream: str, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int
+    ) -> dict[str, dict]:
+        """Cross-entropy and KL with the SAEs' reconstructions in place of the activations, by SAE.
+
+        `downstream.DownstreamSums.finish` lists the metrics.
 
         Args:
-            stream: of held-out contexts; they are taken in the stream's order.
+            stream: name of a stream of held-out contexts. They are taken in the stream's order.
+            hook_point: where the SAEs were trained.
             saes: folder or URL of each SAE, by name.
             mean: (width,), mean activation over training rows.
-            predicted_tokens: at least this many predictions are judged, or all that the stream has.
+            predicted_tokens: how many predictions to judge at least. A stream with fewer is judged whole.
         """
         import torch
 
@@ -108,7 +126,7 @@ class Producer:
         from raysae.sae.files import load_sae
 
         spec = self.production.specs[stream]
-        predictions = spec.context_length - 1 - spec.skip_positions  # per context
+        predictions = spec.context_length - 1 - spec.skip_positions  # Predictions per context
         wanted = min(-(-predicted_tokens // predictions), spec.shards * spec.shard_contexts)
         shards = range(-(-wanted // spec.shard_contexts))
         indices = np.concatenate([spec.contexts_of(shard) for shard in shards])[:wanted]
@@ -123,9 +141,13 @@ class Producer:
 
 def nonfinite(meta: Mapping[str, object]) -> str:
     """What is wrong with a shard, in words."""
-    return f"activations at {', '.join(meta['nonfinite'])} are NaN or infinite in contexts {', '.join(map(str, meta['nonfinite_contexts']))}"
+    contexts = ", ".join(map(str, meta["nonfinite_contexts"]))
+    return f"activations at {', '.join(meta['nonfinite'])} are NaN or infinite in contexts {contexts}"
 
 
 def _where_rows_are(sae: SAE) -> Callable[[Tensor], Tensor]:
-    """The SAE as a function that computes on the device of its rows: a model spread over GPUs has each layer's activations on another."""
+    """The SAE as a function that computes on the device of its rows.
+
+    A model spread over GPUs has the activations of its layers on different devices.
+    """
     return lambda rows: (sae if sae.W_enc.device == rows.device else sae.to(rows.device))(rows)

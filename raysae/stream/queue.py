@@ -1,7 +1,9 @@
-"""The activation stream as a service: one async actor that calls producers, owns what they return, and hands references to consumers.
+"""The activation stream as a service: one async actor between producers and consumers.
 
-It awaits only the small meta of a shard; blocks stay in the object store, and outlive the producer that made them, because the caller of an actor's
-method owns its results. What to produce, hold and hand out is decided by `state.StreamState`. The process imports neither torch nor transformers.
+It calls producers, owns what they return, and hands references to consumers. It awaits only the small meta of a shard.
+Blocks stay in the object store. They outlive the producer that made them, because the caller of an actor's method owns
+its results. `state.StreamState` decides what to produce, hold and hand out. The process imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raysae.cluster.actor_log import Heard, one_line
 from raysae.config import FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
 from raysae.processes import ENVIRONMENT
-from raysae.stream.blocks import _shard_bytes, blocks_per_shard, shards_in_flight
+from raysae.stream.blocks import blocks_per_shard, bytes_per_shard, shards_in_flight
 from raysae.stream.pool import Job, ProducerPool
 from raysae.stream.producer import Producer, Production, nonfinite
 from raysae.stream.skipped import Skipped
@@ -36,19 +38,23 @@ if TYPE_CHECKING:
     from raysae.text.contexts import Contexts
 
 log = logging.getLogger(__name__)
-TRAIN, EVALUATION = "train", "evaluation"  # names of the two streams
+
+TRAIN, EVALUATION = "train", "evaluation"  # Names of the two streams
 TEND_SECONDS = 1.0
-PATIENCE, LEAST_PATIENCE = 10, 30.0  # a producer may take this many times the longest shard so far, and this many seconds at least
-RETRY_PAUSE = 0.5  # seconds
-CONTEXTS_NAMED = 8  # of a bad shard, in a sentence
-CALLS = 10_000  # of the queue at a time, in which consumers wait for shards: were there no room for others, none would come
-DEATH = Fraction(1, 3)  # of an attempt at a shard: mostly the shard is not what killed the producer
+# A producer may take PATIENCE times as long as for the longest shard so far, and at least LEAST_PATIENCE seconds.
+PATIENCE, LEAST_PATIENCE = 10, 30.0
+RETRY_PAUSE = 0.5  # Seconds between two calls of a queue that is being restarted
+CONTEXTS_NAMED = 8  # Contexts of a bad shard that a message names
+CALLS = 10_000  # Concurrent calls. Waiting fetches occupy slots, so leave room for the calls that end their wait
+DEATH = Fraction(1, 3)  # A producer's death counts as this share of a failed attempt: mostly the shard is not its cause
+
 COUNTERS = {
     "contexts_forwarded": "Contexts the language model has read for training",
     "evaluation_contexts_forwarded": "Contexts the language model has read for held-out activations",
     "shards_produced": "Shards of the training stream produced, by the language model or from the cache",
     "shards_from_cache": "Shards of the training stream that were read from the cache",
-    "shards_failed": "Attempts to produce a shard that failed: an error, a producer that died or hung, NaN or infinite activations",
+    "shards_failed": "Attempts to produce a shard that failed: an error, a producer that died or hung, NaN or infinite "
+    "activations",
     "blocks_served": "Blocks handed to consumers",
     "consumer_wait_seconds": "Seconds that consumers waited for blocks, summed over consumers",
     "producer_wait_seconds": "Seconds that producers waited for work, summed over producers",
@@ -56,7 +62,7 @@ COUNTERS = {
 GAUGES = {
     "bytes_in_flight": "Bytes of activations held or in production for consumers",
     "producers": "Language models running",
-    "consumers_waiting": "Consumers waiting for a block; of those of a relay, one for each shard",
+    "consumers_waiting": "Consumers waiting for a block. A relay counts once for each shard that it waits for",
 }
 
 
@@ -77,25 +83,27 @@ def start_stream(
     producer_class: type = Producer,
     name: str | None = None,
 ) -> ActorHandle:
-    """Start the queue, and with it the producers; returns at once with the queue's handle.
+    """Start the queue, and with it the producers. Returns the queue's handle at once.
 
-    The queue lives on the caller's machine and dies with the caller; the producers die with the queue. A queue that crashes is restarted by Ray with
-    nothing in it; `client.StreamClient` then joins again by itself.
+    The queue lives on the caller's machine and dies with the caller. The producers die with the queue. Ray restarts a
+    queue that crashes, with nothing in it. `client.StreamClient` then joins again by itself.
 
     Args:
+        model, stream, resources: configuration of the model, the stream and what a producer reserves.
         training, evaluation: the specs of the two streams.
-        contexts: their tokens, under "train" and "evaluation"; they go to the object store.
+        contexts: their tokens, under "train" and "evaluation". They go to the object store.
         widths: hook point → width of its activations, for all hook points that anyone will ask for.
-        shards: how many of the training stream are needed in all; unset: all it has.
-        held_out: how many of the held-out stream will be read. They are produced when a producer has nothing else to do; others when asked for.
-        threads: CPU threads of a producer; unset: torch's default.
-        faults: timeouts and limits; unset: the defaults.
-        skipped: file, a path or URL, in which skipped shards are remembered.
+        shards: how many shards of the training stream are needed in all. Unset: all it has.
+        held_out: how many shards of the held-out stream will be read. Producers make them when they have nothing else
+            to do. Others are made when someone asks for them.
+        threads: CPU threads of a producer. Unset: torch's default.
+        faults: timeouts and limits. Unset: the defaults.
+        skipped: file, a path or URL, that remembers the skipped shards.
         producer_class: for tests.
-        name: by which `ray.get_actor` finds the queue.
+        name: the name by which `ray.get_actor` finds the queue.
 
     Raises:
-        UserError: see `shards_in_flight`.
+        UserError: `stream.mib_in_flight` has no room for a single shard.
     """
     production = Production(
         model=model,
@@ -105,7 +113,8 @@ def start_stream(
         widths=dict(widths),
         threads=threads,
     )
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # soft, Ray would put it elsewhere now and then
+    # With soft=True, Ray would now and then place the queue elsewhere.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": CALLS, "scheduling_strategy": here}
     queue = ray.remote(StreamQueue).options(name=name, **options).remote(
         production,
@@ -113,8 +122,12 @@ def start_stream(
         shards=training.shards if shards is None else min(shards, training.shards),
         held_out=held_out,
         blocks={hook: blocks_per_shard(training, width, stream.block_mib) for hook, width in widths.items()},
-        evaluation_blocks={hook: blocks_per_shard(evaluation, width, stream.block_mib) for hook, width in widths.items()},
-        actor_options={"num_cpus": resources.producer_cpus, "num_gpus": resources.producer_gpus, "runtime_env": ENVIRONMENT},
+        evaluation_blocks={
+            hook: blocks_per_shard(evaluation, width, stream.block_mib) for hook, width in widths.items()
+        },
+        actor_options={
+            "num_cpus": resources.producer_cpus, "num_gpus": resources.producer_gpus, "runtime_env": ENVIRONMENT,
+        },
         faults=faults or FaultsConfig(),
         skipped=skipped,
         producer_class=producer_class,
@@ -124,18 +137,23 @@ def start_stream(
 
 
 def patiently(call: Callable[[], Any], seconds: float, wanted: Callable[[], bool] = lambda: True) -> Any:
-    """The result of a call of the queue, or of a relay, asking again for `seconds` while its process is being restarted, and as long as it is
-    `wanted`. The queue's own errors come without Ray's stack traces."""
+    """The result of a call of the queue, or of a relay.
+
+    While its process is being restarted, the call is tried again for `seconds`, as long as it is `wanted`. The queue's
+    own errors come without Ray's stack traces.
+    """
     give_up = None
     while True:
         began = time.monotonic()
         try:
             return call()
         except (NotJoinedError, RayActorError):
-            if give_up is None or time.monotonic() - began > seconds:  # before it failed, it may have waited for a shard for long
+            # Before the call failed, it may have waited long for a shard. Then the time starts anew.
+            if give_up is None or time.monotonic() - began > seconds:
                 give_up = time.monotonic() + seconds
             time.sleep(RETRY_PAUSE)
-            if time.monotonic() > give_up or not wanted() or not ray.is_initialized():  # where Ray is gone, a call would end the process
+            # A call without a running Ray would end the process.
+            if time.monotonic() > give_up or not wanted() or not ray.is_initialized():
                 raise
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, StreamError) else error) from None
@@ -151,7 +169,11 @@ class _Wait:
 
 
 class StreamQueue:
-    """See the module and `start_stream`. `blocks` gives the blocks per shard of each hook point, in the order in which producers return them."""
+    """The queue's actor: see the module and `start_stream`.
+
+    `blocks` and `evaluation_blocks` give the blocks per shard of each hook point, in the order in which producers
+    return them.
+    """
 
     def __init__(
         self,
@@ -174,25 +196,28 @@ class StreamQueue:
         self.skipped = Skipped(skipped)
         self.state = StreamState(shards, cap, config.lag, faults.shard_attempts, self.skipped.of(TRAIN))
         self.held_out = held_out
-        self.shard_bytes = _shard_bytes(production.specs[TRAIN], production.widths)
+        self.shard_bytes = bytes_per_shard(production.specs[TRAIN], production.widths.values())
         self._blocks = blocks
         self._offsets = {TRAIN: _offsets(blocks), EVALUATION: _offsets(evaluation_blocks)}
         self._returns = {TRAIN: 1 + sum(blocks.values()), EVALUATION: 1 + sum(evaluation_blocks.values())}
-        self._hook_point: dict[str, str] = {}  # of each consumer
-        self._shards: dict[int, tuple[Mapping[str, object], list[ray.ObjectRef]]] = {}  # meta and blocks of the training shards held
-        self._evaluation: dict[int, asyncio.Future] = {}  # the blocks of the held-out shards, kept to the end
-        self._errands: list[Job] = []  # all jobs but training shards; they come first, since someone waits for each of them
+        self._hook_point: dict[str, str] = {}  # Hook point of each consumer
+        # Meta and blocks of the training shards held
+        self._shards: dict[int, tuple[Mapping[str, object], list[ray.ObjectRef]]] = {}
+        self._evaluation: dict[int, asyncio.Future] = {}  # Blocks of the held-out shards, kept to the end
+        # All jobs except training shards. They come first, because someone waits for each of them.
+        self._errands: list[Job] = []
         self._waits: set[_Wait] = set()
-        self._work = asyncio.Event()  # set by whatever may give a producer something to do
-        self._next = asyncio.Lock()  # of the producers without a job one looks for the next, the others stand in line
-        self._answered = asyncio.Event()  # of an errand; set once, then there is a new one
+        self._work = asyncio.Event()  # Set by whatever may give a producer something to do
+        self._next = asyncio.Lock()  # One idle producer looks for the next job, the others stand in line
+        self._answered = asyncio.Event()  # Set once when an errand is answered, then replaced by a new event
         self._tending: asyncio.Task | None = None
         self._totals = dict.fromkeys(COUNTERS, 0.0)
-        self._told = dict(self._totals)  # to Ray's metrics; telling them costs more than serving a block does otherwise
+        # Totals that Ray's metrics have been told. Telling them costs more than the rest of serving a block.
+        self._told = dict(self._totals)
         self._counters = {name: Counter(f"raysae_{name}", description=text) for name, text in COUNTERS.items()}
         self._gauges = {name: Gauge(f"raysae_{name}", description=text) for name, text in GAUGES.items()}
         self._peak_bytes = 0
-        self._longest = 0.0  # seconds that the language model took for a shard
+        self._longest = 0.0  # Seconds that the language model took for its slowest shard
         actor_class = ray.remote(producer_class).options(max_restarts=0, **actor_options)
         self.pool = ProducerPool(
             create=lambda: actor_class.remote(production),
@@ -206,21 +231,25 @@ class StreamQueue:
         )
 
     async def start(self) -> None:
-        """Start the producers. Every other call does so too, so that a restarted queue goes on."""
+        """Start the producers. Other calls do so too, so a restarted queue goes on."""
         if self._tending is None:
             self._tending = asyncio.get_running_loop().create_task(self._tend())
 
     # ---------------------------------------------------------------- consumers
 
     async def expect(self, consumers: Iterable[str]) -> None:
-        """Keep the first shards for these consumers until they have joined, `stream.hold_seconds` at most."""
+        """Keep the first shards for these consumers until they have joined, for at most `stream.hold_seconds`."""
         await self.start()
         self.state.expect(consumers, time.monotonic() + self.production.stream.hold_seconds)
 
     async def join(self, consumer: str, hook_point: str, row: int, until_shard: int | None = None) -> None:
-        """`consumer` reads the training stream at `hook_point` from global row `row` to the end of shard `until_shard` − 1 (unset: of the stream).
+        """Register a reader of the training stream at `hook_point`, from global row `row` on.
 
-        A consumer that joins again has restarted: it goes on from the new row.
+        It reads to the end of shard `until_shard` − 1. Unset: to the end of the stream. A consumer that joins again has
+        restarted and goes on from the new row.
+
+        Raises:
+            StreamError: the hook point is not streamed, or the stream has no such shards.
         """
         await self.start()
         if hook_point not in self.production.widths:
@@ -240,15 +269,21 @@ class StreamQueue:
         if self.state.advance(consumer, done_shards):
             self._settle()
 
-    async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
-        """A shard's blocks of the training stream at the consumer's hook point, from `block` on, when they are there, and their numerics;
-        `done_shards` as in `acknowledge`. All in one call, because it is calls that a queue of many consumers spends its time on. A consumer that
-        lets go of the references once it has consumed the shard, or leaves, pins no more than is held for it anyway, but for a shard that is given
-        up for a late joiner, or lost, while it is being read. []: the shard is skipped.
+    async def fetch(
+        self, consumer: str, shard: int, block: int, done_shards: int
+    ) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
+        """Wait for a shard of the training stream. Returns its blocks from `block` on, and their numerics.
+
+        The blocks are those at the consumer's hook point. There are none if the shard is skipped. `done_shards` is as
+        in `acknowledge`. One call does all this, because a queue of many consumers spends its time on calls.
+
+        A consumer must drop the references once it has consumed the shard, or when it leaves. Then it pins no more than
+        the queue holds for it anyway. The exception is a shard that is given up for a late joiner, or lost, while the
+        consumer reads it.
 
         Raises:
             NotJoinedError: `consumer` is unknown.
-            StreamError: the shard is none of the consumer's, or it could not be produced at its hook point, or there are no producers any more.
+            StreamError: the shard is none of the consumer's, it could not be produced, or no producers are left.
         """
         await self.acknowledge(consumer, done_shards)
         while not self.state.ready(consumer, shard):
@@ -264,7 +299,10 @@ class StreamQueue:
         return blocks, meta["numerics"]
 
     async def evaluation_block(self, hook_point: str, shard: int, block: int) -> list[ray.ObjectRef | None]:
-        """A block of the held-out stream. Each shard is produced once, at the latest when it is first asked for, and kept. [None]: it is skipped."""
+        """A block of the held-out stream, in a list. The list is [None] if the shard is skipped.
+
+        Each shard is produced once, at the latest when someone first asks for it, and kept.
+        """
         await self.start()
         if shard in self.skipped.of(EVALUATION):
             return [None]
@@ -275,10 +313,20 @@ class StreamQueue:
         self._count("blocks_served", 1)
         return [refs[self._offsets[EVALUATION][hook_point] + block]]
 
-    async def exchange(self, news: Sequence[tuple], counts: Mapping[str, float]) -> tuple[dict[int, StreamError], dict[int, bytes]]:
-        """For a relay, which speaks for many consumers: their `news` since its last call, in order (`join`, `acknowledge` or `leave`, and arguments),
-        and what it has counted (see COUNTERS). Answers at once: the errors, by their place in `news`, and the shards held, each with the id of the
-        task that produced it. The relay lets go of references to any other."""
+    async def exchange(
+        self, news: Sequence[tuple], counts: Mapping[str, float]
+    ) -> tuple[dict[int, StreamError], dict[int, bytes]]:
+        """Take the news of a relay, which speaks for many consumers, and answer at once.
+
+        Args:
+            news: what consumers said since the relay's last call, in order. Each is a method (`join`, `acknowledge` or
+                `leave`) and its arguments.
+            counts: what the relay has counted, see COUNTERS.
+
+        Returns:
+            the errors by their place in `news`, and the Ray task ids by shard held. A task id is that of the task that
+            produced the shard. The relay drops its references to any other shard.
+        """
         await self.start()
         errors = {}
         for i, (method, *arguments) in enumerate(news):
@@ -291,18 +339,21 @@ class StreamQueue:
         return errors, {shard: refs[0].task_id().binary() for shard, (_, refs) in self._shards.items()}
 
     async def leave_node(self, node: str) -> None:
-        """The machine is being drained: its producers move."""
+        """Move the producers of a machine that is being drained."""
         await self.start()
         self.pool.leave(node)
 
     async def lost(self, stream: str, shard: int, ref: str) -> None:
-        """A consumer could not read this block (hexadecimal id of its reference): its machine is gone, and the shard is produced again."""
+        """Produce a shard again, because a consumer could not read one of its blocks: the block's machine is gone.
+
+        `ref` is the hexadecimal id of the reference to that block.
+        """
         if stream == TRAIN:
             _, refs = self._shards.get(shard, (None, []))
         else:
             future = self._evaluation.get(shard)
             refs = future.result()[1] if future and future.done() and not future.exception() else []
-        if any(held.hex() == ref for held in refs):  # otherwise another consumer has said so before
+        if any(held.hex() == ref for held in refs):  # Otherwise another consumer has said so before
             log.warning("shard %d of the %s stream is lost: it is produced again", shard, stream)
             if stream == TRAIN:
                 self.state.lose(shard)
@@ -310,18 +361,29 @@ class StreamQueue:
                 del self._evaluation[shard]
             self._settle()
 
-    async def evaluate(self, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int, at_once: int) -> dict[str, dict]:
-        """Metrics in the language model of saved SAEs (name → folder), computed by all producers; see `Producer.evaluate`. A producer takes at most
-        `at_once` SAEs on one clean pass: they are in its memory together, beside the model."""
+    async def evaluate(
+        self, hook_point: str, saes: Mapping[str, str], mean: np.ndarray, predicted_tokens: int, at_once: int
+    ) -> dict[str, dict]:
+        """Metrics in the language model of saved SAEs (name → folder), computed by all producers.
+
+        See `Producer.evaluate`. A producer takes at most `at_once` SAEs on one clean pass. They are in its memory
+        together, beside the model.
+        """
         await self.start()
         at_once = min(at_once, -(-len(saes) // max(1, len(self.pool.producers))))
         names = list(saes)
         groups = [{name: saes[name] for name in names[i : i + at_once]} for i in range(0, len(names), at_once)]
-        errands = [self._errand("evaluate", (EVALUATION, hook_point, group, mean, predicted_tokens), 1) for group in groups]
+        errands = [
+            self._errand("evaluate", (EVALUATION, hook_point, group, mean, predicted_tokens), 1) for group in groups
+        ]
         return {name: metrics for errand in errands for name, metrics in (await self._result(errand))[0].items()}
 
     async def stats(self) -> dict[str, object]:
-        """Totals (see COUNTERS), bytes in flight now, at most and allowed, producers, and each consumer's position in shards and whether it waits."""
+        """Totals (see COUNTERS), bytes in flight, producers and consumers.
+
+        Bytes in flight are given as they are now, at their peak so far, and as allowed. Each consumer has its position
+        and its end in shards, and whether it waits.
+        """
         whole = {name: value if name.endswith("seconds") else int(value) for name, value in self._totals.items()}
         waiting = {wait.consumer for wait in self._waits}
         consumers = {
@@ -341,13 +403,16 @@ class StreamQueue:
         }
 
     async def warnings(self) -> list[str]:
-        """See `Heard.take`."""
+        """The warnings since the last call. See `Heard.take`."""
         return self._heard.take()
 
     # ---------------------------------------------------------------- producers
 
     async def _take(self) -> Job:
-        """The next job for a producer. Nothing is awaited between the decision and the return: a cancelled producer takes no job with it."""
+        """The next job for a producer.
+
+        Nothing is awaited between the decision and the return, so a cancelled producer takes no job with it.
+        """
         async with self._next:
             while True:
                 if self._errands:
@@ -368,8 +433,11 @@ class StreamQueue:
                 await self._work.wait()
 
     def _held_out_ahead(self) -> int | None:
-        """A held-out shard to produce before it is asked for: the first, on which SAEs in training are evaluated, once training has begun; the others
-        take memory, and come when no training shard is left to produce."""
+        """A held-out shard to produce before anyone asks for it, or None.
+
+        The first one comes once training has begun, because SAEs in training are evaluated on it. The others take
+        memory, so they come when no training shard is left to produce.
+        """
         wanted = [shard for shard in range(self.held_out) if shard not in self.skipped.of(EVALUATION)]
         missing = next((shard for shard in wanted if shard not in self._evaluation), None)
         if missing is None or not self._totals["shards_produced"]:
@@ -377,11 +445,12 @@ class StreamQueue:
         return missing if missing == wanted[0] or self.state.all_there() else None
 
     def _held_out(self, shard: int) -> asyncio.Future:
-        """Meta and blocks of the held-out shard, on their way at least from now on."""
+        """Meta and blocks of the held-out shard. Their production is queued now if it was not before."""
         future = self._evaluation.get(shard)
         if future is None or (future.done() and future.exception()):
             future = self._evaluation[shard] = self._errand("produce", (EVALUATION, shard), self._returns[EVALUATION])
-            future.add_done_callback(asyncio.Future.exception)  # takes note of it: nobody may have asked yet; whoever does has it tried again
+            # Retrieve an exception, because nobody may have asked yet. Whoever asks next has the shard tried again.
+            future.add_done_callback(asyncio.Future.exception)
         return future
 
     def _produced(self, shard: int, meta: Mapping[str, object], refs: list[ray.ObjectRef]) -> None:
@@ -405,13 +474,17 @@ class StreamQueue:
         self._settle()
 
     def _tolerant(self, last_attempt: bool) -> bool:
-        """Whether activations that are not finite are taken as they are: at the last attempt, so that the other hook points go on. Where bad shards
-        are skipped they are skipped by all SAEs alike."""
+        """Whether activations that are not finite are taken as they are.
+
+        They are at the last attempt, so that the other hook points go on. They are not if bad shards are skipped,
+        because all SAEs skip these alike.
+        """
         return last_attempt and self.production.stream.bad_shards == "stop"
 
     def _check_finite(self, meta: Mapping[str, object], stream: str, shard: int, hook_point: str) -> None:
         if hook_point in meta["nonfinite"]:
-            raise StreamError(f"shard {shard} of the {stream} stream cannot be used: {self._reason(stream, shard, ValueError(nonfinite(meta)))}")
+            reason = self._reason(stream, shard, ValueError(nonfinite(meta)))
+            raise StreamError(f"shard {shard} of the {stream} stream cannot be used: {reason}")
 
     def _note_seconds(self, meta: Mapping[str, object]) -> None:
         if meta["contexts_forwarded"]:
@@ -419,13 +492,15 @@ class StreamQueue:
 
     def _patience(self) -> float:
         """Seconds after which a producer of a shard counts as hung."""
-        return min(self.faults.hang_seconds, max(LEAST_PATIENCE, PATIENCE * self._longest)) if self._longest else self.faults.hang_seconds
+        if not self._longest:
+            return self.faults.hang_seconds
+        return min(self.faults.hang_seconds, max(LEAST_PATIENCE, PATIENCE * self._longest))
 
     def _note_failure(self, stream: str, shard: int, error: Exception) -> str:
-        """What went wrong, in words."""
+        """Count and log a failed attempt. Returns what went wrong, in words."""
         self._count("shards_failed", 1)
         if isinstance(error, TimeoutError):
-            self._longest *= 2  # if it was not hung but slow, there will be time enough for it soon
+            self._longest *= 2  # The producer may be slow and not hung: doubling soon gives it time enough
         reason = self._reason(stream, shard, error)
         log.warning("shard %d of the %s stream: %s", shard, stream, reason)
         return reason
@@ -433,22 +508,27 @@ class StreamQueue:
     def _reason(self, stream: str, shard: int, error: Exception) -> str:
         contexts = self.production.specs[stream].contexts_of(shard)
         named = ", ".join(map(str, contexts[:CONTEXTS_NAMED]))
-        return f"{one_line(error)}; its contexts are {named} and {max(0, len(contexts) - CONTEXTS_NAMED)} more"
+        return f"{one_line(error)}. Its contexts are {named} and {max(0, len(contexts) - CONTEXTS_NAMED)} more"
 
     def _skip(self, stream: str, shard: int, reason: str) -> bool:
-        """Whether the bad shard is skipped from now on."""
+        """Skip a bad shard from now on, if it may be skipped. Returns whether it is."""
         if self.production.stream.bad_shards == "stop":
             return False
-        shards = self.state.shards if stream == TRAIN else self.production.specs[stream].shards
+        spec = self.production.specs[stream]
+        shards = self.state.shards if stream == TRAIN else spec.shards
         try:
-            return self.skipped.add(stream, shard, shards, reason, self.production.specs[stream].contexts_of(shard).tolist())
-        except (UserError, OSError) as error:  # what is not written down is not skipped: after a restart it might be trained on
+            return self.skipped.add(stream, shard, shards, reason, spec.contexts_of(shard).tolist())
+        except (UserError, OSError) as error:
+            # A shard that is not written down is not skipped: after a restart it might be trained on.
             log.error("shard %d of the %s stream cannot be skipped: %s", shard, stream, one_line(error))
             return False
 
     def _errand(self, method: str, args: tuple, returns: int) -> asyncio.Future:
-        """Queue a call of a producer; the future gives (first result, references to the others), no references where a held-out shard is skipped.
-        A producer's death is no failure of the job."""
+        """Queue a call of a producer. The future gives (first result, references to the others).
+
+        There are no references if a held-out shard is skipped. A job whose producer died is tried again, and so is a
+        shard that failed: `faults.shard_attempts` times in all.
+        """
         future = asyncio.get_running_loop().create_future()
         attempts = itertools.count(1)
         produce = method == "produce"
@@ -474,7 +554,10 @@ class StreamQueue:
                 future.set_result((None, []))
             elif produce:
                 future.set_exception(
-                    StreamError(f"held-out shard {args[1]} could not be produced in {self.faults.shard_attempts} attempts: {reason}")
+                    StreamError(
+                        f"held-out shard {args[1]} could not be produced in "
+                        f"{self.faults.shard_attempts} attempts: {reason}"
+                    )
                 )
             else:
                 future.set_exception(error)
@@ -500,7 +583,7 @@ class StreamQueue:
         while True:
             try:
                 self._tend_once()
-            except Exception:  # whatever it is, the stream must go on being tended
+            except Exception:  # The stream must be tended further, whatever went wrong
                 log.exception("the stream could not be tended")
             await asyncio.sleep(TEND_SECONDS)
 
@@ -523,13 +606,16 @@ class StreamQueue:
         return (len(self.state.held) + len(self.state.leased)) * self.shard_bytes
 
     def _settle(self) -> None:
-        """After a change of state: drop the references it no longer holds; there may be a shard to produce."""
+        """Act on a change of state: drop the references to shards it no longer holds, and wake producers."""
         for shard in self._shards.keys() - self.state.held:
             del self._shards[shard]
         self._work.set()
 
     async def _arrival(self, consumer: str, shard: int) -> None:
-        """Wait until something has become of the shard, or of the consumer. Nothing else wakes: each shard is waited for by many."""
+        """Wait until something has happened to the shard or the consumer.
+
+        Nothing else ends the wait, because many fetches wait for each shard.
+        """
         self._check_pool()
         wait, began = _Wait(consumer, shard), time.monotonic()
         self._waits.add(wait)
@@ -548,12 +634,15 @@ class StreamQueue:
         self._answered = asyncio.Event()
 
     def _gave_up(self) -> None:
-        """The pool has: whoever waits is told."""
+        """Tell everyone who waits that the pool has given up."""
         self._wake(lambda wait: True)
         self._notify()
 
     def _check_pool(self) -> None:
-        """StreamError where what is waited for will not come."""
+        """
+        Raises:
+            StreamError: the pool has given up, so what a call waits for will not come.
+        """
         if self.pool.failure:
             raise StreamError(f"the activation stream has no producers: {self.pool.failure}")
 
@@ -562,5 +651,5 @@ class StreamQueue:
 
 
 def _offsets(blocks: Mapping[str, int]) -> dict[str, int]:
-    """Where each hook point's blocks begin among a shard's."""
+    """Index of each hook point's first block among a shard's blocks."""
     return dict(zip(blocks, itertools.accumulate(blocks.values(), initial=0), strict=False))

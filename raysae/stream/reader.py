@@ -1,7 +1,8 @@
-"""A consumer's view of the stream at one hook point: batches of rows in order, from any row on. Knows nothing of Ray.
+"""A consumer's view of the stream at one hook point: batches of rows in order, from any row on.
 
-A position is one number, the global row; batches may straddle blocks and shards. A batch is one copy of the rows out of their blocks into one of two
-reused buffers, while the next block is fetched in the background.
+This module knows nothing of Ray. A position is one number, the global row. Batches may straddle blocks and shards. The
+reader copies the rows of a batch once, out of their blocks into one of two reused buffers. Meanwhile a background
+thread fetches the next block.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from raysae.stream.spec import ActivationSpec
 
 @dataclass(eq=False)
 class _Fetch:
-    """A block on its way, in a thread of its own: a daemon, so that a block that never comes keeps no process alive."""
+    """A block on its way, in a thread of its own.
+
+    The thread is a daemon, so that a block that never comes keeps no process alive.
+    """
 
     shard: int
     block: int
-    array: np.ndarray | None = None  # None: still under way, or skipped
+    array: np.ndarray | None = None  # None while it is under way, or if it is skipped
     error: BaseException | None = None
     arrived: threading.Event = field(default_factory=threading.Event)
 
@@ -51,16 +55,17 @@ class BatchReader:
     """Batches `(batch, width)`, float32 on `device`, of the rows row, row + 1, … up to `end`.
 
     Args:
-        fetch: `fetch(shard, block)` gives a block as `(rows, width)` numpy in the wire format of `blocks.py`, waiting for it if need be; None
-            where the shard is skipped. Called from background threads, for the blocks in order, none beyond row `end`.
-        spec: what is read.
-        width: of the activations.
-        block_mib: size of the blocks in MiB, the stream's.
+        fetch: `fetch(shard, block)` waits for a block. It returns `(rows, width)` numpy in the wire format of
+            `blocks.py`, or None if the shard is skipped. Background threads call it for the blocks in order, for none
+            beyond row `end`.
+        spec: spec of the stream that is read.
+        width: width of the activations.
+        block_mib: size of the stream's blocks in MiB.
         batch: rows per batch.
         row: the first row.
-        end: the stream's rows from here on are not read; unset: all are.
-        acknowledge: `acknowledge(done)` is called when the shards below `done` are completely consumed, before the next is waited for: that one may
-            need their place. It must not wait itself.
+        end: the row at which reading ends, exclusive. Unset: the stream's end.
+        acknowledge: `acknowledge(done)` is called when the shards below `done` are completely consumed. That is before
+            the reader waits for the next shard, which may need their place. It must not wait itself.
         release: called by `close`.
         device: where batches go.
     """
@@ -82,7 +87,7 @@ class BatchReader:
         self.spec = spec
         self.batch = batch
         self.end = spec.rows if end is None else min(end, spec.rows)
-        self.waited_seconds = 0.0  # in which next() waited for blocks
+        self.waited_seconds = 0.0  # Seconds that `next` waited for blocks
         self._fetch = fetch
         self._acknowledge = acknowledge
         self._release = release
@@ -97,23 +102,29 @@ class BatchReader:
         return self._row
 
     def seek(self, row: int) -> None:
-        """Go on from `row`; its block is fetched at once."""
+        """Go on from `row`. A thread begins to fetch its block at once.
+
+        Raises:
+            ValueError: the row lies outside the stream.
+        """
         if not 0 <= row <= self.end:
             raise ValueError(f"row {row} lies outside the rows 0 to {self.end} of the stream")
         self._row = row
         self._closed = False
-        self._rows: Tensor | None = None  # the present block, (rows, width)
-        self._skipped = False  # whether it is one that is passed over
-        self._first = self._last = 0  # its global rows are [first, last)
+        self._rows: Tensor | None = None  # The current block, (rows, width)
+        self._skipped = False  # Whether the current block's shard is skipped
+        self._first = self._last = 0  # The current block has the global rows [first, last)
         if row < self.end:
             self._start(row)
 
     def next(self) -> Tensor | None:
-        """The next `(batch, width)`, None where one of its rows is skipped. It lives in a buffer that the call after the next overwrites.
+        """The next batch `(batch, width)`, or None if one of its rows is skipped.
+
+        It lives in a buffer that the call after the next overwrites.
 
         Raises:
             EOFError: fewer than `batch` rows are left, or the reader was closed.
-            Whatever `fetch` raised.
+            Exception: whatever `fetch` raised.
         """
         if self._closed:
             raise EOFError("the reader was closed")
@@ -133,7 +144,7 @@ class BatchReader:
                 target[filled : filled + take].copy_(self._rows[start : start + take])
             row += take
             if row == self._last:
-                self._rows, self._skipped = None, False  # lets go of the block: the store may free it
+                self._rows, self._skipped = None, False  # Dropping the block lets the store free it
                 if row % self.spec.rows_per_shard == 0:
                     self._acknowledge(row // self.spec.rows_per_shard)
         self._row = row
@@ -143,7 +154,10 @@ class BatchReader:
         return target
 
     def close(self) -> None:
-        """Let go of the blocks. A fetch under way ends by itself, unheeded; a `next` that waits for it in another thread raises."""
+        """Drop the blocks.
+
+        A fetch under way ends by itself and is ignored. A `next` that waits for it in another thread raises.
+        """
         self._closed = True
         if (ahead := self._ahead) is not None:
             ahead.error = ahead.error or EOFError("the reader was closed")
@@ -160,7 +174,7 @@ class BatchReader:
         self._ahead = _Fetch(*self._place(row)).start(self._fetch)
 
     def _turn_to(self, row: int) -> None:
-        """Make the block of `row` the present one, and send for the one after it."""
+        """Make the block of `row` the current one, and start fetching the one after it."""
         place = self._place(row)
         if self._ahead is None or (self._ahead.shard, self._ahead.block) != place:
             self._start(row)
@@ -178,7 +192,9 @@ class BatchReader:
         if self._skipped:
             return
         if len(block) != self._last - self._first:
-            raise ValueError(f"block {index} of shard {shard} has {len(block)} rows instead of {self._last - self._first}")
+            raise ValueError(
+                f"block {index} of shard {shard} has {len(block)} rows instead of {self._last - self._first}"
+            )
         self._rows = as_tensor(block, self.spec.dtype)
         if self._last < self.end:
             self._start(self._last)

@@ -1,13 +1,18 @@
-"""Between the queue and a group of consumers: an actor with the methods of the queue that a consumer calls, which does not know the difference.
+"""An actor between the queue and a group of consumers.
 
-A queue of many consumers spends its time on their calls and on handing over references. A relay bundles both. What its consumers say (that they join,
-have consumed a shard, leave) goes to the queue in one call, as soon as the call before it has returned; the queue answers such a call at once, so
-nothing waits behind a shard that is not there yet. A shard is asked for once for each hook point, in the name of whichever consumer comes first.
+It has the methods of the queue that a consumer calls, so a consumer sees no difference.
 
-The queue keeps the only truth. What a relay knows may be lost: restarted, it knows nobody, and consumers join again; when the queue's process has
-died, the relay says so to its consumers, and they join again too. It lets go of a shard before it tells the queue that the last of its consumers has
-consumed it. What the queue gives up or loses it lets go of too: each answer to its news says what the queue holds, and as long as it holds anything
-it asks once a second at least. The process imports neither torch nor transformers.
+A queue of many consumers spends its time on their calls and on handing over references. A relay bundles both. Its
+consumers say that they join, have consumed a shard, or leave. The relay sends this news to the queue in one call, as
+soon as the call before it has returned. The queue answers such a call at once, so no news waits behind a shard that is
+not there yet. The relay asks for a shard once per hook point, in the name of whichever consumer comes first.
+
+Only the queue's knowledge counts. What a relay knows may be lost. A restarted relay knows nobody, and consumers join
+again. When the queue's process has died, the relay says so to its consumers, and they join again too.
+
+A relay drops a shard before it tells the queue that the last of its consumers has consumed it. It also drops what the
+queue gives up or loses. Each answer to its news says what the queue holds. While the relay holds anything, it asks at
+least once a second. The process imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -30,12 +35,17 @@ from raysae.stream.state import NotJoinedError, StreamError
 
 log = logging.getLogger(__name__)
 
-CONSUMERS = 16  # of a relay at most; so few in all talk to the queue itself
+CONSUMERS = 16  # Most consumers that share a relay. If there are no more in all, they talk to the queue itself
 
 
 def start_relays(queue: str, consumers: Sequence[str], of_each: int) -> tuple[list[ActorHandle], dict[str, str]]:
-    """Start relays of `of_each` consumers at most, none where one would do; returns them, and for each consumer the name of the actor that it talks
-    to, the queue's (`queue`) or its relay's. Neighbours share a relay: those of one hook point should be neighbours."""
+    """Start relays for at most `of_each` consumers each, or none if one would do.
+
+    Neighbours in `consumers` share a relay, so those of one hook point should be neighbours.
+
+    Returns:
+        the relays, and for each consumer the name of the actor that it talks to. That is `queue` or its relay's name.
+    """
     number = -(-len(consumers) // of_each)
     if number < 2:
         return [], dict.fromkeys(consumers, queue)
@@ -47,26 +57,35 @@ def start_relays(queue: str, consumers: Sequence[str], of_each: int) -> tuple[li
 
 @dataclass(eq=False)
 class _Reader:
-    """A consumer that has joined here. `over` is set when it has joined again, left, or is unknown to the queue."""
+    """A consumer that has joined here.
+
+    `over` is set when it has joined again or left, or when the queue does not know it.
+    """
 
     hook_point: str
-    done: int = 0  # shards that it has said to have consumed
+    done: int = 0  # Shards that it has reported as consumed
     over: asyncio.Future = field(default_factory=asyncio.Future)
 
 
 class Relay:
-    """See the module. `queue` is the queue's name: an actor that may be restarted should depend on nothing in the object store."""
+    """See the module.
+
+    `queue` is the queue's name. An actor that may be restarted should depend on nothing in the object store.
+    """
 
     def __init__(self, queue: str):
         self._heard = Heard()
         self.queue = ray.get_actor(queue)
         self._readers: dict[str, _Reader] = {}
-        self._news: list[tuple[tuple, asyncio.Future]] = []  # for the queue: a method and its arguments; and for the error or None that it answers
-        self._told = asyncio.Event()  # there are news
+        # News for the queue: a method and its arguments. The future is for the error, or None, that the queue answers.
+        self._news: list[tuple[tuple, asyncio.Future]] = []
+        self._told = asyncio.Event()  # Set while there is news
         self._exchanging: asyncio.Task | None = None
-        self._shards: dict[tuple[str, int], asyncio.Task] = {}  # what the queue answered, or will, by hook point and shard
-        self._evaluation: dict[tuple[str, int, int], asyncio.Task] = {}  # the same of held-out blocks, which the queue keeps to the end
-        self._counts = {"blocks_served": 0, "consumer_wait_seconds": 0.0}  # of the consumers in whose name nothing was asked; not told yet
+        self._shards: dict[tuple[str, int], asyncio.Task] = {}  # The queue's answers or calls, by hook point and shard
+        # The same for held-out blocks. The queue keeps these to the end.
+        self._evaluation: dict[tuple[str, int, int], asyncio.Task] = {}
+        # Counts that the queue has not been told yet. It counts by itself for the consumers in whose name we ask.
+        self._counts = {"blocks_served": 0, "consumer_wait_seconds": 0.0}
 
     # ---------------------------------------------------------------- consumers: see the methods of `queue.StreamQueue`
 
@@ -85,7 +104,9 @@ class Relay:
             reader.done = done_shards
             self._let_go(reader.hook_point)
 
-    async def fetch(self, consumer: str, shard: int, block: int, done_shards: int) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
+    async def fetch(
+        self, consumer: str, shard: int, block: int, done_shards: int
+    ) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
         await self.acknowledge(consumer, done_shards)
         while True:
             if (reader := self._readers.get(consumer)) is None:
@@ -100,7 +121,8 @@ class Relay:
                 await asyncio.wait([asked, reader.over], return_when=asyncio.FIRST_COMPLETED)
             if not mine:
                 self._counts["consumer_wait_seconds"] += time.monotonic() - began
-            if asked.done() and (mine or not asked.exception()):  # an error is that of the consumer who asked: the next one asks for itself
+            # An error belongs to the consumer who asked. The next consumer asks for itself.
+            if asked.done() and (mine or not asked.exception()):
                 blocks, numerics = asked.result()
                 if not mine:
                     self._counts["blocks_served"] += len(blocks[block:])
@@ -125,13 +147,15 @@ class Relay:
         await _answer(self.queue.lost.remote(stream, shard, ref))
 
     async def warnings(self) -> list[str]:
-        """See `Heard.take`."""
+        """The warnings since the last call. See `Heard.take`."""
         return self._heard.take()
 
     # ---------------------------------------------------------------- the queue
 
-    async def _ask(self, consumer: str, hook_point: str, shard: int) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
-        """The whole shard. What `consumer` has consumed is told apart, in the order of its other news."""
+    async def _ask(
+        self, consumer: str, hook_point: str, shard: int
+    ) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
+        """Fetch the whole shard. `_tell` reports separately what `consumer` has consumed, in the order of its news."""
         try:
             return await _answer(self.queue.fetch.remote(consumer, shard, 0, 0))
         except Exception:
@@ -146,7 +170,7 @@ class Relay:
             raise
 
     def _tell(self, *said: Any) -> asyncio.Future:
-        """Have the queue told; the future gives the error that it answers, or None."""
+        """Add news for the queue. The future gives the error that the queue answers, or None."""
         if self._exchanging is None:
             self._exchanging = asyncio.get_running_loop().create_task(self._exchange())
         answer = asyncio.get_running_loop().create_future()
@@ -163,16 +187,17 @@ class Relay:
             try:
                 if self._news or self._shards:
                     await self._exchange_once()
-            except Exception:  # whatever it is, consumers must go on being heard
-                log.exception("the queue could not be told")
+            except Exception:  # The relay must keep hearing its consumers, whatever went wrong
+                log.exception("the relay could not pass its consumers' news to the queue")
 
     async def _exchange_once(self) -> None:
         news, self._news = self._news, []
         counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
-        before = _answered(self._shards)  # what comes meanwhile may be newer than the answer
+        before = _answered(self._shards)  # A shard that comes meanwhile may be newer than the answer
         try:
             errors, held = await _answer(self.queue.exchange.remote([said for said, _ in news], counts))
-        except Exception as error:  # whatever it is, mostly the end of its process: nobody can be sure to be known any more
+        except Exception as error:
+            # Mostly the queue's process has ended. Whatever it is, the queue may know none of the consumers any more.
             errors, held = dict.fromkeys(range(len(news)), error), {}
             for consumer in list(self._readers):
                 self._place(consumer, None)
@@ -184,7 +209,7 @@ class Relay:
                 self._place(consumer, _Reader(arguments[0]))
             elif method == "leave" or isinstance(error, NotJoinedError):
                 self._place(consumer, None)
-            if not answer.done():  # who waited for it may be gone
+            if not answer.done():  # The caller who waited for it may be gone
                 answer.set_result(error)
         for key, asked in before.items():
             refs, _ = asked.result()
@@ -192,14 +217,17 @@ class Relay:
                 del self._shards[key]
 
     def _let_go(self, hook_point: str) -> None:
-        """Of the shards that all consumers here have consumed: the queue may count their places as free once it is told so."""
+        """Drop the shards that all consumers here have consumed.
+
+        The queue may count their places as free once it is told.
+        """
         done = min(reader.done for reader in self._readers.values() if reader.hook_point == hook_point)
         for key in _answered(self._shards):
             if key[0] == hook_point and key[1] < done:
                 del self._shards[key]
 
     def _place(self, consumer: str, reader: _Reader | None) -> None:
-        """`consumer` is this reader from now on, or unknown."""
+        """Make `reader` the consumer's entry. With None the consumer is unknown from now on."""
         if old := self._readers.pop(consumer, None):
             old.over.set_result(None)
         if reader:
@@ -208,17 +236,20 @@ class Relay:
 
 def _task(work: Coroutine) -> asyncio.Task:
     task = asyncio.get_running_loop().create_task(work)
-    task.add_done_callback(asyncio.Task.exception)  # takes note of it: whom it was for may be gone
+    task.add_done_callback(asyncio.Task.exception)  # Retrieve an exception, because whoever asked may be gone
     return task
 
 
 def _answered(asked: Mapping[tuple, asyncio.Task]) -> dict[tuple, asyncio.Task]:
-    """Those that have their answer; errors are not kept."""
+    """The requests that have their answer. A request that failed is not kept."""
     return {key: task for key, task in asked.items() if task.done()}
 
 
 async def _answer(call: ray.ObjectRef) -> Any:
-    """What the queue answers, its errors as it raised them. One whose process has died knows nobody any more."""
+    """The queue's answer, with its errors as it raised them.
+
+    A queue whose process has died knows nobody any more, which is a NotJoinedError.
+    """
     try:
         return await call
     except RayActorError:

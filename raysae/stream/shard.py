@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 
 def numerics(lm: LanguageModel) -> dict[str, Scalar]:
-    """What the bits of a shard depend on beside its spec, flat and readable. They are in the cache's key, and go with every block into the
-    fingerprint of the SAEs that are trained on it. numpy permutes the contexts of an epoch and the rows of a shard."""
+    """What the bits of a shard depend on beside its spec, flat and readable.
+
+    These facts are in the cache's key. They go with every block into the fingerprint of the SAEs that are trained on
+    it. numpy is among them because it permutes the contexts of an epoch and the rows of a shard.
+    """
     return {
         **device_facts(lm.device),
         "numpy": np.__version__,
@@ -32,10 +35,11 @@ def numerics(lm: LanguageModel) -> dict[str, Scalar]:
 
 
 class ShardMaker:
-    """Makes the shards of a spec at some hook points with one forward pass of the language model per shard, or reads them from the cache.
+    """Makes the shards of a spec at some hook points, or reads them from the cache.
 
-    The contexts of shard i are those of `spec.contexts_of(i)`; their positions from `skip_positions` on, laid end to end, are its rows in the order
-    `spec.permutation_of(i)`. Neither the companions of a hook point nor the shards made before change a bit of it.
+    It takes one forward pass of the language model per shard. Shard i has the contexts `spec.contexts_of(i)`. Their
+    positions from `skip_positions` on are laid end to end. The rows of the shard are these positions in the order
+    `spec.permutation_of(i)`. Neither the other hook points nor the shards made before change a bit of a shard.
     """
 
     def __init__(
@@ -48,7 +52,9 @@ class ShardMaker:
         cache: BlockCache | None = None,
     ):
         if (contexts.digest, *contexts.tokens.shape) != (spec.text, spec.contexts, spec.context_length):
-            raise ValueError(f"the contexts ({contexts.digest}, {contexts.tokens.shape}) are not those of the spec ({spec.text})")
+            raise ValueError(
+                f"the contexts ({contexts.digest}, {contexts.tokens.shape}) are not those of the spec ({spec.text})"
+            )
         self.lm = lm
         self.contexts = contexts
         self.spec = spec
@@ -59,19 +65,32 @@ class ShardMaker:
     def make(self, shard: int) -> tuple[dict[str, object], dict[str, list[np.ndarray]]]:
         """Shard `shard` as (meta, blocks per hook point).
 
-        meta: `index`; `contexts_forwarded` by the language model (0 where everything was cached); `from_cache`; `seconds` it took; `nonfinite`, the
-        hook points at which some activation is NaN or infinite, in the `nonfinite_contexts`; `numerics`, what else its bits depend on.
+        Meta holds:
+
+        - `index`: the shard's index.
+        - `contexts_forwarded`: contexts that the language model read, 0 if everything was cached.
+        - `from_cache`: whether everything was cached.
+        - `seconds`: the time it took.
+        - `nonfinite`: the hook points at which some activation is NaN or infinite.
+        - `nonfinite_contexts`: the contexts that have such an activation.
+        - `numerics`: what its bits depend on beside the spec.
+
+        Raises:
+            IndexError: the spec has no such shard.
+            RuntimeError: the language model failed. The message names the contexts.
         """
         self._check(shard)
         started = time.perf_counter()
-        made = {hook: kept for hook in self.hook_points if self.cache and (kept := self.cache.load(hook, shard)) is not None}
+        made = {
+            hook: kept for hook in self.hook_points if self.cache and (kept := self.cache.load(hook, shard)) is not None
+        }
         missing = [hook for hook in self.hook_points if hook not in made]
         bad: dict[str, list[int]] = {}
         if missing:
             produced, bad = self._produce(shard, missing)
             made |= produced
             for hook, rows in produced.items():
-                if self.cache and not bad[hook]:  # what is broken may come out right another time
+                if self.cache and not bad[hook]:  # A broken shard may come out right another time
                     self.cache.store(hook, shard, rows)
         meta = {
             "index": shard,
@@ -85,11 +104,15 @@ class ShardMaker:
         return meta, {hook: cut(made[hook], self.spec.dtype, self.block_mib) for hook in self.hook_points}
 
     def annotations(self, shard: int, token_loss: bool = True) -> dict[str, np.ndarray]:
-        """What the shard's rows stand for, *unpermuted*: each array is `(rows_per_shard,)`, and row r of the stream's shard is its entry
-        `spec.permutation_of(shard)[r]`.
+        """What the shard's rows stand for, *unpermuted*.
 
-        `token` is the token's id, `position` its position in its context, `context` the context's index in the text, and `token_loss`, which takes a
-        whole forward pass, the language model's loss in nats in predicting this token from those before it.
+        Each array is `(rows_per_shard,)`. Row r of the stream's shard is its entry `spec.permutation_of(shard)[r]`.
+
+        - `token`: the token's id.
+        - `position`: its position in its context.
+        - `context`: the context's index in the text.
+        - `token_loss`: the language model's loss in nats in predicting this token from those before it. It takes a
+          whole forward pass.
         """
         self._check(shard)
         spec = self.spec
@@ -102,14 +125,19 @@ class ShardMaker:
             "context": np.repeat(indices, len(positions)),
         }
         if token_loss:
-            losses = [self.lm.activations(part.to(self.lm.device), [], token_loss=True)["token_loss"] for part in self._batches(tokens)]
-            found["token_loss"] = torch.cat([loss[:, spec.skip_positions :].float().cpu() for loss in losses]).reshape(-1).numpy()
+            losses = [
+                self.lm.activations(batch.to(self.lm.device), [], token_loss=True)["token_loss"]
+                for batch in self._batches(tokens)
+            ]
+            kept = torch.cat([loss[:, spec.skip_positions :].float().cpu() for loss in losses])
+            found["token_loss"] = kept.reshape(-1).numpy()
         return found
 
     def _produce(self, shard: int, hook_points: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
-        """Per hook point the shard's rows in the wire format, and the contexts with an activation that is not finite."""
+        """By hook point: the shard's rows in the wire format, and the contexts with activations that are not finite."""
         spec = self.spec
-        place = torch.empty(spec.rows_per_shard, dtype=torch.int64)  # where each row of the contexts laid end to end goes
+        # Where each row of the contexts laid end to end goes
+        place = torch.empty(spec.rows_per_shard, dtype=torch.int64)
         place[torch.from_numpy(spec.permutation_of(shard))] = torch.arange(spec.rows_per_shard)
         places = place.view(spec.shard_contexts, -1).split(spec.batch_contexts)
         rows: dict[str, torch.Tensor] = {}
@@ -117,14 +145,18 @@ class ShardMaker:
         contexts = torch.from_numpy(spec.contexts_of(shard)).split(spec.batch_contexts)
         for indices, target in zip(contexts, places, strict=True):
             try:
-                activations = self.lm.activations(torch.from_numpy(self.contexts[indices.numpy()]).to(self.lm.device), hook_points)
+                tokens = torch.from_numpy(self.contexts[indices.numpy()]).to(self.lm.device)
+                activations = self.lm.activations(tokens, hook_points)
             except Exception as error:
-                raise RuntimeError(f"{type(error).__name__}: {error}, in one of the contexts {', '.join(map(str, indices.tolist()))}") from error
+                among = ", ".join(map(str, indices.tolist()))
+                raise RuntimeError(f"{type(error).__name__}: {error}, in one of the contexts {among}") from error
             for hook in hook_points:
-                kept = activations[hook][:, spec.skip_positions :].to(getattr(torch, spec.dtype))  # (c, t - skip, width)
+                # (c, t - skip, width)
+                kept = activations[hook][:, spec.skip_positions :].to(getattr(torch, spec.dtype))
                 if hook not in rows:
                     rows[hook] = torch.empty(spec.rows_per_shard, kept.shape[-1], dtype=kept.dtype)
-                extremes = torch.stack(torch.aminmax(kept))  # NaN if any is; needs no temporary of the activations' size
+                # NaN if any activation is. This needs no temporary of the activations' size.
+                extremes = torch.stack(torch.aminmax(kept))
                 if not bool(torch.isfinite(extremes).all()):
                     bad[hook] += indices[~torch.isfinite(kept).flatten(1).all(1).cpu()].tolist()
                 rows[hook][target] = kept.cpu()
@@ -135,4 +167,4 @@ class ShardMaker:
 
     def _check(self, shard: int) -> None:
         if not 0 <= shard < self.spec.shards:
-            raise IndexError(f"shard {shard} of a pass of {self.spec.shards}")
+            raise IndexError(f"shard {shard} lies outside a pass of {self.spec.shards} shards")

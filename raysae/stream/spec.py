@@ -52,4 +52,6 @@ class ActivationSpec(Strict):
 
     def permutation_of(self, shard: int) -> np.ndarray:
         """Order of the shard's rows, `(rows_per_shard,)`: row r of the stream's shard is row permutation[r] of the contexts laid end to end."""
-        return np.random.default_rng([self.seed, shard // self.shards_per_epoch, shard, 1]).permutation(self.rows_per_shard)
+        return np.random.default_rng([self.seed, shard // self.shards_per_epoch, shard, 1]).permutation(
+            self.rows_per_shard
+        )

@@ -15,6 +15,7 @@ import fsspec
 import yaml
 
 from raysae.config import SweepConfig, UserError
+from raysae.knobs import completed
 from raysae.storage import write_atomically
 from raysae.stream.skipped import FILE as SKIPPED
 from raysae.stream.skipped import Skipped
@@ -118,6 +119,7 @@ def saved_config(output: str, study: str, faults: Mapping[str, Any] = {}) -> Swe
     Skipped(f"{output}/{study}/{SKIPPED}")
     try:
         saved = yaml.safe_load(files.cat_file(f"{path}/{study}/{CONFIG}"))
+        saved = completed(SweepConfig, saved)
         config = SweepConfig.model_validate(saved)
         if lacking := _paths(config.model_dump()) - _paths(saved):  # with defaults for them, another sweep would be trained
             raise ValueError(f"{min(lacking)} is not in it")

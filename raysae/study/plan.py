@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def hook_points(self) -> list[str]:
-        return list(dict.fromkeys(sae.hook_point for sae in self.saes))
+        return list(dict.fromkeys(hook for sae in self.saes for hook in sae.hook_points))
 
     @property
     def widths(self) -> dict[str, int]:
@@ -132,17 +132,32 @@ def store_bytes(settled: Plan) -> int:
 
 
 def check_enough(spec: ActivationSpec, rows: int, asked_by: str, epochs_field: str | None) -> None:
-    """UserError unless the spec has `rows` rows. `asked_by` is the field that asks for them, e.g. `train.tokens`; `epochs_field` the one that sets
-    the epochs, or None where there is only one: then the text is the evaluation split.
+    """Check that the spec has `rows` rows.
+
+    Args:
+        spec: the spec of a stream.
+        rows: how many rows are needed.
+        asked_by: the field that asks for them, e.g. `train.tokens`.
+        epochs_field: the field that sets the number of epochs. None means that there is only one epoch and the text is
+            the evaluation split.
+
+    Raises:
+        UserError: the text yields too few rows.
     """
     whose = "held-out text" if epochs_field is None else "text"
-    more = f"lower {asked_by}, raise text.evaluation_fraction or give more text" if epochs_field is None else "give more text"
+    more = (
+        f"lower {asked_by}, raise text.evaluation_fraction or give more text"
+        if epochs_field is None
+        else "give more text"
+    )
     if spec.shards_per_epoch == 0:
         raise UserError(
-            f"the {whose} is too small: it packs into fewer than the {spec.shard_contexts} contexts of {spec.context_length} tokens that one shard "
-            "takes (stream.shard_contexts): lower stream.context_length or give more text"
+            f"the {whose} fills fewer than the {spec.shard_contexts} contexts of {spec.context_length} tokens that one "
+            "shard takes (stream.shard_contexts): lower stream.context_length or give more text"
         )
     per_epoch = spec.shards_per_epoch * spec.rows_per_shard
     if per_epoch * spec.epochs < rows:
         epochs = "" if epochs_field is None else f"set {epochs_field} to {-(-rows // per_epoch)} or more, or "
-        raise UserError(f"the {whose} yields {per_epoch:,} tokens per epoch, {rows:,} are needed for {asked_by}: {epochs}{more}")
+        raise UserError(
+            f"the {whose} yields {per_epoch:,} tokens per epoch, but {asked_by} needs {rows:,}: {epochs}{more}"
+        )

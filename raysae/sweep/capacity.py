@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import ray
 
-from raysae.config import SAEConfig, UserError
+from raysae.config import ARCHITECTURES, SAEConfig, UserError
 from raysae.study.plan import Plan
 
 BANKS_PER_MACHINE = 8  # on CPUs: each holds some 0.5 GiB beside its SAEs
@@ -26,8 +26,7 @@ def cost(sae: SAEConfig, d: int) -> float:
     BatchTopK, which computes all, and thrice for kinds without a k, whose products are with more than a few; the sparse products of the others, an
     operation of which takes twenty times as long as one of that search; and a constant. Of 26 steps measured, d 256 and 768, none is off by more
     than a factor of 1.8."""
-    searches = 1 if sae.architecture == "topk" else 2 if sae.k is not None else 3
-    return searches * sae.width * d + 20 * (sae.k or 0) * d + 2e5
+    return ARCHITECTURES[sae.architecture].searches * sae.width * d + 20 * (sae.k or 0) * d + 2e5
 
 
 def pack(saes: tuple[SAEConfig, ...], banks: int, width_of: dict[str, int]) -> list[BankPlan]:

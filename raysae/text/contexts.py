@@ -1,16 +1,19 @@
 """Tokenised text as fixed-length contexts on disk: built once per content, memory-mapped, addressable by index.
 
-Definition (changing it means raising `DEFINITION`):
+Definition. Changing it means raising `DEFINITION`.
 
-- A document belongs to the evaluation split if the first 64 bits of its SHA-256, as a fraction of 2^64, are below `evaluation_fraction`; equal
-  documents therefore never lie on both sides.
-- Each split is the concatenation of its documents' tokens in the source's order, each document followed by `text.separator` and tokenised together
-  with it (a separator that contains special tokens is tokenised on its own and becomes those). Special tokens spelled out in a document are plain
-  text: there is no BOS inside a context. A document longer than 131,072 characters is cut after the last line end before that length (or at it, where
-  the line is longer) and its pieces are tokenised one by one.
-- A context is the tokenizer's BOS and the next `context_length` - 1 tokens; EOS stands in where a tokenizer has no BOS, and where it has neither a
-  context is `context_length` tokens of text. Contexts do not overlap; what remains at the end of a split is dropped.
-- Which documents a context joins is kept beside it, so that contexts can be divided further without a document on both sides.
+- A document belongs to the evaluation split if the first 64 bits of its SHA-256 are below `evaluation_fraction` · 2^64.
+  So equal documents never lie on both sides.
+- Each split is the concatenation of its documents' tokens in the source's order. Each document is followed by
+  `text.separator` and tokenised together with it. A separator that contains special tokens is tokenised on its own and
+  becomes those.
+- Special tokens spelled out in a document are plain text. There is no BOS inside a context.
+- A document longer than 131,072 characters is cut after the last line end before that length. A longer line is cut at
+  that length. The pieces are tokenised one by one.
+- A context is the tokenizer's BOS and the next `context_length` - 1 tokens. EOS stands in if a tokenizer has no BOS.
+  Without either, a context is `context_length` tokens of text.
+- Contexts do not overlap. What remains at the end of a split is dropped.
+- Each context's documents are recorded. So contexts can be divided further without a document on both sides.
 """
 
 from __future__ import annotations
@@ -32,20 +35,25 @@ from raysae.config import TextConfig, UserError, digest
 from raysae.text.sources import documents, fingerprint
 
 DEFINITION = 2
-PIECE_CHARACTERS = 1 << 17  # longest text tokenised in one go
-BATCH_CHARACTERS = 1 << 19  # per call of the tokenizer: it holds some 200 bytes per token
+PIECE_CHARACTERS = 1 << 17  # Longest text tokenised in one go
+BATCH_CHARACTERS = 1 << 19  # Characters per call of the tokenizer, which holds some 200 bytes per token
+
 Split = Literal["train", "evaluation"]
 SPLITS: tuple[Split, ...] = ("train", "evaluation")
 
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """Contexts of one split. `tokens` is `(contexts, context_length)`, unsigned integers, memory-mapped; `digest` is that of its content.
+    """Contexts of one split.
 
-    `documents` `(documents,)` uint64 is the first 64 bits of each document's SHA-256, in order, and `spans` `(contexts, 2)` int64 the first and the
-    last document (inclusive) that have text in a context; both are None where nobody recorded them. A document counts with its separator.
+    - `digest`: digest of the content of `tokens`.
+    - `tokens`: `(contexts, context_length)`, unsigned integers, memory-mapped. It is a plain array over the mapping.
+      `ray.put(contexts)` stores it once per node, and readers share it.
+    - `documents`: `(documents,)` uint64, the first 64 bits of each document's SHA-256, in order.
+    - `spans`: `(contexts, 2)` int64, the first and the last document (inclusive) that have text in a context. The
+      separator counts as a document's text.
 
-    `tokens` is a plain array over the mapping: `ray.put(contexts)` stores it once per node and readers share it.
+    `documents` and `spans` are None if nobody recorded them.
     """
 
     digest: str
@@ -69,13 +77,22 @@ def build_contexts(
     enough: Mapping[Split, int] | None = None,
     run: Callable[..., None] = lambda function, *arguments: function(*arguments),
 ) -> dict[Split, Contexts]:
-    """The contexts of both splits, from the cache in `text.cache` or tokenised now, in one pass over the source. The tokenizer is loaded only then.
-    `run(function, *arguments)` does that: with `apart.apart`, and a `load_tokenizer` that pickles, in a process of its own.
+    """The contexts of both splits, from the cache in `text.cache` or tokenised now in one pass over the source.
 
-    `enough` says how many contexts of each split will do: reading stops once both have that many, so that a sweep over a dataset of terabytes begins
-    soon. It is part of what the contexts are; unset, the source is read to its end.
+    Args:
+        text: the source, the separator, the split and the cache.
+        load_tokenizer: loads the tokenizer. It is called only if the text is tokenised now.
+        tokenizer_digest: identifies the tokenizer.
+        context_length: tokens per context.
+        enough: how many contexts of each split will do. Reading stops once both splits have that many, so that a sweep
+            over a dataset of terabytes begins soon. It is part of what the contexts are. Unset: the source is read to
+            its end.
+        run: `run(function, *arguments)` tokenises. With `apart.apart`, and a `load_tokenizer` that pickles, it does so
+            in a process of its own.
 
-    Raises UserError where the source cannot be read, holds no text, or only documents of one split.
+    Raises:
+        UserError: the source cannot be read, has no text, or has documents of one split only. Or `text.cache` cannot be
+            written.
     """
     key = {
         "definition": DEFINITION,
@@ -117,11 +134,12 @@ def _pieces(document: str) -> Iterator[str]:
     yield document[start:]
 
 
-Piece = tuple[Split, str, int | None]  # of a document: its split, its text and, where it ends the document, the document's hash
+# A piece of a document: its split and its text. The last piece also has the document's hash, the others None
+Piece = tuple[Split, str, int | None]
 
 
 def _batches(text: TextConfig) -> Iterator[list[Piece]]:
-    """Pieces of documents in order, some `BATCH_CHARACTERS` at a time."""
+    """Pieces of documents in order, in batches of about `BATCH_CHARACTERS`."""
     batch, characters = [], 0
     for document in documents(text):
         split = "evaluation" if is_held_out(document, text.evaluation_fraction) else "train"
@@ -137,8 +155,13 @@ def _batches(text: TextConfig) -> Iterator[list[Piece]]:
 
 
 def _encoder(tokenizer: Any, separator: str) -> Callable[[list[Piece]], list[list[int]]]:
-    """A function from a batch of pieces to their token ids, the separator's after each document's."""
-    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    """A function from a batch of pieces to their token ids. The separator's ids follow each document's."""
+    options = {
+        "add_special_tokens": False,
+        "return_attention_mask": False,
+        "return_token_type_ids": False,
+        "verbose": False,
+    }
     suffix: list[int] | None = None
     if any(token in separator for token in tokenizer.all_special_tokens):
         suffix = tokenizer(separator, **options)["input_ids"]
@@ -146,21 +169,27 @@ def _encoder(tokenizer: Any, separator: str) -> Callable[[list[Piece]], list[lis
     def encode(batch: list[Piece]) -> list[list[int]]:
         texts = [piece + separator if ended is not None and suffix is None else piece for _, piece, ended in batch]
         ids = tokenizer(texts, split_special_tokens=True, **options)["input_ids"]
-        return [row + suffix if ended is not None and suffix else row for row, (_, _, ended) in zip(ids, batch, strict=True)]
+        return [
+            row + suffix if ended is not None and suffix else row for row, (_, _, ended) in zip(ids, batch, strict=True)
+        ]
 
     return encode
 
 
-# ---------------------------------------------------------------- files: FOLDER/contexts.json, train.tokens, train.documents, evaluation.…
+# ---------------------------------------------------------------- files
+# A folder holds contexts.json, train.tokens, train.documents, evaluation.tokens and evaluation.documents.
 
 
 class _SplitWriter:
-    """Packs a stream of token ids into contexts and writes them as little-endian integers. Documents are written as (hash, end in tokens of text)."""
+    """Packs a stream of token ids into contexts and writes them as little-endian integers.
+
+    Documents are written as (hash, end in tokens of text).
+    """
 
     def __init__(self, path: Path, context_length: int, dtype: str, first: int | None):
         self.path, self.file = path, path.open("wb")
         self.context_length, self.dtype, self.first = context_length, dtype, first
-        self.body = context_length - (first is not None)  # tokens of text per context
+        self.body = context_length - (first is not None)  # Tokens of text per context
         self.pending = np.empty(0, dtype)
         self.tokens = self.contexts = 0
         self.documents: list[tuple[int, int]] = []
@@ -204,8 +233,14 @@ def _content_hash(context_length: int, dtype: str) -> Any:
     return hashlib.sha256(f"{context_length} {dtype}\n".encode())
 
 
-def _write_splits(folder: Path, text: TextConfig, load_tokenizer: Callable[[], Any], context_length: int, enough: Mapping[Split, int] | None) -> None:
-    """Tokenise the source into a temporary folder and rename it to `folder`: whoever sees `folder` sees it whole."""
+def _write_splits(
+    folder: Path,
+    text: TextConfig,
+    load_tokenizer: Callable[[], Any],
+    context_length: int,
+    enough: Mapping[Split, int] | None,
+) -> None:
+    """Tokenise the source into a temporary folder and rename it to `folder`. So nobody sees an incomplete `folder`."""
     tokenizer = load_tokenizer()
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
@@ -213,7 +248,10 @@ def _write_splits(folder: Path, text: TextConfig, load_tokenizer: Callable[[], A
         work = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
         work.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"text.cache is '{text.cache}', where nothing can be written ({error.strerror}): name a folder of your own") from error
+        raise UserError(
+            f"text.cache is '{text.cache}', which cannot be written ({error.strerror}): "
+            "name a folder that you can write to"
+        ) from error
     try:
         writers = {split: _SplitWriter(work / f"{split}.tokens", context_length, dtype, first) for split in SPLITS}
         encode = _encoder(tokenizer, text.separator)
@@ -224,7 +262,9 @@ def _write_splits(folder: Path, text: TextConfig, load_tokenizer: Callable[[], A
                 writer.add([row for row, _ in own], [ended for _, ended in own])
             if enough and all(writers[split].contexts >= enough[split] for split in SPLITS):
                 break
-        manifest = {"context_length": context_length, "dtype": dtype} | {split: writer.close() for split, writer in writers.items()}
+        manifest = {"context_length": context_length, "dtype": dtype} | {
+            split: writer.close() for split, writer in writers.items()
+        }
         _check_documents(text, *(len(writers[split].documents) for split in SPLITS))
         with (work / "contexts.json").open("w") as file:
             json.dump(manifest, file, indent=1)
@@ -232,8 +272,8 @@ def _write_splits(folder: Path, text: TextConfig, load_tokenizer: Callable[[], A
             os.fsync(file.fileno())
         try:
             work.rename(folder)
-        except OSError:  # another process was first: its folder holds the same
-            if not folder.is_dir():
+        except OSError:
+            if not folder.is_dir():  # Otherwise another process was first, and its folder holds the same
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -246,13 +286,17 @@ def _check_documents(text: TextConfig, train: int, evaluation: int) -> None:
     if train == 0 or evaluation == 0:
         amount = "a single document" if total == 1 else f"{total} documents, all of them in one split"
         raise UserError(
-            f"text.source '{text.source}' is {amount}, so that train and evaluation cannot both have text: give more documents (a line of "
-            "jsonl, a row of parquet; of txt and md the whole file, unless text.delimiter says what separates documents in it)"
+            f"text.source '{text.source}' is {amount}, so train and evaluation cannot both have text. "
+            "Give more documents: each is a line of jsonl, a row of parquet, or a whole txt or md file unless "
+            "text.delimiter splits it"
         )
 
 
 def _open_split(folder: Path, split: Split) -> Contexts | None:
-    """Contexts of a split as written; None where there are none, and where they are damaged (then they are removed with a warning)."""
+    """Contexts of a split as written, or None if there are none.
+
+    Damaged contexts are removed with a warning and count as none.
+    """
     if not folder.is_dir():
         return None
     try:
@@ -262,7 +306,7 @@ def _open_split(folder: Path, split: Split) -> Contexts | None:
         shape = (entry["contexts"], length)
         if path.stat().st_size != shape[0] * length * np.dtype(dtype).itemsize:
             raise ValueError(f"{path.name} has a wrong size")
-        # A file of no contexts cannot be mapped. The view is a plain array: a memmap would pickle in-band.
+        # A file of no contexts cannot be mapped. The view is a plain array, because a memmap would pickle in-band.
         tokens = np.memmap(path, dtype, "r", shape=shape).view(np.ndarray) if shape[0] else np.empty(shape, dtype)
         content = _content_hash(length, dtype)
         content.update(tokens)
@@ -273,9 +317,14 @@ def _open_split(folder: Path, split: Split) -> Contexts | None:
             raise ValueError(f"{path.stem}.documents has a wrong checksum")
         edges = entry["body"] * np.arange(len(tokens) + 1)
         ends = documents[:, 1].astype(np.int64)
-        spans = np.stack([np.searchsorted(ends, edges[:-1], side="right"), np.searchsorted(ends, edges[1:] - 1, side="right")], 1)
+        first, last = (np.searchsorted(ends, tokens_at, side="right") for tokens_at in (edges[:-1], edges[1:] - 1))
+        spans = np.stack([first, last], 1)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"tokenised text in {folder} is damaged ({error}): removed, to be made anew", RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"tokenised text in {folder} is damaged ({error}): it is removed and tokenised again",
+            RuntimeWarning,
+            stacklevel=3,
+        )
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return Contexts(digest=entry["sha256"][:16], tokens=tokens, documents=documents[:, 0].copy(), spans=spans)

@@ -1,7 +1,8 @@
 """Documents of a text source, in a fixed order: the standard library, local files, or a Hugging Face dataset.
 
-A document is a string without surrounding white space, with `\\n` line ends; empty ones are dropped. Files are read as UTF-8. Everything streams:
-at most one document (or one megabyte of a file with a delimiter) is held at a time.
+A document is a string without surrounding white space, with `\\n` line ends. Empty documents are dropped. Files are
+read as UTF-8. Everything streams: at most one document is held at a time. Of a file with a delimiter it is about a
+megabyte.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 SUPPORTED = f"{' '.join(k[1:] for k in KINDS)}, each also {' '.join(COMPRESSIONS)}"
 
-# Not part of the default text: installed packages, tests, and folders that are generated (character tables, help topics, build settings) or
-# hold another program (IDLE, the 2to3 grammar). Distributions differ in which of these they install.
+# The default text leaves out installed packages, tests, generated folders and other programs. Generated are character
+# tables, help topics and build settings. Other programs are IDLE and the 2to3 grammar. Distributions differ in which
+# of these they install.
 NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 NOT_STDLIB |= {"idlelib", "lib2to3", "pydoc_data", "encodings", "turtledemo", "__phello__"}
 NOT_STDLIB_FILES = ("_sysconfigdata", "_sysconfig_vars", "sitecustomize", "usercustomize")
 
 
 def documents(config: TextConfig) -> Iterator[str]:
-    """The source's documents, `max_documents` at most.
+    """The source's documents, at most `max_documents`.
 
-    Raises UserError at once where the source is not there, and while reading where a file cannot be read or lacks the column `text.field`.
+    Raises:
+        UserError: the source is not there, which is raised at once. While reading: a file cannot be read, or it lacks
+            the column `text.field`.
     """
     if config.source == "stdlib":
         texts = itertools.chain.from_iterable(_read(path, config) for path in stdlib_files())
@@ -50,10 +54,16 @@ def documents(config: TextConfig) -> Iterator[str]:
 
 
 def fingerprint(config: TextConfig) -> str:
-    """Digest of the documents: of their content, wherever they lie, or for a dataset on the Hugging Face hub of its name and commit."""
+    """Digest of the documents' content, wherever they lie.
+
+    A dataset on the Hugging Face hub is not read for it. Its digest is that of its name, its commit and the settings
+    that pick its documents.
+    """
     if config.source.startswith("hf:") and not _is_local(config.source):
         builder = _load(config)
-        return digest(["hub", config.source, config.subset, config.split, config.field, config.max_documents, builder.hash])
+        return digest(
+            ["hub", config.source, config.subset, config.split, config.field, config.max_documents, builder.hash]
+        )
     content = hashlib.sha256()
     for text in documents(config):
         encoded = text.encode()
@@ -63,7 +73,10 @@ def fingerprint(config: TextConfig) -> str:
 
 
 def _clean(text: str) -> str:
-    """Lone surrogates, which JSON can spell but no encoder takes, become question marks."""
+    """The text with `\\n` line ends and without surrounding white space.
+
+    Lone surrogates become question marks. JSON can spell them, but no encoder takes them.
+    """
     return text.encode("utf-8", errors="replace").decode().replace("\r\n", "\n").strip()
 
 
@@ -71,12 +84,16 @@ def _clean(text: str) -> str:
 
 
 def stdlib_files() -> list[Path]:
-    """Source files of the running interpreter's standard library, by relative path: the same list wherever this interpreter is installed."""
+    """Source files of the running interpreter's standard library, sorted by relative path.
+
+    The list is the same wherever this interpreter is installed.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for path in root.rglob("*.py"):
         folders = path.relative_to(root).parts[:-1]
-        if not NOT_STDLIB.intersection(folders) and not any(f.startswith("config-") for f in folders) and not path.name.startswith(NOT_STDLIB_FILES):
+        built = any(folder.startswith("config-") for folder in folders) or path.name.startswith(NOT_STDLIB_FILES)
+        if not NOT_STDLIB.intersection(folders) and not built:
             files.append(path)
     if not files:
         raise UserError(f"text.source is 'stdlib', but {root} holds no Python sources: name files or a dataset instead")
@@ -84,32 +101,44 @@ def stdlib_files() -> list[Path]:
 
 
 def local_files(source: str) -> list[Path]:
-    """Files of a comma-separated list of files, folders (read recursively, hidden ones left out) and globs; each file once.
+    """Files of a comma-separated list of files, folders and globs, each file once.
 
-    The order is that of the list, within a folder or glob by relative path.
+    Folders are read recursively, without hidden files and folders. The order is that of the list. Within a folder or
+    glob it is that of the paths.
+
+    Raises:
+        UserError: an entry has no file that raysae reads, or the list is empty.
     """
     files: dict[Path, None] = {}
     for part in filter(None, map(str.strip, source.split(","))):
         path = Path(part).expanduser()
         if path.is_dir():
-            found = [p for p in path.rglob("*") if p.is_file() and kind_of(p) and not any(f.startswith(".") for f in p.relative_to(path).parts)]
+            known = [p for p in path.rglob("*") if p.is_file() and kind_of(p)]
+            found = [p for p in known if not any(f.startswith(".") for f in p.relative_to(path).parts)]
             found.sort(key=lambda p: p.relative_to(path).as_posix())
         elif path.is_file():
             if not kind_of(path):
                 raise UserError(f"text.source names {part}, a kind of file raysae does not read: it reads {SUPPORTED}")
             found = [path]
         else:
-            found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file() and kind_of(Path(p))]
+            paths = map(Path, sorted(glob.glob(str(path), recursive=True)))
+            found = [p for p in paths if p.is_file() and kind_of(p)]
         if not found:
-            raise UserError(f"text.source names {part}, where no file lies that raysae reads: give a file, folder or glob of {SUPPORTED}")
+            raise UserError(
+                f"text.source names {part}, where raysae finds no file that it reads: "
+                f"give a file, folder or glob of {SUPPORTED}"
+            )
         files.update(dict.fromkeys(p.resolve() for p in found))
     if not files:
-        raise UserError(f"text.source is '{source}': name 'stdlib', files, folders or globs ({SUPPORTED}), or 'hf:NAME'")
+        raise UserError(
+            f"text.source is '{source}', which names nothing: "
+            f"name 'stdlib', files, folders or globs ({SUPPORTED}), or 'hf:NAME'"
+        )
     return list(files)
 
 
 def kind_of(path: Path) -> str | None:
-    """`.txt`, `.md`, `.py`, `.jsonl` or `.parquet`, below a compression's suffix; None for any other file."""
+    """`.txt`, `.md`, `.py`, `.jsonl` or `.parquet`, or None for any other file. A compression's suffix is ignored."""
     name = path.stem if path.suffix in COMPRESSIONS else path.name
     kind = Path(name).suffix
     return kind if kind in KINDS else None
@@ -126,13 +155,15 @@ def _read(path: Path, config: TextConfig) -> Iterator[str]:
 
 
 def _with_sentence(texts: Iterator[str], where: str) -> Iterator[str]:
-    """The same texts; what goes wrong in reading them becomes a UserError."""
+    """The same texts. An error in reading them becomes a UserError."""
     try:
         yield from texts
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:  # ValueError: not UTF-8, not JSON, not Parquet
-        raise UserError(f"text.source: {where} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})") from error
+    # ValueError means that the file is not UTF-8, JSON or Parquet.
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"text.source: {where} cannot be read ({reason})") from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -171,7 +202,7 @@ def _parquet_texts(file: BinaryIO, path: Path, config: TextConfig) -> Iterator[s
     from pyarrow import parquet
 
     with tempfile.TemporaryFile() as seekable:
-        if path.suffix in COMPRESSIONS:  # Parquet is read from its end
+        if path.suffix in COMPRESSIONS:  # Parquet is read from its end, so the file must be seekable
             shutil.copyfileobj(file, seekable, 1 << 20)
             file = seekable
         table = parquet.ParquetFile(file)
@@ -182,7 +213,11 @@ def _parquet_texts(file: BinaryIO, path: Path, config: TextConfig) -> Iterator[s
 
 
 def _column(record: Any, field: str, where: str) -> list[str]:
-    """The record's text as a list of one, or of none where it is null."""
+    """The record's text in a list, which is empty if the text is null.
+
+    Raises:
+        UserError: the record has no such field, or the field holds no text.
+    """
     if not isinstance(record, dict) or field not in record:
         columns = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise UserError(f"text.field is '{field}', which {where} does not have: it has {columns}")
@@ -201,25 +236,34 @@ def _hugging_face_texts(config: TextConfig) -> Iterator[str]:
         records = builder.as_streaming_dataset(split=config.split)
     except ValueError as error:
         raise UserError(f"text.split is '{config.split}', which {config.source} does not have ({error})") from error
-    return _with_sentence(itertools.chain.from_iterable(_column(record, config.field, config.source) for record in records), config.source)
+    columns = (_column(record, config.field, config.source) for record in records)
+    return _with_sentence(itertools.chain.from_iterable(columns), config.source)
 
 
 def _load(config: TextConfig) -> Any:
-    """The dataset's builder. `hf:NAME`, `hf:NAME@REVISION` (hub), `hf:FOLDER` and `hf:BUILDER:FILES` (json, csv, parquet, text, arrow) are known."""
+    """The dataset's builder.
+
+    It knows `hf:NAME` and `hf:NAME@REVISION` on the hub, `hf:FOLDER`, and `hf:BUILDER:FILES`. A builder is json, csv,
+    parquet, text or arrow.
+    """
     from datasets import load_dataset_builder
 
     name, revision, files = _parse(config.source)
     try:
         return load_dataset_builder(name, config.subset, data_files=files, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"text.source is '{config.source}', which cannot be loaded ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"text.source is '{config.source}', which cannot be loaded ({reason})") from error
 
 
 def _parse(source: str) -> tuple[str, str | None, str | None]:
     """Name, revision and data files of `hf:…`."""
     name = source.removeprefix("hf:")
     if not name:
-        raise UserError("text.source is 'hf:': name a dataset, e.g. 'hf:roneneldan/TinyStories', 'hf:/a/folder' or 'hf:json:/a/file.jsonl'")
+        raise UserError(
+            "text.source is 'hf:': name a dataset, e.g. 'hf:roneneldan/TinyStories', 'hf:/a/folder' or "
+            "'hf:json:/a/file.jsonl'"
+        )
     if Path(name).expanduser().is_dir():
         return str(Path(name).expanduser()), None, None
     builder, colon, files = name.partition(":")

@@ -1,4 +1,4 @@
-"""The MLflow client, made so that it neither blocks for minutes, nor chats in the terminal, nor reports home."""
+"""The MLflow client, set up so that it never blocks for minutes, prints to the terminal or reports home."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 SQLITE = "sqlite:///"
 
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # by default 7 retries block for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # The default of 7 retries blocks for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # Seconds
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -31,7 +31,7 @@ ENVIRONMENT = {
 
 def import_ahead() -> None:
     """Begin the import of MLflow, which takes seconds, in a thread."""
-    _set_environment()  # here: no other thread may read it meanwhile
+    _set_environment()  # Set here, because no other thread may read the environment meanwhile
     threading.Thread(target=importlib.import_module, args=["mlflow"], daemon=True).start()
 
 
@@ -41,7 +41,11 @@ def _set_environment() -> None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client for `uri`. Slow: MLflow's import takes seconds, and so does the first use of a new SQLite file, which is migrated table by table."""
+    """A client for `uri`.
+
+    This is slow. MLflow's import takes seconds. So does the first use of a new SQLite file, which MLflow migrates table
+    by table.
+    """
     _set_environment()
     from mlflow import MlflowClient
 
@@ -53,40 +57,50 @@ def connect(uri: str) -> MlflowClient:
 
 
 def _make(path: Path) -> None:
-    """A SQLite file with MLflow's tables, as a whole or not at all: killed half-way, MLflow's migrations leave what no later ones go on from."""
+    """Make a SQLite file with MLflow's tables, as a whole or not at all.
+
+    MLflow's migrations cannot continue after a kill half-way. So they run on a temporary file.
+    """
     from mlflow import MlflowClient
 
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
-        MlflowClient(f"{SQLITE}{new}").search_experiments(max_results=1)  # its first use makes the tables
+        MlflowClient(f"{SQLITE}{new}").search_experiments(max_results=1)  # The first use makes the tables
         try:
             os.link(new, path)
-        except FileExistsError:  # another process was faster
+        except FileExistsError:  # Another process was faster
             pass
-        except OSError:  # no hard links here
+        except OSError:  # This file system has no hard links
             os.rename(new, path)
     finally:
         new.unlink(missing_ok=True)
 
 
 def absolute(uri: str) -> str:
-    """`sqlite:///mlflow.db` with its full path, so that the data goes to one file from whatever folder it is sent."""
+    """`sqlite:///mlflow.db` with its full path. So the data goes to one file from whatever folder it is sent."""
     return SQLITE + str(Path(uri.removeprefix(SQLITE)).expanduser().absolute()) if uri.startswith(SQLITE) else uri
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
-    """The experiment called `name`, created where missing. Beside a SQLite file, artifacts go to the folder `mlartifacts` next to it.
+    """The id of the experiment called `name`, which is created where missing.
 
-    UserError: the experiment was deleted.
+    With a SQLite file, artifacts go to the folder `mlartifacts` next to it.
+
+    Raises:
+        UserError: the experiment was deleted.
     """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         location = (
-            (Path(absolute(uri).removeprefix(SQLITE)).parent / "mlartifacts" / quote(name, safe="")).as_uri() if uri.startswith(SQLITE) else None
+            (Path(absolute(uri).removeprefix(SQLITE)).parent / "mlartifacts" / quote(name, safe="")).as_uri()
+            if uri.startswith(SQLITE)
+            else None
         )
-        # Without its kind the UI opens the experiment as one of language-model traces.
-        return client.create_experiment(name, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"})
+        # Without this kind the UI opens the experiment as one of language-model traces.
+        return client.create_experiment(
+            name, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"}
+        )
     if experiment.lifecycle_stage != "active":
         raise UserError(f"the experiment {name!r} was deleted in MLflow: restore it there, or name another one")
     return experiment.experiment_id

@@ -1,7 +1,8 @@
 """Brings what an outbox holds to MLflow, each thing once.
 
-Runs are found again by their tags; a batch that is sent twice, because the first answer was lost, has the same time stamps and is stored once by
-MLflow; and of a run that was begun before (by this outbox or a lost one), the steps it already has are left out.
+- Runs are found again by their tags.
+- A batch is sent twice when the first answer was lost. Both have the same time stamps, so MLflow stores it once.
+- A run may have been begun before, by this outbox or a lost one. The steps it already has are left out.
 """
 
 from __future__ import annotations
@@ -13,20 +14,41 @@ from typing import TypeVar
 
 from raysae.tracking.client import connect, experiment_id
 from raysae.tracking.outbox import KILLED, REFUSED, RUNNING, SENT, STUDY, Outbox, Run
-from raysae.tracking.tags import KIND_ANALYSED, KIND_ANALYSIS, KIND_SAE, KIND_STUDY, KIND_TAG, MADE_FOR_TAG, PARENT_TAG, SAE_TAG, STUDY_TAG, condition
+from raysae.tracking.tags import (
+    KIND_ANALYSED,
+    KIND_ANALYSIS,
+    KIND_SAE,
+    KIND_STUDY,
+    KIND_TAG,
+    MADE_FOR_TAG,
+    PARENT_TAG,
+    SAE_TAG,
+    STUDY_TAG,
+    condition,
+)
 from raysae.tracking.views import LATEST, VIEW_TAG, analysis_view_tags, view_tags
 
-METRICS_PER_BATCH = 1000  # MLflow's limits
+# MLflow's limits.
+METRICS_PER_BATCH = 1000
 PAIRS_PER_BATCH = 100
-CHILDREN = {KIND_STUDY: KIND_SAE, KIND_ANALYSIS: KIND_ANALYSED}  # kind of a run → of the runs below it
-PERMANENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE", "BAD_REQUEST")
+CHILDREN = {KIND_STUDY: KIND_SAE, KIND_ANALYSIS: KIND_ANALYSED}  # Kind of a run → kind of the runs below it
+PERMANENT = (
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "INVALID_STATE",
+    "BAD_REQUEST",
+)
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
 class Delivery:
-    """One connection to the outbox's tracking server. Any method may raise when the server is away: make a new Delivery and go on."""
+    """One connection to the outbox's tracking server.
+
+    Any method may raise when the server is away. Then make a new Delivery and continue.
+    """
 
     def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
@@ -36,14 +58,16 @@ class Delivery:
         uri = outbox.meta("uri")
         self.client = connect(uri)
         self.experiment = experiment_id(self.client, uri, outbox.meta("experiment"))
-        self._begun: set[str] = set()  # runs that this delivery has created: nobody else writes to them
-        self._steps_there: dict[tuple[str, str], set[int]] = {}  # (run id, key) → steps of the other runs
+        self._begun: set[str] = set()  # Runs that this delivery has created. Nobody else writes to them.
+        self._steps_there: dict[
+            tuple[str, str], set[int]
+        ] = {}  # (run id, key) → steps that a run begun before already has
         for run in outbox.runs():
             if run.run_id and not self._exists(run.run_id):
                 outbox.forget(run.run)
 
     def deliver(self) -> None:
-        """Sends everything that waits: of each run its parameters, tags, metrics and artifacts, then its end."""
+        """Sends everything that waits. Per run it sends parameters, tags, metrics and artifacts, then the run's end."""
         waiting = self.outbox.unsent_runs()
         for run in self.outbox.runs():
             if run.run in waiting:
@@ -56,7 +80,9 @@ class Delivery:
             while pairs := self.outbox.unsent_pairs(table, name, PAIRS_PER_BATCH):
                 self._send(
                     pairs,
-                    lambda part, table=table, record=record: client.log_batch(run_id, **{table: [_entity(record)(*pair) for pair in part]}),
+                    lambda part, table=table, record=record: client.log_batch(
+                        run_id, **{table: [_entity(record)(*pair) for pair in part]}
+                    ),
                     lambda part, state, table=table: self.outbox.mark_pairs(table, name, part, state),
                 )
         while metrics := self.outbox.unsent_metrics(name, METRICS_PER_BATCH):
@@ -64,15 +90,28 @@ class Delivery:
             self.outbox.mark_metrics(name, there, SENT)
             self._send(
                 [metric for metric in metrics if metric not in there],
-                lambda part: client.log_batch(run_id, metrics=[_entity("Metric")(m.key, m.value, m.time, m.step) for m in part]),
+                lambda part: client.log_batch(
+                    run_id, metrics=[_entity("Metric")(m.key, m.value, m.time, m.step) for m in part]
+                ),
                 lambda part, state: self.outbox.mark_metrics(name, part, state),
             )
         while pairs := self.outbox.unsent_pairs("artifacts", name, 1):
-            self._send(pairs, lambda part: self._upload(run_id, *part[0]), lambda part, state: self.outbox.mark_pairs("artifacts", name, part, state))
-        self._send([run], lambda part: self._set_status(run, run_id), lambda part, state: self.outbox.mark_run(run, state))
+            self._send(
+                pairs,
+                lambda part: self._upload(run_id, *part[0]),
+                lambda part, state: self.outbox.mark_pairs("artifacts", name, part, state),
+            )
+        self._send(
+            [run], lambda part: self._set_status(run, run_id), lambda part, state: self.outbox.mark_run(run, state)
+        )
 
-    def _send(self, items: Sequence[Item], send: Callable[[Sequence[Item]], None], mark: Callable[[Sequence[Item], int], None]) -> None:
-        """Sends items together; where the server will never take the batch, one by one, and what it refuses is marked and told."""
+    def _send(
+        self, items: Sequence[Item], send: Callable[[Sequence[Item]], None], mark: Callable[[Sequence[Item], int], None]
+    ) -> None:
+        """Sends items together, or one by one where the server will never take the batch.
+
+        An item that the server refuses is marked, and a warning names it.
+        """
         if not items:
             return
         from mlflow.exceptions import MlflowException
@@ -94,7 +133,7 @@ class Delivery:
     # ------------------------------------------------------------ runs
 
     def _begin(self, run: Run) -> str:
-        """The MLflow run of this study's SAE (or of the study), found by its tags, else created."""
+        """The MLflow run of this study or of one of its SAEs. It is found by its tags, or created."""
         tags = {STUDY_TAG: self.study, KIND_TAG: self.kind if run.run == STUDY else CHILDREN[self.kind]}
         if run.run != STUDY:
             tags[SAE_TAG] = run.run
@@ -104,26 +143,37 @@ class Delivery:
         if found:
             run_id = found[0].info.run_id
             if run.run != STUDY:
-                self.client.set_tag(run_id, PARENT_TAG, parent)  # the study's run may be a new one
+                self.client.set_tag(run_id, PARENT_TAG, parent)  # The study's run may be a new one
         else:
             if run.run == STUDY and self.made_for:
                 tags[MADE_FOR_TAG] = self.made_for
             elif run.run == STUDY:
                 self._save_views()
-            run_id = self.client.create_run(self.experiment, start_time=run.started, tags=tags, run_name=run.run or self.study).info.run_id
+            run_id = self.client.create_run(
+                self.experiment, start_time=run.started, tags=tags, run_name=run.run or self.study
+            ).info.run_id
             self._begun.add(run_id)
         self.outbox.set_run_id(run.run, run_id)
         return run_id
 
     def _save_views(self) -> None:
-        """Of the experiment, for a new study or analysis. Views that name no study stay as they are: somebody may have changed them in the UI."""
+        """Saves the experiment's views for a new study or analysis.
+
+        Views that name no study stay as they are, because somebody may have changed them in the UI.
+        """
         known = self.client.get_experiment(self.experiment).tags
         for key, value in (view_tags(self.study) if self.kind == KIND_STUDY else analysis_view_tags()).items():
             if key not in known or key == VIEW_TAG + LATEST:
-                self._send([(key, value)], lambda part: self.client.set_experiment_tag(self.experiment, *part[0]), lambda part, state: None)
+                self._send(
+                    [(key, value)],
+                    lambda part: self.client.set_experiment_tag(self.experiment, *part[0]),
+                    lambda part, state: None,
+                )
 
     def _search(self, tags: dict[str, str], further: str = "") -> list:
-        return self.client.search_runs([self.experiment], condition(tags) + further, order_by=["attributes.start_time ASC"])
+        return self.client.search_runs(
+            [self.experiment], condition(tags) + further, order_by=["attributes.start_time ASC"]
+        )
 
     def _exists(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
@@ -144,7 +194,7 @@ class Delivery:
         if run.run == STUDY:
             known = {other.run_id for other in self.outbox.runs()}
             for stale in self._search({STUDY_TAG: self.study}, f" and attributes.status = '{RUNNING}'"):
-                if stale.info.run_id not in known:  # left behind by a driver whose outbox is lost
+                if stale.info.run_id not in known:  # A driver whose outbox is lost has left it behind
                     self.client.set_terminated(stale.info.run_id, KILLED, run.ended)
 
     def _steps(self, run_id: str, key: str) -> set[int]:

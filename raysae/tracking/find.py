@@ -18,25 +18,29 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 URL_TAG = "raysae.folder"
-SAE_ARTIFACT = "sae"  # the artifact folder of a child run that holds its SAE
+SAE_ARTIFACT = "sae"  # Artifact folder of a child run that holds its SAE
 
 
 @dataclass(frozen=True)
 class TrackedSAE:
-    """An SAE of a sweep: what MLflow knows of it."""
+    """What MLflow knows of a sweep's SAE."""
 
     name: str
     study: str
     run_id: str
     params: dict[str, str]
-    metrics: dict[str, float]  # the last value of each
-    _url: str | None = field(repr=False)  # where the sweep wrote it, if not to MLflow
+    metrics: dict[str, float]  # Last value of each
+    _url: str | None = field(repr=False)  # Where the sweep wrote the SAE, if not to MLflow
     _artifacts: str = field(repr=False)  # URI of the run's artifacts
     _client: MlflowClient = field(repr=False, compare=False)
 
     @cached_property
     def folder(self) -> str | Path:
-        """Where the SAE's files are: their URL where the sweep wrote to one, MLflow's own folder where that is local, else a copy fetched now."""
+        """Where the SAE's files are.
+
+        This is their URL where the sweep wrote to one, or MLflow's own folder where that is local. Otherwise the files
+        are downloaded now, and it is the copy.
+        """
         if self._url:
             return self._url
         if self._artifacts.startswith("file:"):
@@ -47,13 +51,21 @@ class TrackedSAE:
 
 
 def find_saes(tracking: TrackingConfig, which: str | None = None) -> list[TrackedSAE]:
-    """The saved SAEs of a sweep, by name: of the latest that has saved any (None), of a run id (a sweep's or one SAE's) or of a study's name.
+    """The saved SAEs of a sweep, sorted by name.
 
-    Raises UserError when there is none.
+    Args:
+        tracking: where to look.
+        which: a study's name, or the run id of a sweep or of one SAE. None means the latest sweep that saved any SAE.
+
+    Raises:
+        UserError: there is no such SAE.
     """
     uri = absolute(tracking.uri)
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
-        raise UserError(f"tracking.uri is {tracking.uri}: there is no such database; train SAEs first, or name the one of your sweeps")
+        raise UserError(
+            f"tracking.uri is {tracking.uri}: there is no such database. "
+            "Train SAEs first, or name the database of your sweeps."
+        )
     client = connect(uri)
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
@@ -70,18 +82,23 @@ def find_saes(tracking: TrackingConfig, which: str | None = None) -> list[Tracke
     else:
         candidates = iter([search(kind=KIND_SAE, study=which) or _by_run_id(client, which, search)])
     for runs in candidates:
-        found = [_tracked(client, run) for run in runs if URL_TAG in run.data.tags or client.list_artifacts(run.info.run_id, SAE_ARTIFACT)]
+        found = [
+            _tracked(client, run)
+            for run in runs
+            if URL_TAG in run.data.tags or client.list_artifacts(run.info.run_id, SAE_ARTIFACT)
+        ]
         if found:
             return sorted(found, key=lambda sae: sae.name)
     raise UserError(
         f"no saved SAE in the experiment {tracking.experiment} of {tracking.uri}: train some first"
         if which is None
-        else f"{which} is neither a run id nor a study with saved SAEs in the experiment {tracking.experiment} of {tracking.uri}"
+        else f"{which} is neither a run id nor a study with saved SAEs "
+        f"in the experiment {tracking.experiment} of {tracking.uri}"
     )
 
 
 def study_params(sae: TrackedSAE) -> dict[str, str]:
-    """The parameters of the sweep that trained `sae`: its resolved config, flattened."""
+    """The parameters of the sweep that trained `sae`. They are its resolved config, flattened."""
     parent = sae._client.get_run(sae.run_id).data.tags[PARENT_TAG]
     return dict(sae._client.get_run(parent).data.params)
 
@@ -101,4 +118,6 @@ def _by_run_id(client: MlflowClient, run_id: str, search) -> list[Run]:
 def _tracked(client: MlflowClient, run: Run) -> TrackedSAE:
     tags, info = run.data.tags, run.info
     params, metrics = dict(run.data.params), dict(run.data.metrics)
-    return TrackedSAE(tags[SAE_TAG], tags[STUDY_TAG], info.run_id, params, metrics, tags.get(URL_TAG), info.artifact_uri, client)
+    return TrackedSAE(
+        tags[SAE_TAG], tags[STUDY_TAG], info.run_id, params, metrics, tags.get(URL_TAG), info.artifact_uri, client
+    )

@@ -1,4 +1,7 @@
-"""A study in MLflow: a parent run for the sweep, a child run per SAE. Every call returns at once; an outbox and its sender do the rest."""
+"""A study in MLflow: a parent run for the sweep, a child run per SAE.
+
+Every call returns at once, because an outbox and its sender do the rest. `flush` and `close` wait for them.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,27 @@ from raysae.tracking.outbox import FAILED, FINISHED, KILLED, STUDY, Outbox
 from raysae.tracking.sender import Sender
 from raysae.tracking.tags import KIND_ANALYSIS, KIND_STUDY
 
-LONGEST_PARAM = 500  # characters: what every MLflow server takes (newer ones take 6,000)
+LONGEST_PARAM = 500  # Characters that every MLflow server takes (newer ones take 6,000)
 LONGEST_TAG = 5000
 
 log = logging.getLogger(__name__)
 
 
 class Study:
-    """The runs of one sweep, found again under its name: opening the same study anew goes on in the same runs.
+    """The runs of one sweep. Opening the same study again continues the same runs.
 
-    `outbox_path` is a file on a local disk (SQLite needs locks); `config` becomes the parent run's parameters, flattened to dotted names.
-    Runs are addressed by SAE name, the study's own by None. With `analysis` they are those of an analysis and of the SAEs it read; `made_for`
-    names the study whose analysis needs this one. Use by several threads of one process is fine.
+    Runs are addressed by SAE name, and the study's own by None. Several threads of one process may use a study.
+
+    Args:
+        outbox_path: a file on a local disk, because SQLite needs locks.
+        tracking: where the numbers go.
+        name: the study's name, by which its runs are found again.
+        config: parameters of the parent run, flattened to dotted names.
+        analysis: whether the runs are an analysis and the SAEs it read.
+        made_for: study whose analysis needs this one.
+
+    Raises:
+        UserError: the outbox holds another study.
     """
 
     def __init__(
@@ -60,54 +72,76 @@ class Study:
         self._sender.start()
 
     def child(self, sae_name: str, params: Mapping[str, Any]) -> None:
-        """Opens the SAE's run (again); one that has finished stays finished."""
+        """Opens the SAE's run, or opens it again. One that has finished stays finished."""
         self.outbox.start(sae_name, _milliseconds())
         self.outbox.add_tags(sae_name, _provenance())
         self.outbox.add_params(sae_name, flatten(params))
 
     def metrics(self, sae_name: str | None, values: Mapping[str, float], step: int, time: float | None = None) -> None:
-        """Numbers at `step` (tokens seen), measured at `time` (seconds since 1970; now). What is known for (run, key, step) stays.
+        """Records numbers at `step` (tokens seen). What is known for (run, key, step) stays.
 
-        Infinite numbers and NaN, which MLflow would store as 1.8e308 and 0, become a tag of the run instead.
+        `time` is when they were measured, in seconds since 1970. Without it, that is now.
+
+        Infinite numbers and NaN become a tag of the run instead. MLflow would store them as 1.8e308 and 0.
         """
         run = sae_name or STUDY
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        broken = {f"raysae.nonfinite.{key}": f"{float(values[key])} at step {step}" for key in values.keys() - finite.keys()}
+        broken = {
+            f"raysae.nonfinite.{key}": f"{float(values[key])} at step {step}" for key in values.keys() - finite.keys()
+        }
         self.outbox.add_metrics(run, finite, int(step), _milliseconds(time))
         if broken:
             log.warning(
-                "%s: not tracked, because not finite: %s", sae_name or self.name, ", ".join(f"{key[17:]} {why}" for key, why in broken.items())
+                "%s: not tracked, because not finite: %s",
+                sae_name or self.name,
+                ", ".join(f"{key[17:]} {why}" for key, why in broken.items()),
             )
             self.outbox.add_tags(run, broken)
 
     def tag(self, sae_name: str | None, tags: Mapping[str, str]) -> None:
-        """Notes on a run, e.g. `{"raysae.reason": "loss is nan at step 40"}`; a later value replaces an earlier one."""
+        """Adds notes to a run, e.g. `{"raysae.reason": "loss is nan at step 40"}`.
+
+        A later value replaces an earlier one.
+        """
         self.outbox.add_tags(sae_name or STUDY, {key: str(value)[:LONGEST_TAG] for key, value in tags.items()})
 
     def artifact(self, sae_name: str | None, path: str | Path, artifact_path: str = "") -> None:
-        """A file, or the content of a folder, into the run's artifact folder `artifact_path`. It is read when it is sent: leave it where it is."""
+        """Puts a file, or a folder's content, into the run's artifact folder `artifact_path`.
+
+        It is read when it is sent, so leave it where it is.
+        """
         self.outbox.add_artifact(sae_name or STUDY, str(Path(path).absolute()), artifact_path)
 
     def end(self, sae_name: str | None, status: str) -> None:
-        """Closes a run as FINISHED, FAILED or KILLED. With the study's, children that are still open are closed: KILLED, FAILED where it failed."""
+        """Closes a run as FINISHED, FAILED or KILLED.
+
+        The study's end also closes its open children, as KILLED. They end as FAILED where it failed.
+        """
         if status not in (FINISHED, FAILED, KILLED):
             raise ValueError(f"status is {status}: it must be FINISHED, FAILED or KILLED")
         self.outbox.end(sae_name or STUDY, status, _milliseconds())
 
     def flush(self, timeout: float = 60) -> int:
-        """Waits up to `timeout` seconds until everything is sent; how many numbers, tags, artifacts … are still unsent."""
+        """Waits up to `timeout` seconds until everything is sent.
+
+        Returns how many numbers, tags, artifacts … are still unsent.
+        """
         return self._sender.flush(timeout)
 
     def close(self, timeout: float = 10) -> None:
-        """Stops the sender within about `timeout` seconds. What is unsent stays on disk for the next Study of this name, or for `send`."""
+        """Stops the sender within about `timeout` seconds.
+
+        What is unsent stays on disk for the next Study of this name, or for `send`.
+        """
         self._sender.stop(timeout)
         if unsent := self.outbox.unsent():
-            log.warning("%d entries are not in MLflow yet; to send them: %s", unsent, command(f"-m raysae.commands.send {self.outbox.path}"))
+            sending = command(f"-m raysae.commands.send {self.outbox.path}")
+            log.warning("%d entries are not in MLflow yet. To send them: %s", unsent, sending)
         self.outbox.close()
 
 
 def direct(outbox: Outbox, uri: str, experiment: str) -> None:
-    """Addresses the outbox to a server and experiment; if it was another one before, all of it is to be sent anew."""
+    """Addresses the outbox to a server and experiment. After a change, all of it is to be sent anew."""
     before = outbox.meta("uri"), outbox.meta("experiment")
     outbox.set_meta("uri", uri)
     outbox.set_meta("experiment", experiment)
@@ -117,8 +151,14 @@ def direct(outbox: Outbox, uri: str, experiment: str) -> None:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`{"train": {"tokens": 5}, "k": [8, 16], "study": None}` → `{"train.tokens": "5", "k": "8, 16"}`, values within MLflow's limit."""
-    return {key: value if len(value) <= LONGEST_PARAM else value[: LONGEST_PARAM - 1] + "…" for key, value in _flat(config, prefix)}
+    """Flattens a config to dotted names, with values within MLflow's limit.
+
+    `{"train": {"tokens": 5}, "k": [8, 16], "study": None}` → `{"train.tokens": "5", "k": "8, 16"}`
+    """
+    return {
+        key: value if len(value) <= LONGEST_PARAM else value[: LONGEST_PARAM - 1] + "…"
+        for key, value in _flat(config, prefix)
+    }
 
 
 def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
@@ -141,8 +181,16 @@ def _provenance() -> dict[str, str]:
     tags = {"mlflow.source.name": Path(sys.argv[0]).name or "python", "mlflow.source.type": "LOCAL"}
     try:
         tags["mlflow.user"] = getpass.getuser()
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True, cwd=Path(__file__).parent)
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+            cwd=Path(__file__).parent,
+        )
         tags["mlflow.source.git.commit"] = commit.stdout.strip()
-    except (OSError, KeyError, subprocess.SubprocessError):  # no user database, no git, or no repository around an installed package
+    except (OSError, KeyError, subprocess.SubprocessError):
+        # An installed package may have no repository around it. A machine may have no user database and no git.
         pass
     return tags

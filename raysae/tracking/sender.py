@@ -12,14 +12,17 @@ from typing import TextIO
 from raysae.tracking.delivery import Delivery
 from raysae.tracking.outbox import Outbox
 
-INTERVAL = 1.0  # seconds between looks into the outbox
-LONGEST_BACKOFF = 10.0  # seconds between tries while the server is away
+INTERVAL = 1.0  # Seconds between looks into the outbox
+LONGEST_BACKOFF = 10.0  # Seconds between tries while the server is away
 
 log = logging.getLogger(__name__)
 
 
 class Sender(threading.Thread):
-    """Drains the outbox until it is stopped; a server that is away holds up this thread only. One sender per outbox, by a lock."""
+    """Drains the outbox until it is stopped.
+
+    A server that is away holds up this thread only. A lock allows one sender per outbox.
+    """
 
     def __init__(self, outbox: Outbox) -> None:
         super().__init__(name="raysae-tracking", daemon=True)
@@ -35,11 +38,16 @@ class Sender(threading.Thread):
                 delivery = delivery or Delivery(self.outbox)
                 delivery.deliver()
                 failures = 0
-            except Exception as error:  # whatever MLflow, its HTTP client or its database raises: keep the data, try again
+            except Exception as error:
+                # MLflow, its HTTP client and its database raise errors of many kinds. Keep the data and try again.
                 delivery, failures = None, failures + 1
                 if failures == 1:
                     reason = " ".join(str(error).split())[:200]
-                    log.warning("nothing can be sent to MLflow now (%s): everything is kept in %s and sent later", reason, self.outbox.path)
+                    log.warning(
+                        "nothing can be sent to MLflow now (%s). Everything is kept in %s and sent later.",
+                        reason,
+                        self.outbox.path,
+                    )
             if self._stopping:
                 break
             self._wake.wait(min(LONGEST_BACKOFF, INTERVAL * 2**failures) if failures else INTERVAL)
@@ -51,21 +59,24 @@ class Sender(threading.Thread):
         """Waits up to `timeout` seconds for the outbox to be empty. Returns what is still unsent."""
         start = nudge = time.monotonic()
         while (unsent := self.outbox.unsent()) and self.is_alive() and (now := time.monotonic()) < start + timeout:
-            if now >= nudge:  # a sender that waits for its server tries again at once, and every second
+            if now >= nudge:  # Make a sender that waits for its server try again at once, and every second
                 self._wake.set()
                 nudge = now + INTERVAL
             time.sleep(0.05)
         return unsent
 
     def stop(self, timeout: float) -> None:
-        """Ends the thread after the attempt it is at; one stuck longer than `timeout` seconds is left behind (it is a daemon)."""
+        """Ends the thread after its present attempt.
+
+        One stuck longer than `timeout` seconds is left behind, because it is a daemon.
+        """
         self._stopping = True
         self._wake.set()
         if self.is_alive():
             self.join(timeout)
 
     def _locked(self) -> TextIO | None:
-        """The outbox's lock, waited for; None when stopped before it is free."""
+        """Waits for the outbox's lock. None means that the sender was stopped before the lock was free."""
         while not self._stopping:
             if lock := try_lock(self.outbox):
                 return lock
@@ -75,8 +86,11 @@ class Sender(threading.Thread):
 
 
 def try_lock(outbox: Outbox) -> TextIO | None:
-    """The right to send this outbox, held until the file returned is closed; None while another process or thread has it."""
-    lock = Path(f"{outbox.path}.lock").open("w")  # noqa: SIM115 (open for as long as it is held)
+    """The right to send this outbox, held until the returned file is closed.
+
+    Returns None while another process or thread has it.
+    """
+    lock = Path(f"{outbox.path}.lock").open("w")  # noqa: SIM115 (stays open while the lock is held)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

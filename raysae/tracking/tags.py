@@ -1,4 +1,4 @@
-"""The tags by which runs are told apart and found again, and MLflow's filter language."""
+"""The tags that tell runs apart and find them again, and MLflow's filter language."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 STUDY_TAG, SAE_TAG, KIND_TAG = "raysae.study", "raysae.sae", "raysae.kind"
 PARENT_TAG = "mlflow.parentRunId"
 KIND_STUDY, KIND_SAE = "study", "sae"
-KIND_ANALYSIS, KIND_ANALYSED = "analysis", "analysed SAE"  # a run of an analysis, and below it one for each SAE it read
-MADE_FOR_TAG = "raysae.made_for"  # of a study that an analysis of another needed
+KIND_ANALYSIS, KIND_ANALYSED = "analysis", "analysed SAE"  # An analysis's run, and below it one per SAE it read
+MADE_FOR_TAG = "raysae.made_for"  # Marks a study that another's analysis needed
 
 
 def condition(tags: Mapping[str, str]) -> str:

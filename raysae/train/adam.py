@@ -1,5 +1,8 @@
-"""Adam as `torch.optim.Adam(fused=True)` computes it, bit for bit, by the same operation. torch's own class imports its compiler at its first use:
-two seconds of start-up and 70 MiB in every trainer, for nothing."""
+"""Adam, bit for bit as `torch.optim.Adam(fused=True)` computes it.
+
+It calls the same fused operation. torch's own class imports the torch compiler at its first use. That would cost every
+trainer two seconds of start-up and 70 MiB.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ EPSILON = 1e-8
 
 
 class Adam:
-    """Of some parameters, all on one device. `state` holds their `step`, `exp_avg` and `exp_avg_sq` once a step was taken."""
+    """Adam over some parameters, all on one device.
+
+    `state` holds `step`, `exp_avg` and `exp_avg_sq` of each parameter once a step was taken.
+    """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], beta1: float, beta2: float):
         self.parameters = list(parameters)
@@ -25,9 +31,12 @@ class Adam:
             if not self.state[parameter]:
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-        averages, squares, steps = ([self.state[p][key] for p in self.parameters] for key in ("exp_avg", "exp_avg_sq", "step"))
+        averages, squares, steps = (
+            [self.state[p][key] for p in self.parameters] for key in ("exp_avg", "exp_avg_sq", "step")
+        )
         torch._foreach_add_(steps, 1)
         torch._fused_adam_(
             self.parameters, [p.grad for p in self.parameters], averages, squares, [], steps,
-            lr=learning_rate, beta1=self.beta1, beta2=self.beta2, weight_decay=0.0, eps=EPSILON, amsgrad=False, maximize=False,
+            lr=learning_rate, beta1=self.beta1, beta2=self.beta2, weight_decay=0.0, eps=EPSILON,
+            amsgrad=False, maximize=False,
         )  # fmt: skip

@@ -1,8 +1,11 @@
 """Several SAEs trained on one copy of each batch, each as if it were alone.
 
-A member owns everything its training depends on (SAE, Adam, schedule, counters) and reads the shared batch without writing to it, so that it
-comes out bit for bit the same in any company. No random numbers are drawn after an SAE's initial weights, which its own seed fixes: the state of a
-member holds no generator. A member stands at `next_row`, the row of the stream its next batch begins with, always a whole number of batches.
+A member owns everything its training depends on: SAE, Adam, schedule and counters. It reads the shared batch and never
+writes to it. So it comes out bit for bit the same in any company.
+
+Its own seed fixes its initial weights. No random numbers are drawn afterwards, so its state holds no generator.
+
+`next_row` is the row of the stream where a member's next batch begins. It is a whole number of batches.
 """
 
 from __future__ import annotations
@@ -20,13 +23,19 @@ from raysae.sae.base import StepInfo, centre_of, share_buffers
 from raysae.train.adam import Adam
 from raysae.train.schedule import dead_after, learning_rate_factor, sparsity_factor
 
-State = tuple[dict[str, torch.Tensor], dict]  # tensors and JSON scalars
+State = tuple[dict[str, torch.Tensor], dict]  # Tensors and JSON scalars
 
 
 class Member:
-    """One SAE in training. `sae` works on normalised activations x / scale; `failed` says in a sentence why it stopped, None while it is sound."""
+    """One SAE in training.
 
-    def __init__(self, name: str, config: SAEConfig, d: int, train: TrainConfig, device: torch.device | str = "cpu") -> None:
+    `sae` works on normalised activations x / scale. `failed` is a sentence that says why the SAE stopped, or None while
+    it is sound.
+    """
+
+    def __init__(
+        self, name: str, config: SAEConfig, d: int, train: TrainConfig, device: torch.device | str = "cpu"
+    ) -> None:
         self.name = name
         self.config = config
         self.train = train
@@ -34,17 +43,18 @@ class Member:
         self.sae.precision = precision_of_training(train, device)
         self.parameters = dict(self.sae.named_parameters())
         self.adam = Adam(self.parameters.values(), train.beta1, train.beta2)
-        self.quiet = torch.zeros(config.width, dtype=torch.int64, device=device)  # (n,) tokens since each latent last fired
+        self.quiet = torch.zeros(config.width, dtype=torch.int64, device=device)  # (n,) tokens since each latent fired
         self.dead_after = dead_after(train.tokens)
-        self.row_sum = torch.zeros(d, dtype=torch.float64, device=device)  # (d,) of the raw rows trained on
+        self.row_sum = torch.zeros(d, dtype=torch.float64, device=device)  # (d,) sum of the raw rows trained on
         self.steps_done = 0
-        self.steps_skipped = 0  # of these
+        self.steps_skipped = 0  # Steps among `steps_done` whose batch was skipped
         self.initialised = False
-        self.scale = 1.0  # of the SAE, on the host: reading it from a GPU at every step would wait for the device
+        self.scale = 1.0  # Host copy of `sae.scale`. Reading a GPU's at every step would wait for the device.
         self.failed: str | None = None
-        self.sums: dict[str, float] = {}  # loss terms and gradient norm, summed over the steps since the last report
+        self.sums: dict[str, float] = {}  # Loss terms and gradient norm, summed over the steps since the last report
         self.summed = 0
-        self.seconds, self.timed = 0.0, 0  # spent in steps by this process, and how many: a measurement, not part of the state
+        # Seconds this process spent in steps, and the number of those steps. A measurement, not part of the state.
+        self.seconds, self.timed = 0.0, 0
 
     @property
     def next_row(self) -> int:
@@ -56,35 +66,47 @@ class Member:
 
     @property
     def mean(self) -> torch.Tensor:
-        """Mean of the raw rows trained on, `(d,)` float64 on the CPU; zeros before the first step."""
+        """Mean of the raw rows trained on, `(d,)` float64 on the CPU. It is zero before the first step."""
         return (self.row_sum / max(1, (self.steps_done - self.steps_skipped) * self.train.batch)).cpu()
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step."""
-        return self.config.learning_rate * learning_rate_factor(self.steps_done, self.train.steps, self.train.warmup, self.train.decay)
+        """The learning rate of the next step."""
+        return self.config.learning_rate * learning_rate_factor(
+            self.steps_done, self.train.steps, self.train.warmup, self.train.decay
+        )
 
     def initialise(self, rows: torch.Tensor, centre: torch.Tensor | None = None) -> None:
-        """Set scale, decoder bias and weights from the first raw rows of the stream, `(r, d)`, and their `centre`, where it is known."""
+        """Set scale, decoder bias and weights from the first raw rows of the stream, `(r, d)`.
+
+        `centre` is the centre of these rows, where it is known.
+        """
         self.sae.initialise(rows.to(self.quiet.device), centre)
         self.scale = float(self.sae.scale)
         self.initialised = True
 
     def step(self, x: torch.Tensor, row_sum: torch.Tensor) -> None:
-        """One update on normalised rows `(b, d)`, the raw rows' sum being `row_sum` `(d,)`.
+        """Take one update on normalised rows `(b, d)`. `row_sum` `(d,)` is the sum of the raw rows.
 
-        Where loss or gradient is not finite nothing is changed and `failed` is set.
+        If loss or gradient norm is not finite, nothing changes and `failed` is set.
         """
         began = time.perf_counter()
         info = StepInfo(
             sparsity_factor=sparsity_factor(self.steps_done, self.train.steps, self.train.sparsity_warmup),
             dead=self.quiet >= self.dead_after,
+            progress=self.steps_done / self.train.steps,
         )
-        terms = self.sae.loss_and_grads(x, info)
+        terms = self.sae.loss_and_grads(x, x, info)
         self.sae.after_grads()
         names = [*terms, "gradient_norm"]
-        # One transfer for all numbers of a step: on a GPU each would wait for the device.
-        values = dict(zip(names, torch.stack([value.detach().double() for value in (*terms.values(), self._gradient_norm())]).tolist(), strict=True))
+        # One transfer brings all numbers of a step. Separate ones would each wait for the GPU.
+        values = dict(
+            zip(
+                names,
+                torch.stack([value.detach().double() for value in (*terms.values(), self._gradient_norm())]).tolist(),
+                strict=True,
+            )
+        )
         if bad := [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]:
             self.fail(bad[0].replace("_", " "), values[bad[0]])
             return
@@ -101,32 +123,43 @@ class Member:
         self.timed += 1
 
     def skip(self) -> None:
-        """Let a step pass that has skipped rows in its batch: it counts, and changes nothing else."""
+        """Let a step pass whose batch has skipped rows. The step counts, and nothing else changes."""
         self.steps_done += 1
         self.steps_skipped += 1
 
     def fail(self, what: str, value: float, row: int | None = None) -> None:
-        """Stop for good: `what` is `value`, nan or infinite, in the batch of the next step, at `row` where that is known."""
+        """Stop for good because `what` is `value`, which is nan or infinite.
+
+        It happened in the batch of the next step, at `row` where that is known.
+        """
         where = f"row {row}" if row is not None else f"rows {self.next_row} to {self.next_row + self.train.batch - 1}"
         self.failed = f"{self.name}: {what} is {value} at step {self.steps_done} ({where})"
 
     def take_means(self) -> dict[str, float]:
-        """Means of the loss terms and the gradient norm since this was last asked, and start anew."""
+        """Means of the loss terms and the gradient norm since the last call. The next means start anew."""
         means = {name: value / self.summed for name, value in self.sums.items()}
         self.sums, self.summed = {}, 0
         return means
 
     def _gradient_norm(self) -> torch.Tensor:
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in self.parameters.values()]))
+        return torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(p.grad) for p in self.parameters.values()])
+        )
 
     def _clip(self, norm: float) -> None:
-        """Scale this SAE's gradients down to the global norm clip_norm · √d; most steps need no pass over them."""
-        limit = self.train.clip_norm * math.sqrt(self.sae.d)
+        """Scale this SAE's gradients down to the global norm clip_norm · √d.
+
+        Most steps are below it and need no pass over the gradients.
+        """
+        limit = self.train.clip_norm * math.sqrt(self.sae.d_in)
         if norm > limit:
             torch._foreach_mul_([p.grad for p in self.parameters.values()], limit / norm)
 
     def state(self) -> State:
-        """Everything the rest of the training depends on: live tensors (not copies) by name, and scalars that JSON keeps exactly."""
+        """Everything the rest of the training depends on.
+
+        The tensors are live, not copies. JSON keeps the scalars exactly.
+        """
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for name, parameter in self.parameters.items():
             tensors |= {f"adam.{key}.{name}": value for key, value in self.adam.state[parameter].items()}
@@ -135,11 +168,21 @@ class Member:
         return tensors, {key: getattr(self, key) for key in keys}
 
     def load(self, state: State) -> None:
-        """Go back to a `state`, bit for bit; KeyError or RuntimeError where it is another SAE's."""
+        """Go back to a `state`, bit for bit.
+
+        Raises:
+            KeyError, RuntimeError: the state is another SAE's.
+        """
         tensors, scalars = state
-        self.sae.load_state_dict({name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")})
+        self.sae.load_state_dict(
+            {name.removeprefix("sae."): tensor for name, tensor in tensors.items() if name.startswith("sae.")}
+        )
         for name, parameter in self.parameters.items():
-            kept = {key: tensors[f"adam.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"adam.{key}.{name}" in tensors}
+            kept = {
+                key: tensors[f"adam.{key}.{name}"].clone()
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"adam.{key}.{name}" in tensors
+            }
             self.adam.state[parameter] = {key: value.to(parameter.device) for key, value in kept.items()}
         self.quiet.copy_(tensors["quiet"])
         self.scale = float(self.sae.scale)
@@ -149,17 +192,20 @@ class Member:
 
 
 class Bank:
-    """Members by name that take their steps on one batch copy. `d` is the width of the activations, all on one device."""
+    """Members by name, which take their steps on one batch copy.
+
+    `d` is the width of the activations. All members are on one device.
+    """
 
     def __init__(self, d: int, train: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.d = d
         self.train = train
         self.device = torch.device(device)
         self.members: dict[str, Member] = {}
-        self._normalised: dict[float, torch.Tensor] = {}  # scale → (b, d), reused by every batch
+        self._normalised: dict[float, torch.Tensor] = {}  # Scale → (b, d), reused by every batch
 
     def add(self, name: str, config: SAEConfig, state: State | None = None) -> Member:
-        """A new member at row 0 that `initialise` awaits, or one that continues from `state`."""
+        """Add a member. It continues from `state`, or stands at row 0 and awaits `initialise`."""
         member = Member(name, config, self.d, self.train, self.device)
         if state is not None:
             member.load(state)
@@ -168,18 +214,28 @@ class Bank:
         return member
 
     def initialise(self, members: list[Member], rows: torch.Tensor) -> None:
-        """Initialise these members from the first raw rows of the stream, `(r, d)`; the rows' centre is sought once for all."""
+        """Initialise these members from the first raw rows of the stream, `(r, d)`.
+
+        The centre of the rows is computed once for all of them.
+        """
         rows = rows.to(self.device, torch.float32)
         centre = centre_of(rows, self.train)
         for member in members:
             member.initialise(rows, centre)
 
     def at(self, row: int) -> list[Member]:
-        """Members whose next batch begins at `row`: neither failed nor finished."""
-        return [member for member in self.members.values() if member.next_row == row and not member.failed and not member.finished]
+        """Members whose next batch begins at `row`, without the failed and finished ones."""
+        return [
+            member
+            for member in self.members.values()
+            if member.next_row == row and not member.failed and not member.finished
+        ]
 
     def step(self, x: torch.Tensor, row: int) -> list[Member]:
-        """One step of every member that stands at `row`, on raw rows `(b, d)`; returns these members, each trained or failed."""
+        """Take one step of every member that stands at `row`, on raw rows `(b, d)`.
+
+        Returns these members, each of them trained or failed.
+        """
         members = self.at(row)
         x = x.to(self.device, non_blocking=True)
         row_sum = sum_of_rows(x)
@@ -188,7 +244,8 @@ class Bank:
         for member in members:
             member.step(shared[scales[member.name]], row_sum)
         if any(member.failed for member in members):
-            finite = torch.isfinite(x)  # if one is not, no loss is: looked for only now, as on a GPU that would wait for the device in every step
+            # A row that is not finite makes every loss so. Look for it only now, because a check waits for the GPU.
+            finite = torch.isfinite(x)
             if not bool(finite.all()):
                 bad = int((~finite).nonzero()[0, 0])
                 value = x[bad][~finite[bad]][0].item()

@@ -1,7 +1,10 @@
-"""Checkpoints of one SAE's training: complete, checksummed, atomic, and refused where they would not continue the same run.
+"""Checkpoints of one SAE's training: complete, checksummed and atomic.
 
-A checkpoint is a plain safetensors file: tensors, and a JSON header (counters, reports, fingerprint) in its metadata; nothing in it is executed at
-load. Its name is `<number>.<SHA-256 of the content>.safetensors`, so that a file proves itself and no second file can disagree with it.
+A checkpoint that would not continue the same run is refused.
+
+A checkpoint is a plain safetensors file. Its metadata holds a JSON header of counters, reports and fingerprint. Loading
+it executes nothing. Its name is `<number>.<SHA-256 of the content>.safetensors`. So the file proves itself, and no
+second file can disagree with it.
 """
 
 from __future__ import annotations
@@ -22,16 +25,18 @@ from raysae.config import SAEConfig, TrainConfig, UserError
 from raysae.determinism import Scalar, device_facts, precision_of_training
 from raysae.kernels.backends import VERSION, triton_version
 from raysae.kernels.screening import fast_integers
+from raysae.knobs import earlier
 from raysae.storage import PARTIAL, sealed, unsealed, write_atomically
 from raysae.stream.spec import ActivationSpec
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-HEADER = "raysae"  # key of the JSON header in the safetensors metadata
+HEADER = "raysae"  # Key of the JSON header in the safetensors metadata
 KEPT = 2
 LEAVE = "leave.json"
-# What a run may change between two of its processes: none of it touches the bits of an SAE (the threads really used are a fact of their own).
+# Knobs that a run may change between two of its processes. None of them touches the bits of an SAE.
+# The fingerprint has the number of threads really used as a fact of its own.
 WITHOUT_EFFECT = {"threads", "reports", "checkpoint_seconds"}
 
 
@@ -44,23 +49,36 @@ class Checkpoint:
     fingerprint: dict[str, Scalar]
 
 
-def fingerprint(spec: ActivationSpec, sae: SAEConfig, train: TrainConfig, device: torch.device | str) -> dict[str, Scalar]:
-    """What the bits of a trained SAE depend on in the trainer, flat and readable, for the process and the thread that call it.
+def fingerprint(
+    spec: ActivationSpec, sae: SAEConfig, train: TrainConfig, device: torch.device | str
+) -> dict[str, Scalar]:
+    """What the bits of a trained SAE depend on in the trainer, flat and readable.
 
-    They also depend on the numerics of the producers (see `stream.shard.numerics`), which come with the rows: an SAE's file has both.
+    The facts are those of the calling process and thread. The bits also depend on the producers' numerics, which come
+    with the rows (see `stream.shard.numerics`). An SAE's file has both.
     """
     facts = device_facts(device) | {"kernels": VERSION, "spec": spec.hash}
     if torch.device(device).type == "cpu":
-        # numba compiles sums, in an order of its own, and does so where products of integers are fast
+        # numba compiles sums, with its own order of addition. It does so where products of integers are fast.
         facts |= {"numba": numba.__version__, "fast_integers": fast_integers()}
     else:
-        facts |= {"triton": triton_version(), "precision": str(precision_of_training(train, device) or torch.float32).removeprefix("torch.")}
+        facts |= {
+            "triton": triton_version(),
+            "precision": str(precision_of_training(train, device) or torch.float32).removeprefix("torch."),
+        }
     facts |= {f"sae.{key}": value for key, value in sae.model_dump().items()}
     return facts | {f"train.{key}": value for key, value in train.model_dump().items() if key not in WITHOUT_EFFECT}
 
 
 def check_fingerprint(what: str, stored: dict[str, Scalar], present: dict[str, Scalar], allow: set[str]) -> None:
-    """Refuse (UserError) to go on where `what` differs from before. Facts named in `allow` may differ, with a warning."""
+    """Refuse to continue where a fact of `what` differs from before.
+
+    Facts named in `allow` may differ, with a warning. A knob that is newer than what is stored counts as it did before.
+
+    Raises:
+        UserError: a fact differs that is not in `allow`.
+    """
+    stored = {key: value for key, value in _earlier().items() if key in present} | stored
     differing = [key for key in sorted(stored.keys() | present.keys()) if stored.get(key) != present.get(key)]
 
     def told(keys: list[str]) -> str:
@@ -68,22 +86,35 @@ def check_fingerprint(what: str, stored: dict[str, Scalar], present: dict[str, S
 
     if refused := [key for key in differing if key not in allow]:
         names = ",".join(refused)
-        raise UserError(f"{what} differs in {told(refused)}: let it be as before, or allow the difference by name, --allow {names}")
+        raise UserError(f"{what} differs in {told(refused)}: restore the earlier values, or pass --allow {names}")
     if differing:
-        log.warning("%s differs in %s, as allowed: the SAE will not be bit for bit that of an undisturbed run", what, told(differing))
+        log.warning(
+            "%s differs in %s, as allowed. The SAE will not be bit for bit that of an undisturbed run.",
+            what,
+            told(differing),
+        )
+
+
+def _earlier() -> dict[str, Scalar]:
+    """What facts of knobs count as in a fingerprint that is older than the knob."""
+    models = {"sae": SAEConfig, "train": TrainConfig}
+    return {f"{kind}.{knob}": value for kind, model in models.items() for knob, value in earlier(model).items()}
 
 
 class CheckpointStore:
-    """A folder, local or any URL fsspec knows (s3://…), of one SAE's checkpoints; the two newest are kept."""
+    """A folder of one SAE's checkpoints, local or any URL fsspec knows (s3://…). It keeps the two newest."""
 
     def __init__(self, folder: str) -> None:
         self.files, self.folder = fsspec.core.url_to_fs(str(folder))
 
     def save(self, checkpoint: Checkpoint) -> str:
-        """Write the checkpoint and drop all but the two newest; returns its path. A crash at any point leaves the earlier ones whole, and so does
-        storage that takes no more (UserError).
+        """Write the checkpoint, drop all but the two newest, and return its path.
 
-        One process at a time saves here: half a checkpoint is one that a process before it was killed at, and goes first, to make room.
+        A crash at any point leaves the earlier checkpoints whole. One process at a time saves here. So a half-written
+        file is a killed predecessor's, and is removed first to make room.
+
+        Raises:
+            UserError: the storage takes no more. The earlier checkpoints are whole.
         """
         for leftover in self.files.glob(f"{self.folder}/.*{SUFFIX}.*{PARTIAL}"):
             self.files.rm_file(leftover)
@@ -95,19 +126,29 @@ class CheckpointStore:
         path = f"{self.folder}/{number:09d}.{hashlib.sha256(content).hexdigest()}{SUFFIX}"
         write_atomically(self.files, path, content, f"the checkpoints before it in {self.folder} are whole")
         for old in earlier[KEPT - 1 :]:
-            with suppress(FileNotFoundError):  # a process that was given up for dead may still be there, and be as tidy
+            with suppress(FileNotFoundError):  # A process given up for dead may still run and remove it first
                 self.files.rm_file(old)
         return path
 
     def load(self, present: dict[str, Scalar], allow: set[str] = frozenset()) -> Checkpoint | None:
-        """The newest intact checkpoint, None where there is none; damaged ones are named in a warning. UserError: see `check_fingerprint`."""
+        """The newest intact checkpoint, or None where there is none.
+
+        A warning names each damaged one.
+
+        Raises:
+            UserError: see `check_fingerprint`.
+        """
         for path in self.paths():
             try:
                 content = self.files.cat_file(path)
-            except FileNotFoundError:  # as above
+            except FileNotFoundError:  # A process given up for dead may have removed it
                 continue
             if hashlib.sha256(content).hexdigest() != path.removesuffix(SUFFIX).rpartition(".")[2]:
-                log.warning("checkpoint %s is damaged (its SHA-256 is not the one in its name): the one before it is used, if any", path)
+                log.warning(
+                    "checkpoint %s is damaged (its SHA-256 is not the one in its name). "
+                    "The one before it is used, if any.",
+                    path,
+                )
                 continue
             try:
                 tensors = safetensors.torch.load(content)
@@ -115,35 +156,40 @@ class CheckpointStore:
                 stored = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][HEADER])
                 header, facts = stored["header"], stored["fingerprint"]
             except (SafetensorError, ValueError, KeyError, TypeError):
-                log.warning("checkpoint %s is no checkpoint: the one before it is used, if any", path)
+                log.warning("checkpoint %s is no checkpoint. The one before it is used, if any.", path)
                 continue
             check_fingerprint(f"the run that would go on with checkpoint {path}", facts, present, allow)
             return Checkpoint(tensors, header, facts)
         return None
 
     def paths(self) -> list[str]:
-        """Paths of the checkpoints, newest (highest number) first."""
+        """Paths of the checkpoints. The newest, which has the highest number, is first."""
         self.files.invalidate_cache()
         if not self.files.exists(self.folder):
             return []
-        return sorted((path for path in self.files.ls(self.folder, detail=False) if path.endswith(SUFFIX)), reverse=True)
+        return sorted(
+            (path for path in self.files.ls(self.folder, detail=False) if path.endswith(SUFFIX)), reverse=True
+        )
 
     def wish_leave(self, wish: dict) -> None:
-        """Note that the SAE is to end early; what was noted before stays."""
+        """Note that the SAE is to end early. An earlier note stays."""
         if self.wished_leave() is None:
             write_atomically(self.files, f"{self.folder}/{LEAVE}", sealed(wish))
 
     def wished_leave(self) -> dict | None:
-        """What was noted, None where nothing was. A damaged note counts as none, with a warning: the worst that comes of it is an SAE that is trained
-        for longer, and a sweep that is resumed asks its scheduler again."""
+        """The note that the SAE is to end early, or None where there is none.
+
+        A damaged note counts as none, with a warning. The worst result is an SAE that trains longer. A resumed sweep
+        asks its scheduler again.
+        """
         path = f"{self.folder}/{LEAVE}"
         try:
             return unsealed(self.files.cat_file(path), path) if self.files.exists(path) else None
         except UserError as error:
-            log.warning("%s: that its SAE was to end early is forgotten, until it is told so again", error)
+            log.warning("%s: its SAE trains on until it is told again to end early", error)
             return None
 
     def clear(self) -> None:
-        """Remove everything: the SAE is finished."""
+        """Remove everything, because the SAE is finished."""
         if self.files.exists(self.folder):
             self.files.rm(self.folder, recursive=True)

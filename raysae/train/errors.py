@@ -1,4 +1,7 @@
-"""Rows to train on that are an error of another SAE: e = x − Sae(x), its linear prediction ê from x, or ε = e − ê, of activations x."""
+"""Rows to train on that are an error of another SAE.
+
+For activations x these are e = x − Sae(x), its linear prediction ê from x, or ε = e − ê.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from raysae.stream.reader import BatchReader
 
 
 class ErrorOf:
-    """The function from raw activations (b, `width`) at H to the error that `hook_point`, H.KIND, names, computed on `device` in float32.
+    """Maps raw activations (b, `width`) to an error of another SAE, on `device` in float32.
 
-    `digest` names its content: the SAE's tensors and the probe's.
+    `hook_point` is H.KIND. H is the hook point of the activations, and KIND names the error. `digest` names the
+    content: the tensors of the SAE and of the probe.
 
     Raises:
-        UserError: SAE or probe missing, damaged, or for activations of another width.
+        UserError: the SAE or the probe is missing, damaged, or for activations of another width.
     """
 
     def __init__(self, hook_point: str, config: ErrorsConfig, width: int, device: torch.device | str = "cpu") -> None:
@@ -31,11 +35,13 @@ class ErrorOf:
             probe = load_file(Path(config.probe).expanduser())
             weight, bias = probe["probe/weight"], probe["probe/bias"]
         except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(f"errors.probe is {config.probe}, which is no probe that jobs/error_regression.py has saved ({error})") from error
-        if self.sae.d != width or weight.shape != (width, width):
             raise UserError(
-                f"errors.sae takes activations {self.sae.d} wide and errors.probe {len(weight)}, but {of} is {width} wide: name an SAE of this hook "
-                "point and its probe"
+                f"errors.probe is {config.probe}, which is no probe that jobs/error_regression.py has saved ({error})"
+            ) from error
+        if self.sae.d_in != width or weight.shape != (width, width):
+            raise UserError(
+                f"errors.sae takes activations {self.sae.d_in} wide and errors.probe {len(weight)}, "
+                f"but {of} is {width} wide. Name an SAE of this hook point and its probe."
             )
         content = hashlib.sha256()
         for name, tensor in sorted({**self.sae.state_dict(), **probe}.items()):
@@ -46,7 +52,7 @@ class ErrorOf:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """(b, d) float32, on the device."""
+        """The error of each row, (b, d) float32 on the device."""
         x = x.to(self.weight)
         if self.kind == "linear":
             return torch.addmm(self.bias, x, self.weight)
@@ -55,7 +61,7 @@ class ErrorOf:
 
 
 class Transformed:
-    """A reader whose batches go through a function."""
+    """A reader that passes its batches through a function."""
 
     def __init__(self, reader: BatchReader, transform: ErrorOf) -> None:
         self._reader, self._transform = reader, transform

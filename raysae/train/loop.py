@@ -1,9 +1,15 @@
-"""The training loop of one process: a bank of SAEs, one reader, evaluations, checkpoints. Knows nothing of Ray.
+"""The training loop of one process: a bank of SAEs, one reader, evaluations, checkpoints. It knows nothing of Ray.
 
-The bank has one reader. SAEs whose next row is the reader's train on its batch. An SAE that stands further ahead (the process was killed between two
-checkpoints) waits until the reader gets there. One that stands behind, since it was added late, waits until the present pass ends; only then the
-reader goes back, to the smallest unfinished row: served in between, it would make the stream produce or keep every shard twice, and cost the others
-their company. The same rule brings a restarted process back: it begins at the smallest row of its checkpoints.
+The bank has one reader. An SAE trains on the reader's batch if that batch begins at its next row.
+
+An SAE may stand further ahead, because the process was killed between two checkpoints. It waits until the reader gets
+there.
+
+An SAE that was added late stands behind. It waits until the present pass ends. Then the reader goes back to the
+smallest unfinished row. If the loop served it in between, the stream would produce or keep every shard twice. The other
+SAEs would also lose their company.
+
+The same rule brings back a restarted process. It begins at the smallest row of its checkpoints.
 """
 
 from __future__ import annotations
@@ -31,56 +37,65 @@ from raysae.train.schedule import report_steps
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_SHARE = 0.02  # of the time at most goes into checkpoints
-BLOCKED_SECONDS = 0.5  # an SAE is said to wait once its reader has been waiting this long
+CHECKPOINT_SHARE = 0.02  # Checkpoints take at most this share of the time
+BLOCKED_SECONDS = 0.5  # An SAE counts as waiting once its reader has waited this long
 ENDED = ("done", "stopped", "failed")
 
 
 class Reader(Protocol):
-    """Batches of raw rows in order; see `raysae.stream.reader.BatchReader`."""
+    """Batches of raw rows in order. See `raysae.stream.reader.BatchReader`."""
 
     waited_seconds: float
 
     def next(self) -> torch.Tensor | None:
-        """The next `(batch, d)`, waiting for it; None where one of its rows is skipped."""
+        """Wait for the next `(batch, d)` and return it, or None where one of its rows is skipped."""
 
     def close(self) -> None:
-        """Let go of everything, so that nobody need wait for this reader; a `next` that waits in another thread raises."""
+        """Drop everything, so that nobody waits for this reader. A `next` that waits in another thread raises."""
 
 
 class Source(Protocol):
     """Where a loop's rows come from."""
 
     numerics: Seen
-    """What the bits of the rows depend on beside the spec, of all that the present reader has read (and may have read ahead)."""
+    """What the bits of the rows depend on beside the spec.
+
+    It covers everything the present reader has read, which may include rows read ahead.
+    """
 
     def open(self, row: int) -> Reader:
         """A reader of the training stream that stands at `row`."""
 
     def first_rows(self) -> torch.Tensor:
-        """The first raw rows of the training stream, `(r, d)`, always the same: SAEs are initialised from them. Called right after `open(0)`."""
+        """The first raw rows of the training stream, `(r, d)`. They are always the same.
+
+        SAEs are initialised from them. The loop calls this right after `open(0)`.
+        """
 
     def evaluation(self, rows: int) -> Iterator[torch.Tensor]:
         """The first `rows` held-out raw rows in chunks `(r, d)`."""
 
     def leave(self) -> None:
-        """Nothing is read for now: nobody need wait."""
+        """Tell the stream that this loop reads nothing for now, so that nobody waits for it."""
 
 
 @dataclass
 class Progress:
-    """One SAE as others see it. `reports` is complete from the first on, also after a restart; `member` is there while the SAE is in training."""
+    """One SAE as others see it.
+
+    `reports` is complete from the first report on, also after a restart. `member` exists while the SAE is in training.
+    """
 
     config: SAEConfig
     member: Member | None = None
-    state: str = "waiting"  # waiting, working, evaluating, done, stopped, failed
+    state: str = "waiting"  # One of waiting, working, evaluating, done, stopped, failed
     tokens: int = 0
-    message: str | None = None  # why it ends or ended before its time
+    message: str | None = None  # Why the SAE ends or ended early
     reports: list[dict] = field(default_factory=list)
-    mean: list[float] | None = None  # of the rows trained on, (d,), once ended
-    saved_row: int | None = None  # next row in the newest checkpoint
-    numerics: Seen = field(default_factory=dict)  # of the rows it was trained on
-    leave_at: int | None = None  # set: it ends early, once it has seen so many tokens
+    mean: list[float] | None = None  # Mean of the rows trained on, (d,), once the SAE has ended
+    saved_row: int | None = None  # Next row in the newest checkpoint
+    numerics: Seen = field(default_factory=dict)  # Numerics of the rows trained on
+    leave_at: int | None = None  # The SAE ends early once it has seen this many tokens, if set
 
     @property
     def ended(self) -> bool:
@@ -88,7 +103,10 @@ class Progress:
 
 
 class Cadence:
-    """When checkpoints are due: every `seconds`, less often where they would take more than `CHECKPOINT_SHARE` of the time."""
+    """Says when checkpoints are due: every `seconds`.
+
+    They come less often where they would take more than `CHECKPOINT_SHARE` of the time.
+    """
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
         self.seconds, self.clock = seconds, clock
@@ -107,15 +125,18 @@ class Loop:
     """Trains SAEs of one hook point to their end and saves them.
 
     Args:
-        folder: of the study, local or a URL: `checkpoints/<name>` and `saes/<name>` are in it.
+        folder: folder of the study, local or a URL. It contains `checkpoints/<name>` and `saes/<name>`.
         d, spec: width of the activations and the stream they come from.
+        train, evaluation: how to train and how to evaluate.
         source: see `Source`.
-        metadata: what an SAE's file says of its origin.
-        allow: facts of the fingerprint that may differ from a checkpoint's, see `check_fingerprint`.
-        on_change: called from the loop's thread whenever a report or a state is new.
+        device: device of the bank.
+        metadata: what an SAE's file says about its origin.
+        allow: facts of the fingerprint that may differ from a checkpoint's. See `check_fingerprint`.
+        on_change: the loop's thread calls it whenever a report or a state is new.
+        clock: seconds that only grow.
 
-    `run` works in one thread. `add`, `leave`, `stop`, `status` and `reports` may be called from any other: they leave a request that the loop takes
-    up between two steps, or read what it shows.
+    `run` works in one thread. Any other thread may call `add`, `leave`, `stop`, `status` and `reports`. They read what
+    the loop shows, or leave a request that it takes up between two steps.
     """
 
     def __init__(
@@ -134,54 +155,71 @@ class Loop:
     ) -> None:
         self.folder = str(folder).rstrip("/")
         self.spec, self.train, self.evaluation = spec, train, evaluation
-        self.source, self.metadata, self.allow, self.on_change, self.clock = source, metadata or {}, set(allow), on_change, clock
+        self.source, self.metadata, self.allow = source, metadata or {}, set(allow)
+        self.on_change, self.clock = on_change, clock
         self.bank = Bank(d, train, device)
         self.outcomes = Outcomes(f"{self.folder}/saes")
         self.progress: dict[str, Progress] = {}
         self.cadence = Cadence(train.checkpoint_seconds, clock)
         self.report_steps = set(report_steps(train))
-        self._ending = threading.Lock()  # an SAE's files go as it ends, in one move: no wish may be written among them meanwhile
+        # Held while an ending SAE's files are removed, so that no wish to leave is written among them.
+        self._ending = threading.Lock()
         self._requests: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._reader: Reader | None = None
-        self._blocked_since: float | None = None  # set while it waits for others: rows, requests
-        self._sign = clock()  # of life, the last one
-        self._pace = (0, 0.0, 0.0)  # rows, seconds and seconds waited of the present pass, evaluations and checkpoints left out
-        self._variances: dict[int, Variance] = {}  # number of held-out rows → their variance
+        self._blocked_since: float | None = None  # Set while the loop waits for rows or requests
+        self._sign = clock()  # Time of the last sign of life
+        # Rows, seconds and seconds waited in the present pass, without evaluations and checkpoints.
+        self._pace = (0, 0.0, 0.0)
+        self._variances: dict[int, Variance] = {}  # Number of held-out rows → their variance
 
     # ---------------------------------------------------------------- requests, from any thread
 
     def add(self, config: SAEConfig) -> None:
-        """Take in an SAE: ended ones are only shown, unfinished ones go on from their newest checkpoint, others begin at row 0."""
+        """Take in an SAE.
+
+        One that has ended is only shown. An unfinished one continues from its newest checkpoint. Any other begins at
+        row 0.
+        """
         self.progress.setdefault(config.name, Progress(config))
         self._requests.put(lambda: self._add(config.name))
 
     def leave(self, name: str, reason: str, tokens: int = 0) -> None:
-        """End an SAE early, at its next step or once it has seen `tokens`: it is evaluated on all held-out rows and saved. One that has ended stays
-        as it is. Not at the present step: it may have been reported on, and there is one report per step.
+        """End an SAE early, at its next step or once it has seen `tokens`.
 
-        Once this has returned it holds, whatever dies: it is on disk.
+        It is evaluated on all held-out rows and saved. One that has ended stays as it is. The present step is too
+        early: it may have a report already, and there is one report per step.
+
+        The wish is on disk once this returns, so it survives any crash.
         """
         with self._ending:
             progress = self.progress.get(name)
             if progress is not None and not progress.ended:
-                self._store(name).wish_leave({"reason": reason, "tokens": max(tokens, progress.tokens + bool(progress.tokens))})
+                self._store(name).wish_leave(
+                    {"reason": reason, "tokens": max(tokens, progress.tokens + bool(progress.tokens))}
+                )
                 self._requests.put(lambda: self._leave(name))
 
     def stop(self) -> None:
-        """End `run` after the present step, with checkpoints of all SAEs, and any later one at once."""
+        """End `run` after the present step, with checkpoints of all SAEs. A later `run` ends at once."""
         self._stopping = True
         if (reader := self._reader) is not None:
             reader.close()
         self._requests.put(lambda: None)
 
     def silent_seconds(self) -> float:
-        """How long the loop has been at one thing of its own: a step, a chunk of an evaluation, a checkpoint. 0 while it waits for others."""
+        """Seconds that the loop has spent on one thing of its own. It is 0 while the loop waits for others.
+
+        Such a thing is a step, a chunk of an evaluation or a checkpoint.
+        """
         return 0.0 if self._blocked_since is not None else self.clock() - self._sign
 
     def status(self) -> list[dict]:
-        """name, state, tokens, tokens_per_second, fvu, l0, waited_share and message of every SAE, in the order of their coming."""
-        since = self._blocked_since  # read once: the loop's thread clears it
+        """One row per SAE, in the order in which they were added.
+
+        A row has name, state, tokens, tokens_per_second, fvu, l0, waited_share and message.
+        """
+        since = self._blocked_since  # Read once, because the loop's thread clears it
         blocked = since is not None and self.clock() - since > BLOCKED_SECONDS
         rate, waited = self._rates()
         rows = []
@@ -203,15 +241,20 @@ class Loop:
         return rows
 
     def reports(self, name: str, since: int = 0) -> tuple[list[dict], bool]:
-        """The reports of `name` from number `since` on, and whether it has ended: then there will be no more."""
+        """The reports of `name` from number `since` on, and whether it has ended. Then no more will come."""
         progress = self.progress.get(name)
         if progress is None:
             return [], False
-        ended = progress.ended  # read first: the last report comes before the end
+        ended = progress.ended  # Read first, because the last report comes before the end
         return progress.reports[since:], ended
 
     def mean(self, name: str) -> list[float]:
-        """Mean `(d,)` of the raw rows that the ended SAE `name` was trained on. KeyError: unknown; ValueError: not ended."""
+        """Mean `(d,)` of the raw rows that the ended SAE `name` was trained on.
+
+        Raises:
+            KeyError: the SAE is unknown.
+            ValueError: it has not ended.
+        """
         mean = self.progress[name].mean
         if mean is None:
             raise ValueError(f"{name} has not ended")
@@ -220,7 +263,10 @@ class Loop:
     # ---------------------------------------------------------------- the loop
 
     def run(self, until_idle: bool = True) -> None:
-        """Train until every SAE has ended, or until `stop`. With `until_idle=False` wait for SAEs yet to be added instead of returning."""
+        """Train until every SAE has ended, or until `stop`.
+
+        With `until_idle=False` it does not return then. It waits for more SAEs.
+        """
         while not self._stopping:
             self._take_requests()
             rows = [progress.member.next_row for progress in self._in_training()]
@@ -236,7 +282,7 @@ class Loop:
         self._checkpoint()
 
     def _pass(self, row: int) -> None:
-        """Read on from `row` for as long as an SAE stands there."""
+        """Read on from `row` while an SAE stands at the next row."""
         reader = self._reader = self.source.open(row)
         try:
             self._initialise(row)
@@ -265,7 +311,7 @@ class Loop:
             reader.close()
 
     def _next(self, reader: Reader, cohort: list[Member]) -> torch.Tensor | None:
-        """The next batch; None where it is skipped, or where `stop` closed the reader meanwhile."""
+        """The next batch. None means that it is skipped, or that `stop` has closed the reader."""
         try:
             with self._blocked():
                 x = reader.next()
@@ -274,14 +320,14 @@ class Loop:
         except Exception as error:
             if self._stopping:
                 return None
-            self._checkpoint()  # the stream is broken, the SAEs are not
+            self._checkpoint()  # The stream is broken, the SAEs are not
             if isinstance(error, StreamError):
                 raise StreamError(f"at step {cohort[0].steps_done}: {error}") from None
             raise
 
     @contextmanager
     def _blocked(self) -> Iterator[None]:
-        """Around what waits for others."""
+        """Marks the loop as waiting for others while the body runs."""
         self._blocked_since = self.clock()
         try:
             yield
@@ -290,11 +336,20 @@ class Loop:
             self._blocked_since = None
 
     def _note_numerics(self, cohort: list[Member]) -> None:
-        """What produced the rows becomes part of the record of every SAE trained on them. UserError where it is not what it was, unless allowed."""
+        """Add what produced the rows to the record of every SAE trained on them.
+
+        Raises:
+            UserError: it is not what it was, and `allow` does not name the difference.
+        """
         for progress in (self.progress[member.name] for member in cohort):
             numerics = together(progress.numerics, self.source.numerics)
             if progress.numerics and numerics is not progress.numerics:
-                check_fingerprint(f"the activation stream of {progress.config.name}", told(progress.numerics), told(numerics), self.allow)
+                check_fingerprint(
+                    f"the activation stream of {progress.config.name}",
+                    told(progress.numerics),
+                    told(numerics),
+                    self.allow,
+                )
             progress.numerics = numerics
 
     def _initialise(self, row: int) -> None:
@@ -327,12 +382,15 @@ class Loop:
                     self._report(progress, final=False)
 
     def _report(self, progress: Progress, final: bool) -> None:
-        """Evaluate on held-out rows, on all of them if `final`: then the report also has the density histogram."""
+        """Evaluate on held-out rows.
+
+        A final report uses all of them and has the density histogram.
+        """
         member, reached, began = progress.member, time.time(), self.clock()
         progress.state = "evaluating"
         self.on_change()
         rows = self.evaluation.rows if final else min(self.evaluation.interim_rows, self.evaluation.rows)
-        variance = self._variances.get(rows) or Variance(member.sae.d)
+        variance = self._variances.get(rows) or Variance(member.sae.d_in)
         metrics = reconstruction_metrics(member.sae.folded(), self._evaluation(rows), variance)
         self._variances[rows] = variance
         rate, waited = self._rates()
@@ -368,18 +426,19 @@ class Loop:
             yield chunk
 
     def _finish(self, progress: Progress, state: str, message: str | None = None) -> None:
-        """Final evaluation, files, end."""
+        """Evaluate for the last time, write the files and end the SAE."""
         self._report(progress, final=True)
         self._end(progress, state, message)
 
     def _end(self, progress: Progress, state: str, message: str | None = None) -> None:
-        """Record the outcome, with the SAE's files where it was evaluated, and let go of member and checkpoints."""
+        """Record the outcome and drop member and checkpoints. An evaluated SAE's files are saved as well."""
         member = progress.member
         sae, metadata = None, None
         if progress.reports and state != "failed":
             sae = member.sae
             facts = {key: progress.reports[-1][key] for key in ("tokens", "fvu", "l0", "dead_fraction")}
-            metadata = self.metadata | facts | {"fingerprint": self._fingerprint(progress.config) | told(progress.numerics)}
+            facts["fingerprint"] = self._fingerprint(progress.config) | told(progress.numerics)
+            metadata = self.metadata | facts
         mean = member.mean.tolist()
         self.outcomes.save(member.name, Outcome(state, member.next_row, mean, message, progress.reports), sae, metadata)
         del self.bank.members[member.name]
@@ -389,7 +448,7 @@ class Loop:
         self.on_change()
 
     def _rates(self) -> tuple[float, float]:
-        """Tokens per second and the share of the time spent waiting for the stream, of the present pass."""
+        """Tokens per second in the present pass, and the share of its time spent waiting for the stream."""
         rows, seconds, waited = self._pace
         return (rows / seconds, min(1.0, waited / seconds)) if seconds > 0 else (0.0, 0.0)
 
@@ -426,9 +485,10 @@ class Loop:
         if progress.member is not None or progress.ended:
             return
         if outcome := self.outcomes.load(name):
-            progress.tokens, progress.mean, progress.message, progress.reports = outcome.tokens, outcome.mean, outcome.message, outcome.reports
+            progress.tokens, progress.mean = outcome.tokens, outcome.mean
+            progress.message, progress.reports = outcome.message, outcome.reports
             with self._ending:
-                self._store(name).clear()  # what a process that died right after the outcome has left
+                self._store(name).clear()  # A process that died right after the outcome may have left these files
                 progress.state = outcome.state
         elif checkpoint := self._store(name).load(self._fingerprint(progress.config), self.allow):
             progress.member = self.bank.add(name, progress.config, (checkpoint.tensors, checkpoint.header["member"]))
@@ -451,8 +511,8 @@ class Loop:
                 self._leave_now(progress)
 
     def _leave_now(self, progress: Progress) -> None:
-        if not progress.member.initialised:  # it has seen no row: there is nothing to evaluate or to save
+        if not progress.member.initialised:  # It has seen no row, so there is nothing to evaluate or save
             self._end(progress, "stopped", progress.message)
             return
-        self._save(progress)  # a process killed from here on ends the SAE at the same row after its restart
+        self._save(progress)  # A process killed from here on ends the SAE at the same row after its restart
         self._finish(progress, "stopped", progress.message)

@@ -1,6 +1,8 @@
-"""What a finished SAE leaves behind: a folder with the SAE's files and, written last, `outcome.json`: how it ended and every report.
+"""What a finished SAE leaves behind: a folder with its files and `outcome.json`.
 
-All files have checksums. Where one is damaged the SAE counts as not ended: it is trained anew, and comes out the same.
+`outcome.json` is written last. It says how the SAE ended and holds every report.
+
+All files have checksums. If one is damaged, the SAE counts as not ended. It is trained anew, and comes out the same.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ FILE = "outcome.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an SAE ended: `done`, `stopped` (early, by the scheduler) or `failed`; `message` says why where it is not done.
+    """How an SAE ended: `done`, `stopped` (early, by the scheduler) or `failed`.
 
-    `mean` is that of the raw rows it was trained on, `(d,)`: what ablation puts in place of activations.
+    `message` says why it is not done. `mean` is the mean of the raw rows it was trained on, `(d,)`. Ablation puts it in
+    place of activations.
     """
 
     state: str
@@ -35,7 +38,7 @@ class Outcome:
     mean: list[float]
     message: str | None = None
     reports: list[dict] = field(default_factory=list)
-    saved: bool = False  # whether the SAE's files are there
+    saved: bool = False  # Whether the SAE's files are there
 
 
 class Outcomes:
@@ -45,9 +48,12 @@ class Outcomes:
         self.files, self.folder = fsspec.core.url_to_fs(str(folder))
 
     def save(self, name: str, outcome: Outcome, sae: SAE | None = None, metadata: dict | None = None) -> None:
-        """Write the `sae` (where there is one) in SAELens's format, then the outcome: a folder without one counts for nothing."""
+        """Write the `sae`, if there is one, in SAELens's format, then the outcome.
+
+        The outcome comes last, because a folder without one counts for nothing.
+        """
         folder = f"{self.folder}/{name}"
-        for leftover in self.files.glob(f"{folder}/.*{PARTIAL}"):  # of a process that died while it wrote here
+        for leftover in self.files.glob(f"{folder}/.*{PARTIAL}"):  # Files of a process that died while it wrote here
             self.files.rm_file(leftover)
         if sae is not None:
             with tempfile.TemporaryDirectory() as temporary:
@@ -57,7 +63,10 @@ class Outcomes:
         write_atomically(self.files, f"{folder}/{FILE}", sealed(asdict(replace(outcome, saved=sae is not None))))
 
     def load(self, name: str) -> Outcome | None:
-        """How the SAE `name` ended; None where it has not, or where something in its folder is damaged: that is named in a warning."""
+        """How the SAE `name` ended, or None where it has not.
+
+        A damaged file in its folder also gives None, and a warning names it.
+        """
         folder = f"{self.folder}/{name}"
         self.files.invalidate_cache()
         if not self.files.exists(f"{folder}/{FILE}"):
@@ -67,6 +76,6 @@ class Outcomes:
             if outcome.saved:
                 load_sae(folder if isinstance(self.files, LocalFileSystem) else self.files.unstrip_protocol(folder))
         except UserError as error:
-            log.warning("%s; %s is trained anew", error, name)
+            log.warning("%s. %s is trained anew.", error, name)
             return None
         return outcome

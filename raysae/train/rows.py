@@ -1,4 +1,4 @@
-"""A loop's rows out of the stream's queue."""
+"""A loop's rows, taken from the stream's queue."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from raysae.stream.reader import BatchReader
 from raysae.train.errors import ErrorOf, Transformed
 from raysae.train.task import Training
 
-INITIAL_ROWS = 16_384  # at most, from which an SAE is initialised
+INITIAL_ROWS = 16_384  # An SAE is initialised from at most this many rows
 
 
 class StreamSource:
-    """A loop's rows out of the queue, or, with a `transform`, what it makes of them. Implements `loop.Source`."""
+    """A loop's rows, taken from the queue. A `transform` is applied to them, if given. Implements `loop.Source`."""
 
     def __init__(self, plan: Training, client: StreamClient, device: torch.device, transform: ErrorOf | None = None):
         self.plan, self.client, self.device, self.transform = plan, client, device, transform
@@ -29,7 +29,9 @@ class StreamSource:
 
     @property
     def numerics(self) -> Seen:
-        return {**self.client.numerics, "transform": [self.transform.digest]} if self.transform else self.client.numerics
+        return (
+            {**self.client.numerics, "transform": [self.transform.digest]} if self.transform else self.client.numerics
+        )
 
     def first_rows(self) -> torch.Tensor:
         rows = self._first_rows()
@@ -47,7 +49,7 @@ class StreamSource:
         blocks, rows, shard = [], 0, 0
         while rows < wanted:
             block = self.client.block(shard, len(blocks))
-            if block is None:  # skipped: the first rows are those of the next shard
+            if block is None:  # The shard is skipped, so the first rows are those of the next shard
                 blocks, rows, shard = [], 0, shard + 1
                 continue
             blocks.append(as_tensor(block, self.plan.training.dtype))

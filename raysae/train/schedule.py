@@ -1,6 +1,6 @@
-"""What happens when in a run: pure functions of the step, so that a schedule needs no state beside the step number.
+"""What happens when in a run: pure functions of the step. So a schedule needs no state but the step number.
 
-Steps count from 0. A run has `steps` of them; every one takes a full batch, so a run reads `steps * batch` rows,
+Steps count from 0, and a run has `steps` of them. Each takes a full batch, so a run reads `steps * batch` rows. That is
 up to one batch more than the tokens asked for.
 """
 
@@ -13,9 +13,13 @@ DEAD_SHARE = 0.1
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> float:
-    """Factor on the peak learning rate: rises linearly over the first `warmup * steps` steps, is 1, falls linearly over the last `decay * steps`.
+    """Factor on the peak learning rate.
 
-    The rise starts at one step's worth and the fall ends there, because a step of rate 0 would train nothing. Where both overlap the smaller holds.
+    It rises linearly over the first `warmup * steps` steps. Then it is 1. Over the last `decay * steps` it falls
+    linearly.
+
+    The rise starts and the fall ends at one step's worth. A step of rate 0 would train nothing. Where the two
+    overlap, the smaller holds.
     """
     rise = (step + 1) / max(1.0, warmup * steps)
     fall = (steps - step) / max(1.0, decay * steps)
@@ -23,18 +27,22 @@ def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> 
 
 
 def sparsity_factor(step: int, steps: int, warmup: float) -> float:
-    """Factor on a penalty's coefficient: 0 at step 0, rises linearly to 1 over the first `warmup * steps` steps."""
+    """Factor on a penalty's coefficient: 0 at step 0. It rises linearly to 1 over the first `warmup * steps` steps."""
     return min(1.0, step / (warmup * steps)) if warmup > 0 else 1.0
 
 
 def dead_after(tokens: int) -> int:
-    """Tokens without firing after which a latent counts as dead in a run of `tokens` tokens: 10 million, or a tenth of a short run."""
+    """Tokens without firing after which a latent counts as dead in a run of `tokens` tokens.
+
+    It is 10 million, or a tenth of a short run.
+    """
     return max(1, min(DEAD_TOKENS, int(DEAD_SHARE * tokens)))
 
 
 def report_steps(train: TrainConfig) -> list[int]:
-    """Numbers of finished steps after which a run is evaluated, ascending and without repetition: `train.reports` of them, evenly spaced.
+    """Numbers of finished steps after which a run is evaluated, ascending and each once.
 
-    The last is the end of the run, where the evaluation takes all held-out rows; a run shorter than its reports is evaluated after every step.
+    There are `train.reports` of them, evenly spaced. The last is the end of the run, where the evaluation takes all
+    held-out rows. A run with fewer steps than reports is evaluated after every step.
     """
     return sorted({-(-train.steps * i // train.reports) for i in range(1, train.reports + 1)})

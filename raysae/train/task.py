@@ -10,9 +10,9 @@ from raysae.stream.spec import ActivationSpec
 
 @dataclass(frozen=True)
 class Training:
-    """What a trainer needs to know; the fields are the arguments of `start_trainer`.
+    """What a trainer needs to know. The fields are the arguments of `start_trainer`.
 
-    The queue goes by its name because an actor that may be restarted should depend on nothing in the object store, where Ray counts handles.
+    The queue is given by name. Ray counts handles in the object store, and a restarted actor must not depend on it.
     """
 
     queue: str

@@ -15,9 +15,11 @@ D, PER_CONTEXT = 12, 20
 
 
 def sae(width: int = 32, k: int | None = 4, d: int = D, seed: int = 0, bias: float = 0.3) -> SAE:
-    """An untrained topk SAE, or a relu one where k is None, with biases that matter."""
+    """An untrained TopK SAE, or a ReLU SAE if `k` is None. Its biases are far from zero."""
     kind = {"architecture": "topk", "k": k} if k else {"architecture": "relu", "sparsity": 1.0}
-    made = build(SAEConfig(hook_point=HOOK, width=width, learning_rate=1e-3, seed=seed, **kind), d, TrainConfig()).requires_grad_(False)
+    made = build(
+        SAEConfig(hook_point=HOOK, width=width, learning_rate=1e-3, seed=seed, **kind), d, TrainConfig()
+    ).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed + 1)
     made.b_dec.copy_(bias * torch.randn(d, generator=generator))
     made.b_enc.copy_(0.1 * torch.randn(width, generator=generator))
@@ -25,7 +27,7 @@ def sae(width: int = 32, k: int | None = 4, d: int = D, seed: int = 0, bias: flo
 
 
 def linear_sae(weight: Tensor) -> SAE:
-    """A relu SAE with Sae(x) = x·weight exactly: a pair of latents ±xᵢ per dimension."""
+    """A ReLU SAE with Sae(x) = x·weight exactly. It has a pair of latents ±xᵢ per dimension."""
     d = len(weight)
     made = sae(2 * d, None, d)
     made.W_enc.copy_(torch.cat([torch.eye(d), -torch.eye(d)]))
@@ -36,14 +38,16 @@ def linear_sae(weight: Tensor) -> SAE:
 
 
 def rows(n: int, d: int = D, seed: int = 0) -> Tensor:
-    """Correlated, skewed rows far from the origin."""
+    """Correlated, skewed rows (n, d) far from the origin."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(d, d, generator=generator)
     return (torch.rand(n, d, generator=generator) ** 2 @ mixing) + 3 * torch.randn(d, generator=generator)
 
 
-def activations(contexts: int = 150, d: int = D, seed: int = 0, x: Tensor | None = None, chunk_rows: int = 500) -> ArrayActivations:
-    """Contexts of PER_CONTEXT rows, with tokens and losses."""
+def activations(
+    contexts: int = 150, d: int = D, seed: int = 0, x: Tensor | None = None, chunk_rows: int = 500
+) -> ArrayActivations:
+    """Activations of contexts with PER_CONTEXT rows each, with tokens and losses."""
     n = contexts * PER_CONTEXT
     generator = torch.Generator().manual_seed(seed + 7)
     return ArrayActivations(
@@ -56,5 +60,5 @@ def activations(contexts: int = 150, d: int = D, seed: int = 0, x: Tensor | None
 
 
 def gathered(source: ArrayActivations, split: str, field: str = "x") -> Tensor:
-    """A whole split: its activations (n, d), or another field of its chunks."""
+    """One field of a whole split, by default its activations (n, d)."""
     return torch.cat([chunk.x[HOOK] if field == "x" else getattr(chunk, field) for chunk in source.chunks(split)])

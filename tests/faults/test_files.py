@@ -223,7 +223,7 @@ trained({str(tmp_path)!r}, config(seed=0))
 def test_cached_activations(tmp_path, damage):
     contexts = fake_contexts()
     spec = fake_spec(contexts)
-    cache = BlockCache(str(tmp_path), spec, WIDTHS, 10 * sum(bytes_per_shard(spec, width) for width in WIDTHS.values()))
+    cache = BlockCache(str(tmp_path), spec, WIDTHS, 10 * bytes_per_shard(spec, WIDTHS.values()))
     maker = ShardMaker(FakeLanguageModel(), contexts, spec, list(WIDTHS), 0.01, cache)
     _, whole = maker.make(1)
     path = Path(cache.path("resid_post.0", 1))

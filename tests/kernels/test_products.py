@@ -1,4 +1,4 @@
-"""The kernels against torch's own plain operations."""
+"""The kernels against plain torch operations."""
 
 import copy
 import pickle
@@ -47,7 +47,10 @@ def test_products_with_nonzeros(block_bytes, monkeypatch):
 
 @pytest.mark.parametrize("form", ["sparse", "dense"])
 def test_code_matrices(form, monkeypatch):
-    """Forward and backward against autograd through a dense matrix; a place without an active latent gets no gradient."""
+    """Forward and backward equal autograd through a dense matrix.
+
+    A place without an active latent gets no gradient.
+    """
     monkeypatch.setattr(products, "DENSE_PER_NONZERO", {"cpu": {"sparse": 0, "dense": 1000}[form]})
     b, n, d, k = 30, 50, 7, 4
     indices = torch.stack([torch.randperm(n)[:k] for _ in range(b)])
@@ -65,12 +68,16 @@ def test_code_matrices(form, monkeypatch):
     assert isinstance(codes, {"sparse": SparseCodes, "dense": DenseCodes}[form])
     residual = codes.residual(target, weight)
     torch.testing.assert_close(residual, left)
-    W_enc, b_enc, W_dec = torch.full((n, d), 9.0).double(), torch.full((n,), 9.0).double(), torch.full((n, d), 9.0).double()
+    W_enc, b_enc, W_dec = (
+        torch.full((n, d), 9.0).double(),
+        torch.full((n,), 9.0).double(),
+        torch.full((n, d), 9.0).double(),
+    )
     codes.backward(0.3, residual, x, W_enc, b_enc, W_dec)
     expected = (encoder.grad, bias.grad, decoder.grad)
     for found, right in zip((W_enc, b_enc, W_dec), expected, strict=True):
         torch.testing.assert_close(found, right)
-    latents = torch.randperm(n + 5)[:n]  # of a dictionary of n + 5, of which these codes are a part
+    latents = torch.randperm(n + 5)[:n]  # The codes use these latents of a dictionary of n + 5
     part = code_matrix(Nonzeros.of_rows(indices, values), n, Workspace(), latents)
     whole = torch.full((n + 5, d), torch.nan).double().index_copy(0, latents, weight)
     torch.testing.assert_close(part.residual(target, whole), left)
@@ -84,7 +91,10 @@ def test_code_matrices(form, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_residuals_and_their_products_with_latents(dtype, threads):
-    """Rows with no nonzero, one and many, against dense products; as in torch's own way, which a GPU takes."""
+    """Rows with no nonzero, one and many give the same as dense products.
+
+    They also give the same as torch's own operations, which a GPU uses.
+    """
     b, n, d = 13, 40, 9
     matrix = torch.randn(b, n, dtype=dtype) * (torch.rand(b, n) < torch.linspace(0, 0.5, b).unsqueeze(1))
     matrix[1], matrix[2, 3] = 0, 1.5
@@ -107,7 +117,9 @@ def test_residuals_and_their_products_with_latents(dtype, threads):
 def test_geometric_median_is_the_point_of_least_distance():
     rows = np.random.default_rng(0).standard_t(2, size=(300, 4)) + 3
     found = geometric_median(torch.from_numpy(rows), tolerance=1e-9).numpy()
-    best = minimize(lambda p: np.linalg.norm(rows - p, axis=1).sum(), rows.mean(0), method="BFGS", options={"gtol": 1e-9}).x
+    best = minimize(
+        lambda p: np.linalg.norm(rows - p, axis=1).sum(), rows.mean(0), method="BFGS", options={"gtol": 1e-9}
+    ).x
     np.testing.assert_allclose(found, best, atol=1e-5)
     assert np.linalg.norm(rows.mean(0) - best) > 0.01
 
@@ -123,7 +135,10 @@ def test_workspace_reuses_memory_and_is_left_out_of_copies():
     assert workspace.take("a", (2, 3), like).data_ptr() == first.data_ptr()
     assert workspace.take("a", (2, 3), like.double()).dtype == torch.float64
     with ThreadPoolExecutor(1) as other:
-        assert other.submit(workspace.take, "a", (2, 3), like).result().data_ptr() != workspace.take("a", (2, 3), like).data_ptr()
+        assert (
+            other.submit(workspace.take, "a", (2, 3), like).result().data_ptr()
+            != workspace.take("a", (2, 3), like).data_ptr()
+        )
     assert not copy.deepcopy(workspace)._buffers
     assert not pickle.loads(pickle.dumps(workspace))._buffers
 
@@ -134,27 +149,38 @@ def test_chunks_are_bounded(n, bytes_each):
     assert rows == 1 or rows * n * bytes_each <= MAXIMUM_BYTES["cpu"]
 
 
-@pytest.mark.parametrize(("n", "rows"), [(4096, 1024), (5000, 1024), (16_384, 256), (24_576, 256), (65_536, 64), (262_144, 64), (1 << 20, 16)])
+@pytest.mark.parametrize(
+    ("n", "rows"),
+    [(4096, 1024), (5000, 1024), (16_384, 256), (24_576, 256), (65_536, 64), (262_144, 64), (1 << 20, 16)],
+)
 def test_chunks_are_large_enough(n, rows):
-    """A power of two, and enough for the product not to wait for W_enc to come from memory, as far as memory allows."""
+    """A chunk has a power of two of rows, and enough of them for its width.
+
+    With fewer rows the product would wait for W_enc to come from memory. The bound on memory limits great widths.
+    """
     assert chunk_rows(n, 4) == rows
 
 
 @pytest.mark.parametrize("length", [0, 1, 1000])
 def test_order_is_that_of_a_stable_sort(length):
-    keys = torch.randint(0, 40, (length,)) + 3  # some of 0 … 44 are no key
+    keys = torch.randint(0, 40, (length,)) + 3  # Some of 0 … 44 never occur
     order, starts = order_of(keys, 45)
     ordered, expected = keys.sort(stable=True)
     assert torch.equal(order, expected)
     assert torch.equal(starts, torch.searchsorted(ordered, torch.arange(45)))
 
 
-@pytest.mark.parametrize("at_once", [0, 1 << 20])  # bytes of weights that may be gathered at once
+@pytest.mark.parametrize("at_once", [0, 1 << 20])  # Bytes of weights that may be gathered at once
 def test_pre_activations_of_some_latents(at_once, monkeypatch):
     monkeypatch.setattr(products, "chunk_rows", lambda n, element_size, device="cpu": 8)
     monkeypatch.setattr(products, "OUTER_BYTES", 5 * 7 * 8)
     monkeypatch.setattr(products, "MAXIMUM_BYTES", {"cpu": at_once})
-    x, weight, bias, latents = torch.randn(30, 7).double(), torch.randn(50, 7).double(), torch.randn(50).double(), torch.randperm(50)[:23]
+    x, weight, bias, latents = (
+        torch.randn(30, 7).double(),
+        torch.randn(50, 7).double(),
+        torch.randn(50).double(),
+        torch.randperm(50)[:23],
+    )
     chunks = pre_activation_chunks(x, weight, bias, Workspace(), latents)
     found = torch.cat([chunk.clone() for _, chunk in chunks], dim=1)
     torch.testing.assert_close(found, (x @ weight.T + bias).T[latents])

@@ -1,4 +1,4 @@
-"""The k largest pre-activations against float64, and what becomes of bounds that say little."""
+"""The k largest pre-activations by screening, against float64. Loose bounds must fall back to computing all."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,10 @@ with_fast_integers = pytest.mark.skipif(not fast_integers(), reason="this CPU ha
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
-    """However few latents there are to a k, and however many are left; a strip of rows for each thread at a time."""
+    """Screens always: however few latents there are per k, and however many the bounds leave.
+
+    Each thread takes one strip of rows at a time.
+    """
     monkeypatch.setattr(screening, "LATENTS_PER_K", 1)
     monkeypatch.setattr(screening, "FEWEST_ROWS", screening.STRIP)
     monkeypatch.setattr(screening, "TOO_MANY", 10)
@@ -26,13 +29,13 @@ def always(monkeypatch):
 
 
 def screened(monkeypatch, *arguments):
-    """What `top_pre_activations` returns without its other way."""
+    """Result of `top_pre_activations` by screening alone. The fallback fails."""
     monkeypatch.setattr(screening, "top_of_chunks", None)
     return top_pre_activations(*arguments, Workspace())
 
 
 def are_largest(values, indices, x, weight, bias, k):
-    """Whether these are the k largest pre-activations, but for what float32 rounds in sums of d products."""
+    """Asserts that these are the k largest pre-activations, up to float32's rounding in sums of d products."""
     exact = x.double() @ weight.double().T + bias.double()
     size = x.double().norm(dim=1, keepdim=True) * weight.double().norm(dim=1) + bias.double().abs()
     tolerance = 2.0**-24 * (x.shape[1] + 2) * size + x.shape[1] * 2.0**-126
@@ -52,9 +55,9 @@ def test_any_size(b, n, d, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((b, d), (n, d), (n,)))
     if data.draw(st.booleans()):
-        x, weight, bias = x.round(), weight.round(), bias.round()  # many ties, rows of zeros
+        x, weight, bias = x.round(), weight.round(), bias.round()  # Many ties, and rows of zeros
     if data.draw(st.booleans()):
-        x, weight = x.sign(), weight.sign()  # nothing is lost in rounding to integers: what float32 rounds is all there is
+        x, weight = x.sign(), weight.sign()  # Integers are exact here, so only float32 rounds
     with pytest.MonkeyPatch.context() as monkeypatch:
         are_largest(*screened(monkeypatch, x, weight, bias, k), x, weight, bias, k)
 
@@ -101,7 +104,7 @@ def test_awkward_numbers(kind, k, monkeypatch):
             weight[:] = weight[0]
         case "far from 0":
             x += 50
-        case "uneven bounds":  # those of many latents are loose, in a dimension that no row has
+        case "uneven bounds":  # A dimension that no row uses loosens the bounds of every tenth latent
             x[:, 0], weight[::10, 0] = 0, 1e4
     are_largest(*screened(monkeypatch, x, weight, bias, k), x, weight, bias, k)
 
@@ -138,7 +141,9 @@ def test_as_shipped_few_latents_to_a_k_are_not_too_many(n, k, monkeypatch):
 def test_few_are_computed(monkeypatch):
     computed, real = [], screening.in_parts
     monkeypatch.setattr(
-        screening, "in_parts", lambda function, *arguments: computed.append((function, real(function, *arguments))) or computed[-1][1]
+        screening,
+        "in_parts",
+        lambda function, *arguments: computed.append((function, real(function, *arguments))) or computed[-1][1],
     )
     top_pre_activations(torch.randn(256, 256), torch.randn(8192, 256), torch.zeros(8192), 32, Workspace())
     totals = [sum(totals) for function, totals in computed if function is screening._select]
@@ -169,22 +174,25 @@ def test_more_than_there_are(k):
 @with_fast_integers
 @pytest.mark.parametrize("dead", [None, 150])
 def test_gradients_are_those_of_all_pre_activations(dead, monkeypatch):
-    """A step of TopK with AuxK both ways, in float32."""
+    """A step of TopK with AuxK gives the same in float32 with and without screening."""
     torch.manual_seed(0)
     x, found = torch.randn(100, 24), {}
     step = StepInfo(dead=None if dead is None else torch.arange(400) >= 400 - dead)
     for latents_per_k in (1, 10**6):
         monkeypatch.setattr(screening, "LATENTS_PER_K", latents_per_k)
         sae = make("topk", 24, 400)
-        terms = sae.loss_and_grads(x, step)
+        terms = sae.loss_and_grads(x, x, step)
         found[latents_per_k] = {**terms, **{name: parameter.grad for name, parameter in sae.named_parameters()}}
-    assert any(not torch.equal(value, found[10**6][name]) for name, value in found[1].items())  # two ways indeed
+    # Different bits prove that the two runs took different ways
+    assert any(not torch.equal(value, found[10**6][name]) for name, value in found[1].items())
     for name, value in found[1].items():
-        torch.testing.assert_close(value, found[10**6][name], rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            value, found[10**6][name], rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_products_that_overflow_are_noticed(monkeypatch):
-    """As oneDNN's are when it is told not to use the instructions for them."""
+    """oneDNN's products overflow when it is told to do without the instructions for them."""
     real = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: real(a, b).clamp(-(1 << 15), (1 << 15) - 1))
     assert not fast_integers.__wrapped__()
@@ -192,7 +200,11 @@ def test_products_that_overflow_are_noticed(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["normal", "what latents lose", "what rows lose", "nothing is lost", "bias"])
 def test_upper_bounds_hold(kind):
-    """For every latent and row, also where they are close: all that one loses in rounding points as the other, or nothing is lost but in float32."""
+    """Bounds hold for every latent and row, also where they are tight.
+
+    They are tight where all that one loses in rounding points in the other's direction.
+    They are tight, too, where only float32 rounds.
+    """
     x, weight, bias, factors = torch.randn(64, 48), torch.randn(900, 48), torch.zeros(900), torch.ones(48)
 
     def rounded(matrix):
@@ -204,7 +216,7 @@ def test_upper_bounds_hold(kind):
 
     match kind:
         case "what latents lose":
-            x = lost(weight)[:64].sign()  # itself integers, up to a factor
+            x = lost(weight)[:64].sign()  # Rounding to integers loses nothing of x
         case "what rows lose":
             weight[:64] = lost(x).sign()
         case "nothing is lost":

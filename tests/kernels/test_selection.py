@@ -1,4 +1,4 @@
-"""The largest elements against torch.topk."""
+"""Selection of the largest elements against torch.topk."""
 
 import os
 import subprocess
@@ -18,18 +18,20 @@ def test_top_k_is_torch_topk(rows, n, data):
     k = data.draw(st.integers(1, n))
     scores = torch.randn(n, rows, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
     if data.draw(st.booleans()):
-        scores = (scores * 2).round()  # many ties
+        scores = (scores * 2).round()  # Many ties
     are_largest(*top_k(scores, k), scores, k)
     again = top_k(scores[:, -2:].clone(), k)
-    assert torch.equal(again[1], top_k(scores, k)[1][-2:])  # whatever company the rows are in
+    assert torch.equal(again[1], top_k(scores, k)[1][-2:])  # Other rows in the call change nothing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("n", "rows", "k"), [(8192, 200, 8), (8191, 65, 32), (5000, 20, 1), (16384, 130, 64), (700, 64, 600), (1, 3, 1)])
+@pytest.mark.parametrize(
+    ("n", "rows", "k"), [(8192, 200, 8), (8191, 65, 32), (5000, 20, 1), (16384, 130, 64), (700, 64, 600), (1, 3, 1)]
+)
 def test_top_k_at_width(n, rows, k, dtype):
     scores = torch.randn(n, rows).to(dtype)
     are_largest(*top_k(scores, k), scores, k)
-    are_largest(*top_k(scores[:, 1:], k), scores[:, 1:], k)  # not contiguous
+    are_largest(*top_k(scores[:, 1:], k), scores[:, 1:], k)  # A view that is not contiguous
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "one far off", "equal", "infinite", "minus infinity"])
@@ -85,7 +87,7 @@ def test_top_k_takes_nan_as_infinity():
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_top_k_does_not_depend_on_threads(threads):
     scores, before = torch.randn(3000, 300).round(decimals=1), torch.get_num_threads()
-    scores[1000] = 1e30  # bounds are far off
+    scores[1000] = 1e30  # This makes the first bounds far off
     expected = top_k(scores, 20)[1]
     torch.set_num_threads(threads)
     try:
@@ -95,7 +97,7 @@ def test_top_k_does_not_depend_on_threads(threads):
 
 
 def are_largest(values, indices, scores, k):
-    """Whether these are the k largest of each column of `scores`."""
+    """Asserts that these are the k largest of each column of `scores` (n, rows)."""
     assert torch.equal(values.sort(dim=1, descending=True).values, scores.T.topk(k, dim=1).values)
     assert torch.equal(scores.T.gather(1, indices), values)
     assert all(len(set(row)) == k for row in indices.tolist())
@@ -120,7 +122,7 @@ def test_batch_top(b, n, chunk, data):
 
 
 def test_without_a_folder_for_compiled_code(tmp_path):
-    """A package that cannot be written, with and without a home that can: nothing fails."""
+    """Nothing fails where the package's folder cannot be written, with or without a writable home."""
     code = """
 import os, pathlib, sys
 refused = pathlib.Path.mkdir
@@ -137,9 +139,13 @@ print(top_k(torch.arange(12.).view(4, 3), 1)[1].tolist(), numba.config.CACHE_DIR
 
     def run(writable: str) -> str:
         environment = os.environ | {"HOME": str(tmp_path)}
-        return subprocess.run([sys.executable, "-c", code, writable], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            [sys.executable, "-c", code, writable], env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     assert run("nowhere") == "[[3], [3], [3]] True"
     assert not list(tmp_path.rglob("*.nbi"))
     assert run(str(tmp_path)) == "[[3], [3], [3]] True"
-    assert list(tmp_path.glob(".cache/raysae/numba-*/**/*.nbi")), "what cannot be kept beside the package is kept with the user's caches"
+    assert list(tmp_path.glob(".cache/raysae/numba-*/**/*.nbi")), (
+        "compiled code goes to the user's caches if the package's folder cannot be written"
+    )

@@ -1,4 +1,4 @@
-"""Small random models of every architecture, saved as folders that raysae loads like any other."""
+"""Small random models of every architecture. Their folders load like any other model's."""
 
 from __future__ import annotations
 
@@ -34,24 +34,32 @@ _SIZES = {
     "eos_token_id": 2,
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
-_GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": LAYERS, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2_SIZES = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 24,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 CONFIGS = {
     "gpt2": GPT2Config(**_GPT2_SIZES),
     "gpt_neox_parallel": GPTNeoXConfig(**_SIZES, use_parallel_residual=True),
     "gpt_neox_sequential": GPTNeoXConfig(**_SIZES, use_parallel_residual=False),
     "llama": LlamaConfig(**_GROUPED),
-    # sliding windows shorter than a context, heads · head size ≠ d_model
+    # The sliding window is shorter than a context, and heads · head size ≠ d_model
     "gemma2": Gemma2Config(**_GROUPED, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, pad_token_id=0),
     "qwen2": Qwen2Config(**_GROUPED),
     "qwen3": Qwen3Config(**_GROUPED, head_dim=8),
     "mistral": MistralConfig(**_GROUPED, sliding_window=6),
 }
-# architectures that raysae has no table entry for
+# Architectures without an entry in raysae's table
 STRANGERS = {
-    "olmo2": Olmo2Config(**_GROUPED),  # post-norms only
-    "granite": GraniteConfig(**_GROUPED, residual_multiplier=0.3),  # what a block adds is scaled
-    "gptj": GPTJConfig(**_GPT2_SIZES, rotary_dim=4),  # blocks return tuples
+    "olmo2": Olmo2Config(**_GROUPED),  # Has post-norms only
+    "granite": GraniteConfig(**_GROUPED, residual_multiplier=0.3),  # Scales what a block adds
+    "gptj": GPTJConfig(**_GPT2_SIZES, rotary_dim=4),  # Returns tuples from its blocks
 }
 CONFIGS_OF_ALL = {**CONFIGS, **STRANGERS}
 

@@ -1,4 +1,4 @@
-"""What is known before a model is loaded, and the sentences for wrong names."""
+"""What is known of a model before it is loaded, and the errors for wrong names."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def test_sizes(architecture, d_attn, d_mlp, tmp_path):
 def test_facts_need_no_torch(llama):
     code = (
         "import sys; from raysae.config import ModelConfig; from raysae.lm.facts import model_facts, hook_width;"
-        f"facts = model_facts(ModelConfig(name={str(llama)!r})); assert hook_width('mlp_act.1', facts) == 40; assert 'torch' not in sys.modules"
+        f"facts = model_facts(ModelConfig(name={str(llama)!r})); assert hook_width('mlp_act.1', facts) == 40; "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -64,7 +65,7 @@ def test_digest_follows_content_not_place(llama, tmp_path, monkeypatch):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert digest_of(copy) != digest_of(llama)
-    monkeypatch.setattr(facts_module, "HASHED_WHOLE", 1000)  # now by size and pieces
+    monkeypatch.setattr(facts_module, "HASHED_WHOLE", 1000)  # The digest now takes sizes and samples of files
     monkeypatch.setattr(facts_module, "SAMPLE", 100)
     assert digest_of(llama) == digest_of(shutil.copytree(llama, tmp_path / "third")) != digest_of(copy)
 
@@ -74,7 +75,9 @@ def test_parse_hook_point(llama):
     assert parse_hook_point("resid_pre.0", facts) == ("resid_pre", 0)
     assert parse_hook_point("mlp_act.2", facts) == ("mlp_act", 2)
     for wrong in ("resid_post.3", "resid_mid.1", "resid_post", "resid_post.-1", "resid_post.x", "resid_post.01", ""):
-        with pytest.raises(UserError, match=r"resid_pre, resid_post, attn_out, mlp_out, attn_z, mlp_act and a layer from 0 to 2") as caught:
+        with pytest.raises(
+            UserError, match=r"resid_pre, resid_post, attn_out, mlp_out, attn_z, mlp_act and a layer from 0 to 2"
+        ) as caught:
             parse_hook_point(wrong, facts)
         assert repr(wrong) in str(caught.value)
 
@@ -105,13 +108,15 @@ def test_folders_without_a_model(tmp_path):
     for part in ("architecture 't5'", "model.modules", "gpt2"):
         assert part in refusal()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "neither num_hidden_layers nor hidden_size" in refusal()
+    assert "lacks num_hidden_layers or hidden_size" in refusal()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2}))
     assert "there are no weights" in refusal()
 
 
 def test_unknown_key_in_modules(llama):
-    with pytest.raises(UserError, match=r"'mlp_out', which is none of blocks, attn, attn_proj, mlp, mlp_proj, attn_norm, mlp_norm"):
+    with pytest.raises(
+        UserError, match=r"'mlp_out', which is none of blocks, attn, attn_proj, mlp, mlp_proj, attn_norm, mlp_norm"
+    ):
         model_facts(ModelConfig(name=str(llama), modules={"mlp_out": "mlp"}))
 
 
@@ -122,25 +127,35 @@ def test_embedded_is_a_folder_in_the_package(llama, monkeypatch):
 
 
 def test_hub_names(llama, tmp_path):
-    """A model in the hub client's local cache is found by name, offline, and known by its commit."""
+    """A model in the hub client's local cache is found by name without a network. Its commit identifies it."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--tiny"
     shutil.copytree(llama, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     code = (
-        "from raysae.config import ModelConfig; from raysae.lm.facts import model_facts; from raysae.lm.model import LanguageModel;"
+        "from raysae.config import ModelConfig; from raysae.lm.facts import model_facts; "
+        "from raysae.lm.model import LanguageModel;"
         "config = ModelConfig(name='someone/tiny'); facts = model_facts(config);"
         f"assert (facts.folder_or_name, facts.commit) == ('someone/tiny', {commit!r}), facts;"
         f"assert facts.digest == model_facts(ModelConfig(name='someone/tiny', revision={commit!r})).digest;"
         "assert LanguageModel.load(config).facts == facts"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=os.environ | {"HF_HUB_CACHE": str(tmp_path)})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=120, env=os.environ | {"HF_HUB_CACHE": str(tmp_path)}
+    )
 
 
 def test_stories(stories_model, llama):
     facts = model_facts(ModelConfig(name=str(stories_model)))
-    assert (facts.architecture, facts.layers, facts.d_model, facts.d_attn, facts.d_mlp, facts.context_length) == ("llama", 5, 64, 64, 172, 512)
+    assert (facts.architecture, facts.layers, facts.d_model, facts.d_attn, facts.d_mlp, facts.context_length) == (
+        "llama",
+        5,
+        64,
+        64,
+        172,
+        512,
+    )
     tokenizer = load_tokenizer(ModelConfig(name=str(stories_model)))
     ids = tokenizer("Once upon a time")["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "Once upon a time"

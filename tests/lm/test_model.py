@@ -1,4 +1,7 @@
-"""Hook points of every architecture against the model's own hidden states and modules, replacing, continuing, stopping early."""
+"""Hook points of every architecture: reading, replacing, continuing from one, stopping early.
+
+Activations must equal the model's own hidden states and its modules' outputs.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,16 @@ from tests.lm.models import CONFIGS, LAYERS, LENGTH, VOCABULARY, load, random_to
 
 EVERY_HOOK_POINT = [f"{kind}.{layer}" for kind in KINDS for layer in range(LAYERS)]
 
-# The test's own knowledge of each architecture: paths in the causal LM to the blocks, the final norm, and per block the two output projections.
+# Paths in each causal LM: the blocks, the final norm, and in each block the two output projections.
+# They are written here independently of the package.
 PATHS = {
     "gpt2": ("transformer.h", "transformer.ln_f", "attn.c_proj", "mlp.c_proj"),
     "gpt_neox_parallel": ("gpt_neox.layers", "gpt_neox.final_layer_norm", "attention.dense", "mlp.dense_4h_to_h"),
     "gpt_neox_sequential": ("gpt_neox.layers", "gpt_neox.final_layer_norm", "attention.dense", "mlp.dense_4h_to_h"),
-    **dict.fromkeys(("llama", "gemma2", "qwen2", "qwen3", "mistral"), ("model.layers", "model.norm", "self_attn.o_proj", "mlp.down_proj")),
+    **dict.fromkeys(
+        ("llama", "gemma2", "qwen2", "qwen3", "mistral"),
+        ("model.layers", "model.norm", "self_attn.o_proj", "mlp.down_proj"),
+    ),
 }
 
 
@@ -50,7 +57,7 @@ def nonlinear(x: torch.Tensor) -> torch.Tensor:
 
 
 class Calls:
-    """Counts completed forward passes of modules while it is entered."""
+    """Context manager that counts completed forward passes of modules."""
 
     def __init__(self, modules) -> None:
         self.counts = [0] * len(modules)
@@ -86,7 +93,7 @@ def test_last_residual_is_the_last_blocks_output(lm, seen, architecture):
         hidden = lm.model(random_tokens(), output_hidden_states=True, use_cache=False).hidden_states
     last = seen[f"resid_post.{LAYERS - 1}"]
     assert_close(last, outputs[0], rtol=0, atol=0)
-    assert_close(norm(last), hidden[-1], rtol=0, atol=0)  # transformers' last hidden state is after the final norm
+    assert_close(norm(last), hidden[-1], rtol=0, atol=0)  # transformers gives the last one after the final norm
     assert not torch.allclose(last, hidden[-1], atol=1e-2)
 
 
@@ -141,7 +148,7 @@ def test_forward_stops_after_the_highest_hook_point(lm, architecture):
         lm.activations(random_tokens(), ["resid_post.0", "resid_pre.1"])
         assert calls == [1, 0, 0, 0, 0]
         lm.activations(random_tokens(), ["attn_z.1"])
-        assert calls == [2, 0, 0, 0, 0]  # stops before the projection itself
+        assert calls == [2, 0, 0, 0, 0]  # The second pass stops before the projection
     with Calls([*(block.get_submodule(mlp_output) for block in blocks), norm, head]) as calls:
         lm.activations(random_tokens(), ["attn_out.2", "mlp_out.0"])
         assert calls == [1, 1, 0, 0, 0]
@@ -151,7 +158,7 @@ def test_forward_stops_after_the_highest_hook_point(lm, architecture):
 
 def test_token_loss(lm, seen, monkeypatch):
     tokens = random_tokens()
-    monkeypatch.setattr("raysae.lm.model.LOGITS_AT_ONCE", 2 * LENGTH * VOCABULARY)  # two contexts at a time, then one
+    monkeypatch.setattr("raysae.lm.model.LOGITS_AT_ONCE", 2 * LENGTH * VOCABULARY)  # Takes two contexts, then one
     result = lm.activations(tokens, ["resid_pre.1"], token_loss=True)
     assert set(result) == {"resid_pre.1", "token_loss"}
     assert_close(result["resid_pre.1"], seen["resid_pre.1"], rtol=0, atol=0)
@@ -170,12 +177,14 @@ def test_logits_are_the_models(lm):
 
 def test_replacing_by_itself_changes_nothing(lm):
     clean = lm.logits(random_tokens())
-    assert_close(lm.logits(random_tokens(), {name: lambda x: x.clone() for name in EVERY_HOOK_POINT}), clean, rtol=0, atol=0)
+    assert_close(
+        lm.logits(random_tokens(), {name: lambda x: x.clone() for name in EVERY_HOOK_POINT}), clean, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize(("kind", "projection"), [("attn_out", 2), ("attn_z", 2), ("mlp_out", 3), ("mlp_act", 3)])
 def test_zeroed_parts_equal_zeroed_weights(lm, architecture, kind, projection):
-    """Ablating what a block adds, or what its projection reads, is the same as a model without that projection's weights."""
+    """Zeroing what a block adds, or what its projection reads, equals zeroing the projection's weights."""
     layer = 1
     ablated = lm.logits(random_tokens(), {f"{kind}.{layer}": torch.zeros_like})
     assert not torch.allclose(ablated, lm.logits(random_tokens()), atol=1e-2)
@@ -235,13 +244,19 @@ def test_continuing_equals_a_whole_pass(lm, seen, hook_point):
     clean, replaced = lm.logits(tokens), lm.logits(tokens, {hook_point: nonlinear})
     assert not torch.allclose(clean, replaced, atol=1e-2)
     assert_close(lm.resume(prefix, nonlinear(prefix.activation)), replaced, rtol=1e-5, atol=1e-5)
-    assert_close(lm.resume(prefix, prefix.activation), clean, rtol=1e-5, atol=1e-5)  # again, from the same prefix
-    assert_close(lm.logits(tokens), clean, rtol=0, atol=0)  # the model is as before
+    assert_close(lm.resume(prefix, prefix.activation), clean, rtol=1e-5, atol=1e-5)  # A prefix works twice
+    assert_close(lm.logits(tokens), clean, rtol=0, atol=0)  # The model is unchanged
 
 
 @pytest.mark.parametrize(
     ("hook_point", "computed"),
-    [("resid_pre.0", [1, 1, 1]), ("resid_post.0", [0, 1, 1]), ("attn_out.1", [0, 1, 1]), ("mlp_act.2", [0, 0, 1]), ("resid_post.2", [0, 0, 0])],
+    [
+        ("resid_pre.0", [1, 1, 1]),
+        ("resid_post.0", [0, 1, 1]),
+        ("attn_out.1", [0, 1, 1]),
+        ("mlp_act.2", [0, 0, 1]),
+        ("resid_post.2", [0, 0, 0]),
+    ],
 )
 def test_continuing_computes_only_the_blocks_from_the_hook_point_up(lm, architecture, hook_point, computed):
     prefix = lm.prefix(random_tokens(), hook_point)
@@ -254,7 +269,9 @@ def test_continuing_computes_only_the_blocks_from_the_hook_point_up(lm, architec
 def test_a_twin_shares_weights_and_no_hooks(lm):
     tokens = random_tokens()
     twin, clean = lm.twin(), lm.logits(tokens)
-    assert [t.data_ptr() for t in twin.model.state_dict().values()] == [t.data_ptr() for t in lm.model.state_dict().values()]
+    assert [t.data_ptr() for t in twin.model.state_dict().values()] == [
+        t.data_ptr() for t in lm.model.state_dict().values()
+    ]
     inside = []
     replaced = lm.logits(tokens, {"resid_post.0": lambda x: inside.append(twin.logits(tokens)) or nonlinear(x)})
     assert_close(inside, [clean], rtol=0, atol=0)
@@ -288,7 +305,8 @@ def test_bfloat16(name, tmp_path):
     for hook_point, activation in activations.items():
         assert (activation.float() - truth[hook_point]).norm() < 0.05 * truth[hook_point].norm(), hook_point
         prefix = half.prefix(tokens, hook_point)
-        replaced = half.logits(tokens, {hook_point: lambda x: nonlinear(x.float())})  # float32 from the function is cast
+        # The model casts the function's float32 to bfloat16
+        replaced = half.logits(tokens, {hook_point: lambda x: nonlinear(x.float())})
         assert_close(half.resume(prefix, nonlinear(prefix.activation.float())), replaced, rtol=0, atol=0)
 
 
@@ -296,9 +314,16 @@ def test_device_map_is_passed_on(tmp_path, monkeypatch):
     folder = save("llama", tmp_path)
     pytest.importorskip("accelerate")
     from_pretrained, passed = AutoModelForCausalLM.from_pretrained, []
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: passed.append(kwargs) or from_pretrained(*args, **kwargs))
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **kwargs: passed.append(kwargs) or from_pretrained(*args, **kwargs),
+    )
     spread, whole = load(folder, device_map="auto"), load(folder)
-    assert [(kwargs["device_map"], kwargs["trust_remote_code"]) for kwargs in passed] == [("auto", False), (None, False)]
+    assert [(kwargs["device_map"], kwargs["trust_remote_code"]) for kwargs in passed] == [
+        ("auto", False),
+        (None, False),
+    ]
     tokens = random_tokens()
     for hook_point in EVERY_HOOK_POINT:
         prefix = spread.prefix(tokens, hook_point)
@@ -307,7 +332,10 @@ def test_device_map_is_passed_on(tmp_path, monkeypatch):
 
 
 def test_blocks_with_a_forward_of_their_own_get_it_back(tmp_path):
-    """Where a model is spread over devices, accelerate puts a forward on each block; continuing hides it and restores it."""
+    """accelerate gives each block a forward of its own where a model is spread over devices.
+
+    Continuing from a hook point hides these forwards and restores them.
+    """
     accelerate = pytest.importorskip("accelerate")
     lm = load(save("llama", tmp_path))
     clean = lm.logits(random_tokens())
@@ -335,9 +363,15 @@ def test_incomplete_weights_are_refused(tmp_path):
         load(folder)
 
 
-# ---------------------------------------------------------------- architectures named by their module paths
+# ---------------------------------------------------------------- architectures described by module paths
 
-LLAMA_PATHS = {"blocks": "model.layers", "attn": "self_attn", "attn_proj": "self_attn.o_proj", "mlp": "mlp", "mlp_proj": "mlp.down_proj"}
+LLAMA_PATHS = {
+    "blocks": "model.layers",
+    "attn": "self_attn",
+    "attn_proj": "self_attn.o_proj",
+    "mlp": "mlp",
+    "mlp_proj": "mlp.down_proj",
+}
 POST_NORMS = {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"}
 
 
@@ -349,7 +383,12 @@ def test_module_paths_make_an_unknown_architecture_known(tmp_path):
     test_parts_add_up_to_the_block(seen)
     for hook_point in EVERY_HOOK_POINT:
         prefix = lm.prefix(tokens, hook_point)
-        assert_close(lm.resume(prefix, nonlinear(prefix.activation)), lm.logits(tokens, {hook_point: nonlinear}), rtol=1e-5, atol=1e-5)
+        assert_close(
+            lm.resume(prefix, nonlinear(prefix.activation)),
+            lm.logits(tokens, {hook_point: nonlinear}),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 def test_module_paths_that_do_not_add_up_are_refused(tmp_path):
@@ -369,7 +408,13 @@ def test_module_paths_that_do_not_add_up_are_refused(tmp_path):
 def test_blocks_that_return_tuples(tmp_path):
     lm = load(
         save("gptj", tmp_path),
-        modules={"blocks": "transformer.h", "attn": "attn", "attn_proj": "attn.out_proj", "mlp": "mlp", "mlp_proj": "mlp.fc_out"},
+        modules={
+            "blocks": "transformer.h",
+            "attn": "attn",
+            "attn_proj": "attn.out_proj",
+            "mlp": "mlp",
+            "mlp_proj": "mlp.fc_out",
+        },
     )
     assert isinstance(lm.blocks[0](torch.zeros(1, 4, 24), position_ids=torch.arange(4)[None]), tuple)
     tokens = random_tokens()
@@ -377,7 +422,12 @@ def test_blocks_that_return_tuples(tmp_path):
     test_parts_add_up_to_the_block(lm.activations(tokens, hook_points))
     for hook_point in hook_points:
         prefix = lm.prefix(tokens, hook_point)
-        assert_close(lm.resume(prefix, nonlinear(prefix.activation)), lm.logits(tokens, {hook_point: nonlinear}), rtol=1e-5, atol=1e-5)
+        assert_close(
+            lm.resume(prefix, nonlinear(prefix.activation)),
+            lm.logits(tokens, {hook_point: nonlinear}),
+            rtol=1e-5,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize(
@@ -386,7 +436,7 @@ def test_blocks_that_return_tuples(tmp_path):
         ({"blocks": "model.layer"}, "'blocks' is 'model.layer', which LlamaForCausalLM does not have"),
         ({"blocks": "model"}, "'blocks' is 'model', which is not the list of the model's 3 blocks"),
         ({"mlp_proj": "mlp.down"}, "'mlp_proj' is 'mlp.down', which LlamaDecoderLayer does not have"),
-        ({"mlp_proj": "mlp.up_proj"}, "24 wide where config.json says 40"),
+        ({"mlp_proj": "mlp.up_proj"}, "24 wide, but config.json says 40"),
     ],
 )
 def test_wrong_module_paths(tmp_path, modules, message):
@@ -407,10 +457,12 @@ def test_a_module_that_the_forward_pass_does_not_use(tmp_path):
 
 def test_stories(stories_model):
     lm = LanguageModel.load(ModelConfig(name=str(stories_model)))
-    tokens = torch.tensor([[1, 403, 407, 261, 378]])  # <s> Once upon a time
+    tokens = torch.tensor([[1, 403, 407, 261, 378]])  # "<s> Once upon a time"
     loss = lm.activations(tokens, [], token_loss=True)["token_loss"]
     assert loss.shape == (1, 5)
     assert loss[:, 1:].isfinite().all()
     names = [f"{kind}.4" for kind in KINDS]
     seen = lm.activations(tokens, names)
-    assert_close(seen["resid_pre.4"] + seen["attn_out.4"] + seen["mlp_out.4"], seen["resid_post.4"], rtol=1e-5, atol=1e-5)
+    assert_close(
+        seen["resid_pre.4"] + seen["attn_out.4"] + seen["mlp_out.4"], seen["resid_post.4"], rtol=1e-5, atol=1e-5
+    )

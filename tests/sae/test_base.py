@@ -1,4 +1,4 @@
-"""Initial values, folding, encoding."""
+"""What all architectures share: initial values, folding, encoding."""
 
 import pickle
 
@@ -22,7 +22,11 @@ def briefly_trained(architecture, d=32, width=64):
 
 
 def dense(codes, n):
-    return torch.zeros(len(codes.values), n, dtype=codes.values.dtype).scatter(1, codes.indices, codes.values) if isinstance(codes, Codes) else codes
+    return (
+        torch.zeros(len(codes.values), n, dtype=codes.values.dtype).scatter(1, codes.indices, codes.values)
+        if isinstance(codes, Codes)
+        else codes
+    )
 
 
 def test_weights_depend_on_the_seed_alone(architecture):
@@ -98,27 +102,29 @@ def test_forward_in_chunks_of_rows(architecture, monkeypatch):
 
 
 def test_state_continues_training_bit_for_bit(architecture):
-    """What a checkpoint keeps is enough: a copy through state_dict takes the same further steps. A pickle as well."""
+    """A copy through state_dict takes the same further steps, and so does a pickle. Checkpoints need no more."""
     sae, x = briefly_trained(architecture)
     copy = make(architecture, 32, 64, k=3, sparsity=sae.config.sparsity or 0, bandwidth=0.1)
     copy.load_state_dict(sae.state_dict())
     pickled = pickle.loads(pickle.dumps(sae))
     for each in (sae, copy, pickled):
-        each.loss_and_grads(x / each.scale, StepInfo())
+        each.loss_and_grads(scaled := x / each.scale, scaled, StepInfo())
         each.after_grads()
         with torch.no_grad():
             for parameter in each.parameters():
                 parameter.sub_(0.01 * parameter.grad)
         each.after_step()
     for other in (copy, pickled):
-        assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), other.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(sae.state_dict().values(), other.state_dict().values(), strict=True)
+        )
 
 
 def test_nan_shows_in_the_loss(architecture):
     sae = make(architecture, 16, 40)
     x = torch.randn(20, 16)
     x[3, 4] = torch.nan
-    assert sae.loss_and_grads(x, StepInfo())["loss"].isnan()
+    assert sae.loss_and_grads(x, x, StepInfo())["loss"].isnan()
 
 
 def test_mmcs_by_hand():

@@ -1,4 +1,4 @@
-"""Saved folders: what comes back, and what is refused."""
+"""Saved folders come back as they were, and damaged ones are refused."""
 
 import json
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from raysae.config import UserError
+from raysae.config import ARCHITECTURES, UserError
+from raysae.sae.architectures import CLASSES
 from raysae.sae.files import load_sae, save_sae
 from tests.sae.test_base import briefly_trained, dense
 
@@ -17,26 +18,39 @@ def test_round_trip_is_bitwise(architecture, tmp_path):
     folded, loaded = sae.folded(), load_sae(tmp_path / "a" / "sae")
     assert loaded.config == sae.config
     own = folded.state_dict()
-    assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.state_dict().items() if name != "threshold_steps")
+    assert all(
+        torch.equal(tensor, own[name]) for name, tensor in loaded.state_dict().items() if name != "threshold_steps"
+    )
     assert torch.equal(dense(loaded.encode(x), 64), dense(folded.encode(x), 64))
     assert torch.equal(loaded(x), folded(x))
     save_sae(loaded, tmp_path / "b")
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-        first, second = (load_file(path / "sae_weights.safetensors")[name] for path in (tmp_path / "a" / "sae", tmp_path / "b"))
+        first, second = (
+            load_file(path / "sae_weights.safetensors")[name] for path in (tmp_path / "a" / "sae", tmp_path / "b")
+        )
         torch.testing.assert_close(first, second, rtol=1e-6, atol=0)
 
 
 def test_layout_is_saelens(architecture, tmp_path):
     sae, _ = briefly_trained(architecture)
     save_sae(sae, tmp_path / "sae", {"model_name": "embedded", "context_size": 256})
-    config, tensors = json.loads((tmp_path / "sae" / "cfg.json").read_text()), load_file(tmp_path / "sae" / "sae_weights.safetensors")
-    saelens = {"topk": "topk", "batchtopk": "jumprelu", "relu": "standard", "tied": "standard", "jumprelu": "jumprelu"}[architecture]
-    assert config["architecture"] == saelens
+    config, tensors = (
+        json.loads((tmp_path / "sae" / "cfg.json").read_text()),
+        load_file(tmp_path / "sae" / "sae_weights.safetensors"),
+    )
+    assert config["architecture"] == ARCHITECTURES[architecture].saelens
     assert (config["d_in"], config["d_sae"]) == (32, 64)
-    assert config["metadata"] == {"sae_lens_version": "6.0.0", "hook_name": "blocks.2.hook_resid_post", "model_name": "embedded", "context_size": 256}
+    assert config["metadata"] == {
+        "sae_lens_version": "6.0.0",
+        "hook_name": "blocks.2.hook_resid_post",
+        "model_name": "embedded",
+        "context_size": 256,
+    }
+    shapes = {"W_enc": (32, 64), "W_dec": (64, 32), "b_dec": (32,)}
+    names = CLASSES[architecture].SAVED
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
-        "W_enc": (32, 64), "W_dec": (64, 32), "b_enc": (64,), "b_dec": (32,), **({"threshold": (64,)} if saelens == "jumprelu" else {})
-    }  # fmt: skip
+        name: shapes.get(name, (64,)) for name in names
+    }
 
 
 def test_replaces_what_is_there_and_leaves_nothing_beside(tmp_path):
@@ -46,7 +60,11 @@ def test_replaces_what_is_there_and_leaves_nothing_beside(tmp_path):
         save_sae(sae, tmp_path / "sae")
     assert torch.equal(load_sae(tmp_path / "sae")(x), second.folded()(x))
     assert [path.name for path in tmp_path.iterdir()] == ["sae"]
-    assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == ["cfg.json", "raysae.json", "sae_weights.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == [
+        "cfg.json",
+        "raysae.json",
+        "sae_weights.safetensors",
+    ]
 
 
 def test_a_failed_save_leaves_the_old_one(tmp_path, monkeypatch):

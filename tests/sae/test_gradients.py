@@ -1,4 +1,4 @@
-"""loss_and_grads against autograd on the plain dense version, in float64."""
+"""`loss_and_grads` against autograd, in float64. The losses that autograd differentiates are in `naive.py`."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from raysae.kernels import codes, elements, products
 from raysae.kernels.elements import Few
 from raysae.sae.base import StepInfo
 from tests.sae import naive
-from tests.sae.conftest import make
+from tests.sae.conftest import make, with_k
 
 D, N, B = 20, 70, 48
 
 
 def perturbed(sae, seed=1):
-    """Every parameter moved off its symmetric start; decoder rows back to norm 1."""
+    """Moves every parameter off its symmetric start. Decoder rows keep norm 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -28,17 +28,19 @@ def check(sae, dead, factor=0.7):
     parameters = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
     expected = naive.loss(sae, parameters, x, factor, dead)
     expected.backward()
-    for _ in range(2):  # the second time in used buffers
-        terms = sae.loss_and_grads(x, StepInfo(sparsity_factor=factor, dead=dead))
+    for _ in range(2):  # The second round runs in used buffers
+        terms = sae.loss_and_grads(x, x, StepInfo(sparsity_factor=factor, dead=dead))
     torch.testing.assert_close(terms["loss"], expected.detach(), rtol=1e-12, atol=1e-12)
     for name, parameter in sae.named_parameters():
-        torch.testing.assert_close(parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, parameters[name].grad, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+        )
         assert parameters[name].grad.abs().max() > 0
     return terms
 
 
 @pytest.mark.parametrize("chunk_rows", [7, B])
-@pytest.mark.parametrize("dense", [False, True])  # matrices of codes
+@pytest.mark.parametrize("dense", [False, True])  # Whether codes are a dense matrix
 def test_gradients_equal_autograd(architecture, chunk_rows, dense, monkeypatch):
     monkeypatch.setattr(products, "DENSE_PER_NONZERO", {"cpu": 1000 * dense})
     monkeypatch.setattr(elements, "LISTED", not dense)
@@ -46,8 +48,8 @@ def test_gradients_equal_autograd(architecture, chunk_rows, dense, monkeypatch):
     check(make(architecture, D, N, bandwidth=0.8), dead=None)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
-@pytest.mark.parametrize("dead_latents", [3, 40])  # fewer and more than k_aux = 8
+@pytest.mark.parametrize("architecture", with_k())
+@pytest.mark.parametrize("dead_latents", [3, 40])  # Fewer and more than k_aux = 8
 @pytest.mark.parametrize("aux_nonzeros", [50, 1 << 19])
 @pytest.mark.parametrize("dense_per_nonzero", [0, 1000])
 def test_gradients_with_auxk(architecture, dead_latents, aux_nonzeros, dense_per_nonzero, monkeypatch):
@@ -64,13 +66,13 @@ def test_gradients_with_auxk(architecture, dead_latents, aux_nonzeros, dense_per
     assert terms["aux"] > 0
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("architecture", with_k())
 def test_no_active_latent_at_all(architecture):
     sae = make(architecture, D, N).double()
     with torch.no_grad():
         sae.b_enc.fill_(-100)
     x = torch.randn(B, D, dtype=torch.float64)
-    terms = sae.loss_and_grads(x, StepInfo(dead=torch.ones(N, dtype=torch.bool)))
+    terms = sae.loss_and_grads(x, x, StepInfo(dead=torch.ones(N, dtype=torch.bool)))
     sae.after_step()
     torch.testing.assert_close(terms["squared_error"], x.square().sum(1).mean())
     assert terms["l0"] == 0
@@ -84,7 +86,7 @@ def test_no_active_latent_at_all_in_a_dense_kind(architecture):
     with torch.no_grad():
         sae.b_enc.fill_(-100)
     x = torch.randn(B, D, dtype=torch.float64)
-    terms = sae.loss_and_grads(x, StepInfo())
+    terms = sae.loss_and_grads(x, x, StepInfo())
     torch.testing.assert_close(terms["squared_error"], x.square().sum(1).mean())
     assert terms["l0"] == 0
     assert not sae.fired().any()
@@ -111,13 +113,13 @@ def test_a_nan_is_not_lost(architecture, listed, monkeypatch):
     with torch.no_grad():
         sae.b_enc.fill_(-100)
         sae.W_enc[3, 1] = torch.nan
-    assert sae.loss_and_grads(torch.randn(B, D), StepInfo())["loss"].isnan()
+    assert sae.loss_and_grads(rows := torch.randn(B, D), rows, StepInfo())["loss"].isnan()
 
 
 def test_l0_and_fired(architecture):
     sae = make(architecture, D, N, bandwidth=0.8).double()
     x = torch.randn(B, D, dtype=torch.float64)
-    terms = sae.loss_and_grads(x, StepInfo())
+    terms = sae.loss_and_grads(x, x, StepInfo())
     if architecture == "batchtopk":
         pre = sae.pre_activations(x).T.detach()
         codes = naive.dense_top(pre.flatten()[None], sae.config.k * B).relu().view_as(pre)
@@ -131,8 +133,8 @@ def test_l0_and_fired(architecture):
 
 def test_gradient_along_decoder_rows_is_removed_and_rows_stay_unit(architecture):
     sae = make(architecture, D, N, bandwidth=0.8).double()
-    sae.after_step()  # norms of 1 in float64
-    sae.loss_and_grads(torch.randn(B, D, dtype=torch.float64), StepInfo())
+    sae.after_step()  # Decoder rows get norm 1 to the precision of float64
+    sae.loss_and_grads(rows := torch.randn(B, D, dtype=torch.float64), rows, StepInfo())
     sae.after_grads()
     assert (sae.W_dec.grad * sae.decoder()).sum(1).abs().max() < 1e-12
     with torch.no_grad():
@@ -149,8 +151,8 @@ def test_same_bits_every_time_and_in_company(architecture):
         for _ in range(3):
             x = torch.randn(B, D, generator=generator)
             if company:
-                other.loss_and_grads(x, StepInfo())
-            sae.loss_and_grads(x, StepInfo(dead=torch.arange(N) < 20))
+                other.loss_and_grads(x, x, StepInfo())
+            sae.loss_and_grads(x, x, StepInfo(dead=torch.arange(N) < 20))
             sae.after_grads()
             with torch.no_grad():
                 for parameter in sae.parameters():
@@ -162,10 +164,12 @@ def test_same_bits_every_time_and_in_company(architecture):
     assert all(torch.equal(alone[name], accompanied[name]) for name in alone)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("architecture", with_k())
 def test_auxk_on_one_row_is_left_out(architecture):
     sae = make(architecture, D, N).double()
-    terms = sae.loss_and_grads(torch.randn(1, D, dtype=torch.float64), StepInfo(dead=torch.ones(N, dtype=torch.bool)))
+    terms = sae.loss_and_grads(
+        rows := torch.randn(1, D, dtype=torch.float64), rows, StepInfo(dead=torch.ones(N, dtype=torch.bool))
+    )
     assert terms["aux"] == 0
     assert terms["loss"] == terms["squared_error"]
     assert all(parameter.grad.isfinite().all() for parameter in sae.parameters())

@@ -1,4 +1,7 @@
-"""Other people's autoencoders: files as they write them, reconstructions equal to their formulas, and what is refused."""
+"""Other people's autoencoders.
+
+Each test writes files as their authors do. Reconstructions must equal the authors' formulas, or loading must refuse.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ D, N, K = 12, 40, 5
 
 
 def weights(seed: int = 0) -> dict[str, Tensor]:
-    """Latent-major, decoder rows of several norms, a dead row, biases that matter, thresholds some of which are below 0."""
+    """Random latent-major weights with every oddity.
+
+    Decoder rows have several norms, and one is zero. Biases are far from zero. Some thresholds are below 0.
+    """
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -29,7 +35,13 @@ def weights(seed: int = 0) -> dict[str, Tensor]:
 
     W_dec = normal(N, D) * torch.linspace(0.5, 2, N).unsqueeze(1) / D**0.5
     W_dec[3] = 0
-    return {"W_enc": normal(N, D) / D**0.5, "W_dec": W_dec, "b_enc": 0.3 * normal(N), "b_dec": normal(D), "threshold": normal(N).add(0.5) * 0.4}
+    return {
+        "W_enc": normal(N, D) / D**0.5,
+        "W_dec": W_dec,
+        "b_enc": 0.3 * normal(N),
+        "b_dec": normal(D),
+        "threshold": normal(N).add(0.5) * 0.4,
+    }
 
 
 @pytest.fixture
@@ -38,7 +50,7 @@ def x() -> Tensor:
 
 
 def top(codes: Tensor) -> Tensor:
-    """The K largest of each row, others 0."""
+    """`codes` with all but the K largest of each row set to 0."""
     values, indices = codes.topk(K)
     return torch.zeros_like(codes).scatter(1, indices, values)
 
@@ -49,7 +61,7 @@ def active(sae, x: Tensor) -> Tensor:
 
 
 def check(where, name: str, hook_point: str, x: Tensor, codes: Tensor, reconstruction: Tensor) -> None:
-    """Loaded from `where`: what its owner's formulas gave, in float64."""
+    """Loads `where` and compares with what its authors' formulas gave in float64."""
     loaded = load_any(where)
     assert (loaded.name, loaded.sae.config.hook_point) == (name, hook_point)
     torch.testing.assert_close(loaded.sae(x).double(), reconstruction, rtol=1e-5, atol=1e-5)
@@ -64,9 +76,10 @@ def write_saelens(folder: Path, tensors: dict[str, Tensor], **config) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "sae_weights.safetensors")
     base = {
-        "architecture": "standard", "d_in": D, "d_sae": N, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
-        "normalize_activations": "none", "reshape_activations": "none",
-        "metadata": {"sae_lens_version": "6.54.12", "model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_out", "context_size": 128},
+        "architecture": "standard", "d_in": D, "d_sae": N, "dtype": "float32", "device": "cpu",
+        "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.54.12", "model_name": "gpt2", "hook_name": "blocks.3.hook_mlp_out",
+                     "context_size": 128},
     }  # fmt: skip
     (folder / "cfg.json").write_text(json.dumps({**base, **config}))
     return folder
@@ -86,7 +99,7 @@ def saelens_tensors(jumprelu: bool = False) -> dict[str, Tensor]:
 @pytest.mark.parametrize("subtracted", [True, False])
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "topk by norm"])
 def test_saelens(architecture, subtracted, x, tmp_path):
-    """SAELens 6: standard_sae.py, jumprelu_sae.py, topk_sae.py."""
+    """The formulas are those of SAELens 6: standard_sae.py, jumprelu_sae.py, topk_sae.py."""
     config = {"architecture": architecture.split()[0], "apply_b_dec_to_input": subtracted}
     if "topk" in architecture:
         config |= {"k": K, "rescale_acts_by_decoder_norm": "norm" in architecture}
@@ -114,8 +127,9 @@ def test_saelens(architecture, subtracted, x, tmp_path):
 def test_saelens_before_version_6(x, tmp_path):
     tensors = saelens_tensors()
     write_saelens(tmp_path / "old", tensors)
-    old = {"d_in": D, "d_sae": N, "dtype": "torch.float32", "hook_point": "blocks.2.attn.hook_z", "activation_fn_str": "topk",
-           "activation_fn_kwargs": {"k": K}, "normalize_activations": False, "hook_head_index": None,
+    old = {"d_in": D, "d_sae": N, "dtype": "torch.float32", "hook_point": "blocks.2.attn.hook_z",
+           "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "normalize_activations": False,
+           "hook_head_index": None,
            "model_from_pretrained_kwargs": {"center_writing_weights": False}}  # fmt: skip
     (tmp_path / "old" / "cfg.json").write_text(json.dumps(old))
     codes = top((x.double() - tensors["b_dec"]) @ tensors["W_enc"].double() + tensors["b_enc"]).relu()
@@ -127,8 +141,14 @@ def test_saelens_before_version_6(x, tmp_path):
     [
         ({"architecture": "gated"}, "architecture is gated"),
         ({"architecture": ["topk"]}, "architecture is .'topk'"),
-        ({"metadata": {"hook_name": "blocks.3.hook_resid_post", "model_from_pretrained_kwargs": {"fold_ln": True}}}, "processed weights .fold_ln"),
-        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "processed weights .center_writing_weights"),
+        (
+            {"metadata": {"hook_name": "blocks.3.hook_resid_post", "model_from_pretrained_kwargs": {"fold_ln": True}}},
+            "processed weights .fold_ln",
+        ),
+        (
+            {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+            "processed weights .center_writing_weights",
+        ),
         ({"metadata": {"hook_name": "blocks.3.attn.hook_z", "hook_head_index": 0}}, "attention head 0"),
         ({"metadata": "blocks.3"}, "metadata is 'blocks.3', which is not a JSON object"),
         ({"metadata": {"hook_name": 3}}, "name its hook point"),
@@ -158,18 +178,22 @@ def test_saelens_fine_tuned_is_refused(tmp_path):
 
 
 def gemma_reconstruction(x: Tensor, w: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The JumpReLU of Gemma Scope's tutorial: encode takes x itself."""
+    """Codes and reconstruction of the JumpReLU in Gemma Scope's tutorial. It encodes x without subtracting b_dec."""
     pre = x.double() @ w["W_enc"].double().T + w["b_enc"]
     codes = (pre > w["threshold"]) * pre.relu()
     return codes, codes @ w["W_dec"].double() + w["b_dec"]
 
 
-@pytest.mark.parametrize(("suffix", "hook_point"), [("res", "resid_post.20"), ("att", "attn_z.20"), ("mlp", "mlp_out.20")])
+@pytest.mark.parametrize(
+    ("suffix", "hook_point"), [("res", "resid_post.20"), ("att", "attn_z.20"), ("mlp", "mlp_out.20")]
+)
 def test_gemma_scope_2(suffix, hook_point, x, tmp_path):
     w = weights()
     folder = tmp_path / f"gemma-scope-2b-pt-{suffix}" / "layer_20" / "width_16k" / "average_l0_71"
     folder.mkdir(parents=True)
-    np.savez(folder / "params.npz", **{name: (tensor.T if name == "W_enc" else tensor).numpy() for name, tensor in w.items()})
+    np.savez(
+        folder / "params.npz", **{name: (tensor.T if name == "W_enc" else tensor).numpy() for name, tensor in w.items()}
+    )
     for where in (folder, folder / "params.npz", f"file://{folder}", f"file://{folder}/params.npz"):
         check(where, "layer_20_width_16k_average_l0_71", hook_point, x, *gemma_reconstruction(x, w))
     assert load_any(folder, hook_point="resid_post.1").sae.config.hook_point == "resid_post.1"
@@ -178,7 +202,14 @@ def test_gemma_scope_2(suffix, hook_point, x, tmp_path):
 def write_gemma_3(folder: Path, **extra: Tensor) -> dict[str, Tensor]:
     w = weights()
     folder.mkdir(parents=True)
-    lower = {"w_enc": w["W_enc"].T, "w_dec": w["W_dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"], "threshold": w["threshold"], **extra}
+    lower = {
+        "w_enc": w["W_enc"].T,
+        "w_dec": w["W_dec"],
+        "b_enc": w["b_enc"],
+        "b_dec": w["b_dec"],
+        "threshold": w["threshold"],
+        **extra,
+    }
     save_file({name: tensor.contiguous() for name, tensor in lower.items()}, folder / "params.safetensors")
     return w
 
@@ -192,7 +223,9 @@ def test_gemma_scope_3(place, module, hook_point, x, tmp_path):
     folder = tmp_path / "gemma-scope-2-1b-pt" / place / "layer_7_width_16k_l0_small"
     w = write_gemma_3(folder)
     check(folder, f"{place}_layer_7_width_16k_l0_small", hook_point, x, *gemma_reconstruction(x, w))
-    (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", "hf_hook_point_in": f"model.layers.8.{module}"}))
+    (folder / "config.json").write_text(
+        json.dumps({"architecture": "jump_relu", "hf_hook_point_in": f"model.layers.8.{module}"})
+    )
     check(folder, f"{place}_layer_7_width_16k_l0_small", hook_point.replace("7", "8"), x, *gemma_reconstruction(x, w))
 
 
@@ -224,21 +257,32 @@ def test_gemma_scope_of_unknown_place_needs_a_hook_point(tmp_path):
 # ---------------------------------------------------------------- sparsify
 
 
-def write_sparsify(folder: Path, dtype: torch.dtype = torch.float32, extra: dict[str, Tensor] | None = None, **config) -> dict[str, Tensor]:
+def write_sparsify(
+    folder: Path, dtype: torch.dtype = torch.float32, extra: dict[str, Tensor] | None = None, **config
+) -> dict[str, Tensor]:
     w = {name: tensor.to(dtype) for name, tensor in weights().items()}
     folder.mkdir(parents=True)
-    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"], **(extra or {})}
+    tensors = {
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["b_enc"],
+        "W_dec": w["W_dec"],
+        "b_dec": w["b_dec"],
+        **(extra or {}),
+    }
     save_file(tensors, folder / "sae.safetensors")
-    base = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": N, "k": K, "multi_topk": False,
-            "skip_connection": False, "transcode": False, "d_in": D}  # fmt: skip
+    base = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": N, "k": K,
+            "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D}  # fmt: skip
     (folder / "cfg.json").write_text(json.dumps({**base, **config}))
     return w
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("hookpoint", "hook_point"), [("layers.5", "resid_post.5"), ("layers.5.mlp", "mlp_out.5"), ("h.2.attn", "attn_out.2")])
+@pytest.mark.parametrize(
+    ("hookpoint", "hook_point"),
+    [("layers.5", "resid_post.5"), ("layers.5.mlp", "mlp_out.5"), ("h.2.attn", "attn_out.2")],
+)
 def test_sparsify(hookpoint, hook_point, dtype, x, tmp_path, monkeypatch):
-    """SparseCoder.encode and decode: b_dec is subtracted, ReLU, then the k largest."""
+    """SparseCoder.encode subtracts b_dec, applies ReLU, then keeps the k largest."""
     w = {name: tensor.double() for name, tensor in write_sparsify(tmp_path / "sae-pythia" / hookpoint, dtype).items()}
     codes = top(((x.double() - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]).relu())
     folder = tmp_path / "sae-pythia" / hookpoint
@@ -268,17 +312,27 @@ def test_sparsify_refused(config, message, tmp_path):
 def write_dictionary(folder: Path, dict_class: str, tensors: dict[str, Tensor], **trainer) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(tensors, folder / "ae.pt")
-    base = {"dict_class": dict_class, "activation_dim": D, "dict_size": N, "layer": 8, "lm_name": "EleutherAI/pythia-70m",
-            "submodule_name": "resid_post_layer_8", "lr": 1e-4}  # fmt: skip
-    (folder / "config.json").write_text(json.dumps({"trainer": {**base, **trainer}, "buffer": {"ctx_len": 128, "d_submodule": D}}))
+    base = {"dict_class": dict_class, "activation_dim": D, "dict_size": N, "layer": 8,
+            "lm_name": "EleutherAI/pythia-70m", "submodule_name": "resid_post_layer_8", "lr": 1e-4}  # fmt: skip
+    (folder / "config.json").write_text(
+        json.dumps({"trainer": {**base, **trainer}, "buffer": {"ctx_len": 128, "d_submodule": D}})
+    )
     return folder
 
 
 @pytest.mark.parametrize(
-    "dict_class", ["AutoEncoder", "AutoEncoderNew", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"]
+    "dict_class",
+    [
+        "AutoEncoder",
+        "AutoEncoderNew",
+        "AutoEncoderTopK",
+        "BatchTopKSAE",
+        "MatryoshkaBatchTopKSAE",
+        "JumpReluAutoEncoder",
+    ],
 )
 def test_dictionary_learning(dict_class, x, tmp_path):
-    """dictionary.py and trainers/{top_k, batch_top_k, matryoshka_batch_top_k}.py."""
+    """The formulas are those of dictionary.py and trainers/{top_k, batch_top_k, matryoshka_batch_top_k}.py."""
     w = weights()
     linear = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T}
     plain = {"W_enc": w["W_enc"].T, "b_enc": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
@@ -291,7 +345,9 @@ def test_dictionary_learning(dict_class, x, tmp_path):
         "MatryoshkaBatchTopKSAE": {**plain, **counts, "group_sizes": torch.tensor([10, 30])},
         "JumpReluAutoEncoder": {**plain, "threshold": w["threshold"]},
     }[dict_class]
-    folder = write_dictionary(tmp_path / "pythia" / "trainer_0", dict_class, tensors, **({"k": K} if "TopK" in dict_class else {}))
+    folder = write_dictionary(
+        tmp_path / "pythia" / "trainer_0", dict_class, tensors, **({"k": K} if "TopK" in dict_class else {})
+    )
     w = {name: tensor.double() for name, tensor in w.items()}
     subtracted = dict_class not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     pre = (x.double() - w["b_dec"] * subtracted) @ w["W_enc"].T + w["b_enc"]
@@ -308,11 +364,20 @@ def test_dictionary_learning(dict_class, x, tmp_path):
 
 @pytest.mark.parametrize(
     ("dict_class", "trainer", "message"),
-    [("GatedAutoEncoder", {}, "GatedAutoEncoder"), ("AutoEncoderTopK", {"submodule_name": "embed"}, "name its hook point"), (None, {}, "None")],
+    [
+        ("GatedAutoEncoder", {}, "GatedAutoEncoder"),
+        ("AutoEncoderTopK", {"submodule_name": "embed"}, "name its hook point"),
+        (None, {}, "None"),
+    ],
 )
 def test_dictionary_learning_refused(dict_class, trainer, message, tmp_path):
     w = weights()
-    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T, "b_dec": w["b_dec"]}
+    tensors = {
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].T,
+        "b_dec": w["b_dec"],
+    }
     write_dictionary(tmp_path, dict_class, tensors, k=K, **trainer)
     with pytest.raises(UserError, match=message):
         load_any(tmp_path)
@@ -333,7 +398,12 @@ def test_dictionary_learning_refused(dict_class, trainer, message, tmp_path):
 )
 def test_places_of_dictionary_learning_are_not_guessed(submodule_name, hook_point, tmp_path):
     w = weights()
-    tensors = {"encoder.weight": w["W_enc"], "encoder.bias": w["b_enc"], "decoder.weight": w["W_dec"].T, "b_dec": w["b_dec"]}
+    tensors = {
+        "encoder.weight": w["W_enc"],
+        "encoder.bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].T,
+        "b_dec": w["b_dec"],
+    }
     write_dictionary(tmp_path, "AutoEncoderTopK", tensors, k=K, submodule_name=submodule_name)
     if hook_point:
         assert load_any(tmp_path).sae.config.hook_point == hook_point
@@ -356,7 +426,9 @@ def test_pickled_code_is_not_run(tmp_path):
         load_any(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"junkjunk", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"junkjunk", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"]
+)
 def test_damaged_pickles(content, tmp_path):
     write_dictionary(tmp_path, "AutoEncoder", {})
     (tmp_path / "ae.pt").write_bytes(content)
@@ -374,7 +446,7 @@ def test_own_saes(tmp_path):
     assert loaded.name == sae.config.name
     assert torch.equal(loaded.sae(x), sae.folded()(x))
     assert load_any(f"file://{tmp_path}/sae", hook_point="mlp_out.1").sae.config.hook_point == "mlp_out.1"
-    (tmp_path / "sae" / "raysae.json").unlink()  # as SAELens would have written it
+    (tmp_path / "sae" / "raysae.json").unlink()  # SAELens would not write this file
     assert torch.equal(load_any(tmp_path / "sae").sae(x), sae.folded()(x))
 
 

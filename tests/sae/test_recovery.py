@@ -21,7 +21,12 @@ def test_recovers_a_planted_dictionary(architecture):
     level, offset = CASES[architecture]
     planted = Planted(offset=offset)
     sae = make(architecture, 32, 64, k=3, bandwidth=0.1, **level)
-    train(sae, planted, steps=2000 if architecture == "tied" else 1200, learning_rate=1e-2 if architecture == "tied" else 3e-3)
+    train(
+        sae,
+        planted,
+        steps=2000 if architecture == "tied" else 1200,
+        learning_rate=1e-2 if architecture == "tied" else 3e-3,
+    )
     found = sae.folded().decoder()
     assert mmcs(planted.features, found) >= 0.95
     assert matched_mmcs(planted.features, found) >= 0.95
@@ -44,7 +49,7 @@ def test_threshold_is_the_running_mean_of_smallest_selected_values():
     smallest = []
     for step in range(5):
         x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
-        sae.loss_and_grads(x, StepInfo())
+        sae.loss_and_grads(x, x, StepInfo())
         smallest.append(sae.pre_activations(x).detach().flatten().topk(4 * 16).values.min())
         sae.after_step()
     torch.testing.assert_close(sae.threshold, torch.stack(smallest).mean())

@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 
 TOLERANCE = 1e-5  # Relative to the largest value of a reconstruction
-ARCHITECTURES = ["topk", "batchtopk", "relu", "tied", "jumprelu"]
 D, WIDTH = 48, 192
 
 
 def write(folder: Path) -> None:
     import torch
 
-    from raysae.config import SAEConfig, TrainConfig
+    from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig
     from raysae.sae.architectures import build
     from raysae.sae.base import StepInfo
     from raysae.sae.files import load_sae, save_sae
@@ -30,10 +29,8 @@ def write(folder: Path) -> None:
     x = 5 * torch.randn(2048, D, generator=generator) + 10 * torch.randn(D, generator=generator)
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "x.npy", x.numpy())
-    for architecture in ARCHITECTURES:
-        level = (
-            {"k": 8} if architecture in ("topk", "batchtopk") else {"sparsity": 0.05 if architecture == "tied" else 0.5}
-        )
+    for architecture, facts in ARCHITECTURES.items():
+        level = facts.pick(k=8, sparsity=0.05 if architecture == "tied" else 0.5)
         config = SAEConfig(
             architecture=architecture, hook_point="resid_post.2", width=WIDTH, learning_rate=1e-3, **level
         )
@@ -41,7 +38,7 @@ def write(folder: Path) -> None:
         sae.initialise(x)
         optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
         for _ in range(30):
-            sae.loss_and_grads(x / sae.scale, StepInfo())
+            sae.loss_and_grads(scaled := x / sae.scale, scaled, StepInfo())
             sae.after_grads()
             optimizer.step()
             sae.after_step()
@@ -55,7 +52,7 @@ def compare(folder: Path) -> None:
 
     x = torch.from_numpy(np.load(folder / "x.npy"))
     worst = {}
-    for architecture in ARCHITECTURES:
+    for architecture in sorted(path.name for path in folder.iterdir() if path.is_dir()):
         sae = sae_lens.SAE.load_from_disk(folder / architecture, device="cpu")
         with torch.no_grad():
             theirs = sae(x).numpy()

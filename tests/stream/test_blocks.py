@@ -36,7 +36,7 @@ def test_layout(dtype, width, block_mib):
     assert len(blocks) == blocks_per_shard(spec, width, block_mib)
     assert {len(block) for block in blocks[:-1]} <= {rows}
     assert 0 < len(blocks[-1]) <= rows
-    assert sum(block.nbytes for block in blocks) == bytes_per_shard(spec, width) == shard.nbytes
+    assert sum(block.nbytes for block in blocks) == bytes_per_shard(spec, [width]) == shard.nbytes
     assert all(block.flags.c_contiguous and np.shares_memory(block, shard) for block in blocks)
 
 

@@ -21,7 +21,7 @@ from tests.stream.fakes import WIDTHS, FakeLanguageModel, fake_contexts, fake_sp
 CONTEXTS = fake_contexts()
 HOOKS = list(WIDTHS)
 SPEC = fake_spec(CONTEXTS)
-SHARD = sum(bytes_per_shard(SPEC, width) for width in WIDTHS.values())
+SHARD = bytes_per_shard(SPEC, WIDTHS.values())
 
 
 def maker(cache: BlockCache | None, lm=None, hooks=HOOKS, block_mib=0.01, spec=SPEC) -> ShardMaker:

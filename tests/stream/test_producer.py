@@ -54,7 +54,9 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
     refused = start_stream(
         stream=stream, training=other, evaluation=other, faults=FaultsConfig(start_attempts=1), **common
     )
-    with pytest.raises(StreamError, match=r"it is not what the driver has .* put the same files there"):
+    with pytest.raises(
+        StreamError, match=r"files on this machine differ from the driver's .* copy the driver's files to this machine"
+    ):
         StreamClient(refused, "a", "resid_post.2", other, 64, BLOCK_MIB).open(0, 1).next()
     ray.kill(refused)
 

@@ -238,7 +238,7 @@ def test_nan_at_one_hook_point_stops_its_consumers_alone(stream):
     sound, broken = Trainer(queue, "sound"), Trainer(queue, "broken", "mlp_out.1")
     with pytest.raises(
         StreamError,
-        match=r"shard 2 of the train stream .*mlp_out.1 are NaN or infinite in contexts 7; its contexts are",
+        match=r"shard 2 of the train stream .*mlp_out.1 are NaN or infinite in contexts 7\. Its contexts are",
     ):
         broken.check()
     sound.check()
@@ -304,14 +304,14 @@ def test_a_bad_shard_is_skipped_by_everyone_alike_also_after_a_restart(stream, t
 def test_more_bad_shards_than_a_tenth_are_not_skipped(stream, tmp_path):
     trainer = Passing(stream(model="poison", bad_shards="skip", skipped=str(tmp_path / "skipped.json")), "victim")
     with pytest.raises(
-        StreamError, match=r"shard 1 .*victim.*ValueError: bad shard; its contexts are \d+, .* and 248 more"
+        StreamError, match=r"shard 1 .*victim.*ValueError: bad shard\. Its contexts are \d+, .* and 248 more"
     ):
         trainer.check()
 
 
 def test_a_bad_held_out_shard_is_named_or_skipped(stream):
     queue = stream(model="poison:1")
-    with pytest.raises(StreamError, match=r"held-out shard 1 .*4 attempts: .*ValueError: bad shard; its contexts are"):
+    with pytest.raises(StreamError, match=r"held-out shard 1 .*4 attempts: .*ValueError: bad shard\. Its contexts are"):
         StreamClient(queue, "a", "mlp_out.1", SPEC, WIDTHS["mlp_out.1"], BLOCK_MIB).evaluation_block(1, 0)
     queue = stream(model="poison:1", bad_shards="skip")
     client = StreamClient(queue, "a", "mlp_out.1", SPEC, WIDTHS["mlp_out.1"], BLOCK_MIB)

@@ -125,7 +125,7 @@ def test_activations_that_are_not_finite_are_reported_by_hook_point(value, dtype
 
 def test_shards_outside_the_pass():
     for shard in (-1, 6):
-        with pytest.raises(IndexError, match="of a pass of 6"):
+        with pytest.raises(IndexError, match="outside a pass of 6"):
             maker().make(shard)
         with pytest.raises(IndexError):
             maker().annotations(shard)

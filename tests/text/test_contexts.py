@@ -1,4 +1,4 @@
-"""Contexts against their definition, written out naively; the cache of tokenised text."""
+"""Contexts against a naive version of their definition, and the cache of tokenised text."""
 
 import hashlib
 import json
@@ -13,15 +13,18 @@ from raysae.config import TextConfig, UserError
 from raysae.stream.spec import ActivationSpec
 from raysae.study.plan import check_enough
 from raysae.text import contexts as module
-from raysae.text.contexts import Contexts, _pieces, _write_splits, build_contexts, is_held_out
+from raysae.text.contexts import Contexts, _pieces, _write_splits, build_contexts, documents, is_held_out
 
 DOCUMENTS = [
-    f"Story {i}: " + " ".join(f"word{j * i % 17}" for j in range(i % 40 + 1)) + ("\nsays <s> and </s>" if i % 7 == 0 else "") for i in range(300)
+    f"Story {i}: "
+    + " ".join(f"word{j * i % 17}" for j in range(i % 40 + 1))
+    + ("\nsays <s> and </s>" if i % 7 == 0 else "")
+    for i in range(300)
 ]
 
 
 def byte_tokenizer(**special: str) -> PreTrainedTokenizerFast:
-    """One token per byte, special tokens after them."""
+    """A tokenizer with one token per byte. Special tokens come after those in the vocabulary."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,11 +37,20 @@ BOS = byte_tokenizer(bos_token="<s>", eos_token="</s>")
 @pytest.fixture
 def text(tmp_path) -> TextConfig:
     (tmp_path / "stories.txt").write_text("\n<|end|>\n".join(DOCUMENTS))
-    return TextConfig(source=str(tmp_path / "stories.txt"), delimiter="<|end|>", cache=str(tmp_path / "cache"), evaluation_fraction=0.3)
+    return TextConfig(
+        source=str(tmp_path / "stories.txt"),
+        delimiter="<|end|>",
+        cache=str(tmp_path / "cache"),
+        evaluation_fraction=0.3,
+    )
 
 
 def naive(documents: list[str], tokenizer, length: int, first: int | None) -> np.ndarray:
-    ids = [i for document in documents for i in tokenizer(document + "\n\n", add_special_tokens=False, split_special_tokens=True)["input_ids"]]
+    ids = [
+        i
+        for document in documents
+        for i in tokenizer(document + "\n\n", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ]
     head = [] if first is None else [first]
     body = length - len(head)
     return np.array([head + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)])
@@ -59,7 +71,7 @@ def halves(fraction: float) -> dict[str, list[str]]:
     ids=["bos", "eos", "neither"],
 )
 def test_contexts_equal_their_definition(text, split, tokenizer, first, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)  # many batches
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)  # Gives many batches
     found = build_contexts(text, lambda: tokenizer, "t", 32)[split]
     expected = naive(halves(0.3)[split], tokenizer, 32, first)
     assert 0.15 < len(halves(0.3)["evaluation"]) / len(DOCUMENTS) < 0.45
@@ -86,14 +98,14 @@ def test_long_documents_are_cut_at_line_ends(text, monkeypatch):
         assert "".join(pieces) == document
         assert all(len(piece) <= 40 for piece in pieces)
     assert list(_pieces("a" * 39 + "\n" + "b" * 90)) == ["a" * 39 + "\n", "b" * 40, "b" * 40, "b" * 10]
-    found = build_contexts(text, lambda: BOS, "t", 32)["train"]  # a byte tokenizer does not care where it is cut
+    found = build_contexts(text, lambda: BOS, "t", 32)["train"]  # Cuts change nothing for a byte tokenizer
     assert np.array_equal(found.tokens, naive(halves(0.3)["train"], BOS, 32, BOS.bos_token_id))
 
 
 def test_a_separator_of_special_tokens_becomes_those(text):
     found = build_contexts(text.model_copy(update={"separator": "</s>"}), lambda: BOS, "t", 32)["train"]
     ends = (found.tokens == BOS.eos_token_id).sum()
-    assert abs(ends - len(halves(0.3)["train"])) <= 1  # the last may be in the remainder
+    assert abs(ends - len(halves(0.3)["train"])) <= 1  # The last separator may fall into the dropped rest
 
 
 def test_large_vocabularies_take_four_bytes(text):
@@ -105,7 +117,9 @@ def test_large_vocabularies_take_four_bytes(text):
 def test_equal_inputs_give_equal_digests_wherever_they_lie(text, tmp_path):
     first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     (tmp_path / "other.jsonl").write_text("\n".join(json.dumps({"body": document}) for document in DOCUMENTS))
-    other = TextConfig(source=str(tmp_path / "other.jsonl"), field="body", cache=str(tmp_path / "elsewhere"), evaluation_fraction=0.3)
+    other = TextConfig(
+        source=str(tmp_path / "other.jsonl"), field="body", cache=str(tmp_path / "elsewhere"), evaluation_fraction=0.3
+    )
     assert build_contexts(other, lambda: BOS, "t", 32)["train"].digest == first.digest
     different = [
         build_contexts(text, lambda: BOS, "t", 32)["evaluation"],
@@ -123,7 +137,7 @@ def test_the_cache_is_used(text, monkeypatch):
     assert again.digest == first.digest
     assert np.array_equal(again.tokens, first.tokens)
     assert not again.tokens.flags.writeable
-    build_contexts(text, lambda: BOS, "t", 32)["evaluation"]  # made in the same pass
+    build_contexts(text, lambda: BOS, "t", 32)["evaluation"]  # The same pass has made this split
     with pytest.raises(pytest.fail.Exception):
         build_contexts(text, lambda: BOS, "another tokenizer", 32)["train"]
 
@@ -137,15 +151,21 @@ def test_a_source_that_changes_is_tokenised_again(text, tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "evaluation"])
 def test_documents_of_contexts_equal_their_definition(text, split, monkeypatch):
-    monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)  # documents in several pieces
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)  # Cuts documents into several pieces
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     found = build_contexts(text, lambda: BOS, "t", 32)[split]
     documents = halves(0.3)[split]
-    owner = [i for i, document in enumerate(documents) for _ in BOS(document + "\n\n", split_special_tokens=True)["input_ids"]]
+    owner = [
+        i
+        for i, document in enumerate(documents)
+        for _ in BOS(document + "\n\n", split_special_tokens=True)["input_ids"]
+    ]
     expected = [(owner[i], owner[i + 30]) for i in range(0, len(owner) - 30, 31)]
     assert found.spans.tolist() == [list(span) for span in expected]
     assert found.documents.dtype == np.uint64
-    assert [int(h) for h in found.documents] == [int(hashlib.sha256(document.encode()).hexdigest()[:16], 16) for document in documents]
+    assert [int(h) for h in found.documents] == [
+        int(hashlib.sha256(document.encode()).hexdigest()[:16], 16) for document in documents
+    ]
     assert (found.spans[:, 0] != found.spans[:, 1]).any()
     assert (found.spans[:, 0] == found.spans[:, 1]).any()
 
@@ -155,7 +175,13 @@ def test_damaged_files_are_made_anew_with_a_warning(text, tmp_path, damage):
     first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     expected = first.tokens.copy()
     (folder,) = (tmp_path / "cache").iterdir()
-    path = folder / ("train.tokens" if damage in ("flipped", "truncated") else "train.documents" if damage == "documents" else "contexts.json")
+    path = folder / (
+        "train.tokens"
+        if damage in ("flipped", "truncated")
+        else "train.documents"
+        if damage == "documents"
+        else "contexts.json"
+    )
     content = bytearray(path.read_bytes())
     if damage in ("flipped", "documents"):
         content[100] ^= 1
@@ -199,7 +225,9 @@ def test_sources_that_cannot_be_split(text, tmp_path):
     with pytest.raises(UserError, match=r"a single document, .* unless text\.delimiter"):
         build_contexts(text.model_copy(update={"delimiter": None}), lambda: BOS, "t", 32)["train"]
     with pytest.raises(UserError, match=r"5 documents, all of them in one split, .* text\.delimiter"):
-        build_contexts(text.model_copy(update={"evaluation_fraction": 1e-9, "max_documents": 5}), lambda: BOS, "t", 32)["train"]
+        build_contexts(text.model_copy(update={"evaluation_fraction": 1e-9, "max_documents": 5}), lambda: BOS, "t", 32)[
+            "train"
+        ]
     (tmp_path / "stories.txt").write_text(" \n")
     with pytest.raises(UserError, match="holds no text"):
         build_contexts(text, lambda: BOS, "t", 32)["train"]
@@ -224,20 +252,24 @@ def test_evaluation_fraction_is_kept():
 
 def spec_of(contexts: int, epochs: int) -> ActivationSpec:
     return ActivationSpec(
-        model="m", text="t", contexts=contexts, context_length=16, skip_positions=8, dtype="float32", seed=0, epochs=epochs,
-        shard_contexts=256, batch_contexts=32,
+        model="m", text="t", contexts=contexts, context_length=16, skip_positions=8, dtype="float32", seed=0,
+        epochs=epochs, shard_contexts=256, batch_contexts=32,
     )  # fmt: skip
 
 
 def test_check_enough_names_the_epochs_that_do():
-    rows = 256 * 8  # per shard; 700 contexts are 2 shards
+    rows = 256 * 8  # Rows per shard. 700 contexts make 2 shards
     check_enough(spec_of(700, 1), 2 * rows, "train.tokens", "stream.epochs")
-    with pytest.raises(UserError, match=r"4,096 tokens per epoch, 12,289 are needed for train.tokens: set stream.epochs to 4 or more"):
+    with pytest.raises(
+        UserError, match=r"4,096 tokens per epoch, but train.tokens needs 12,289: set stream.epochs to 4 or more"
+    ):
         check_enough(spec_of(700, 3), 6 * rows + 1, "train.tokens", "stream.epochs")
     check_enough(spec_of(700, 4), 6 * rows + 1, "train.tokens", "stream.epochs")
     with pytest.raises(UserError, match="fewer than the 256 contexts of 16 tokens"):
         check_enough(spec_of(255, 9), 1, "train.tokens", "stream.epochs")
-    with pytest.raises(UserError, match=r"held-out text .* lower evaluation.rows, raise text.evaluation_fraction") as error:
+    with pytest.raises(
+        UserError, match=r"held-out text .* lower evaluation.rows, raise text.evaluation_fraction"
+    ) as error:
         check_enough(spec_of(256, 1), rows + 1, "evaluation.rows", None)
     assert "epochs" not in str(error.value)
 
@@ -245,8 +277,10 @@ def test_check_enough_names_the_epochs_that_do():
 def test_reading_stops_once_there_is_enough(text, monkeypatch):
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     read = []
-    all_documents = module.documents
-    monkeypatch.setattr(module, "documents", lambda config: (read.append(document) or document for document in all_documents(config)))
+    all_documents = documents
+    monkeypatch.setattr(
+        module, "documents", lambda config: (read.append(document) or document for document in all_documents(config))
+    )
     enough = {"train": 20, "evaluation": 5}
     some = build_contexts(text, lambda: BOS, "bytes", 32, enough)
     assert 0 < len(read) < len(DOCUMENTS) / 2

@@ -1,4 +1,4 @@
-"""Documents of every kind of source, in their order, and the sentence each mistake gets."""
+"""Documents of every kind of source, in order, and the message that each mistake gets."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
 def content(kind: str, tmp_path: Path) -> bytes:
-    """TEXTS as a file of this kind."""
+    """Content of a file of this kind that holds TEXTS."""
     match kind:
         case ".jsonl":
             return "\n".join(json.dumps({"id": i, "text": text}) for i, text in enumerate(TEXTS)).encode()
@@ -95,7 +95,8 @@ def test_the_standard_library(tmp_path, monkeypatch):
     assert texts == [text for text in expected if text]
     assert sum(map(len, texts)) > 4_000_000
 
-    moved = tmp_path / "elsewhere"  # the same files at another place, with packages installed beside them
+    # The same files elsewhere, with packages installed beside them
+    moved = tmp_path / "elsewhere"
     for name in names[:40]:
         (moved / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, moved / name)
@@ -119,7 +120,9 @@ def test_hugging_face_datasets_from_local_files(tmp_path):
     assert read(f"hf:json:{folder}/t*.jsonl", max_documents=2) == ["held out", TEXTS[0]]
     (tmp_path / "table.parquet").write_bytes(content(".parquet", tmp_path))
     assert read(f"hf:parquet:{tmp_path}/table.parquet") == TEXTS
-    same = [TextConfig(source=s) for s in (f"hf:{folder}", f"hf:parquet:{tmp_path}/table.parquet", f"{folder}/train.jsonl")]
+    same = [
+        TextConfig(source=s) for s in (f"hf:{folder}", f"hf:parquet:{tmp_path}/table.parquet", f"{folder}/train.jsonl")
+    ]
     assert len({fingerprint(config) for config in same}) == 1
 
 
@@ -138,8 +141,8 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("{}/missing.txt", {}, "missing.txt, where no file lies"),
-        ("{}/*.jsonl", {}, "where no file lies"),
+        ("{}/missing.txt", {}, "missing.txt, where raysae finds no file"),
+        ("{}/*.jsonl", {}, "where raysae finds no file"),
         ("{}/picture.png", {}, "picture.png, a kind of file raysae does not read: it reads txt md py jsonl parquet"),
         (" , ", {}, "text.source is ' , '"),
         ("{}/latin.txt", {}, "latin.txt cannot be read"),
@@ -147,7 +150,11 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
         ("{}/broken.txt.xz", {}, "broken.txt.xz cannot be read"),
         ("{}/broken.txt.zst", {}, "broken.txt.zst cannot be read"),
         ("{}/broken.parquet", {}, "broken.parquet cannot be read"),
-        ("{}/rows.jsonl.gz", {"field": "body"}, "text.field is 'body', which .*rows.jsonl.gz line 1 does not have: it has id, text"),
+        (
+            "{}/rows.jsonl.gz",
+            {"field": "body"},
+            "text.field is 'body', which .*rows.jsonl.gz line 1 does not have: it has id, text",
+        ),
         ("{}/rows.jsonl.gz", {"field": "id"}, "holds int, not text"),
         ("hf:", {}, "name a dataset"),
         ("hf:{}/nowhere", {}, "cannot be loaded"),
@@ -155,7 +162,11 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
         ("hf:json:{}/none.jsonl", {}, "cannot be loaded"),
         ("hf:json:{}/broken.json", {}, "broken.json cannot be read"),
         ("hf:json:{}/rows.jsonl.gz", {"split": "validation"}, "text.split is 'validation'"),
-        ("hf:json:{}/rows.jsonl.gz", {"field": "body"}, "text.field is 'body', which hf:json:.* does not have: it has id, text"),
+        (
+            "hf:json:{}/rows.jsonl.gz",
+            {"field": "body"},
+            "text.field is 'body', which hf:json:.* does not have: it has id, text",
+        ),
     ],
 )
 def test_bad_sources_get_one_sentence(tmp_path, source, options, message):

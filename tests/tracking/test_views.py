@@ -109,7 +109,7 @@ def test_the_url_names_the_view():
 
 def test_ui_refuses_what_cannot_work(tmp_path: Path):
     database = tmp_path / "elsewhere.db"
-    with pytest.raises(UserError, match="no such database yet; train SAEs first"):
+    with pytest.raises(UserError, match=r"no such database yet\. Train SAEs first"):
         check(f"sqlite:///{database}", 5000)
     database.touch()
     with pytest.raises(UserError, match="a server already"):
@@ -127,5 +127,5 @@ def test_ui_says_so_in_one_sentence(tmp_path: Path):
     command = [sys.executable, "-m", "raysae.commands.ui", "--uri", f"sqlite:///{tmp_path}/none.db"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert process.returncode == 2
-    assert re.fullmatch(r"error: --uri is sqlite:.*none\.db: there is no such database yet; .*\n", process.stderr)
+    assert re.fullmatch(r"error: --uri is sqlite:.*none\.db: there is no such database yet\. .*\n", process.stderr)
     assert process.stdout == ""

@@ -1,4 +1,4 @@
-"""A small stream with planted features, and a source for the loop that needs no Ray."""
+"""A small stream with planted features, and a source for the training loop without Ray."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import time
 
 import torch
 
-from raysae.config import EvaluationConfig, SAEConfig, TrainConfig
+from raysae.config import ARCHITECTURES, EvaluationConfig, SAEConfig, TrainConfig
 from raysae.stream.spec import ActivationSpec
 
 D = 32
-ARCHITECTURES = ("topk", "batchtopk", "relu", "tied", "jumprelu")
 SPEC = ActivationSpec(
-    model="m", text="t", contexts=1024, context_length=16, skip_positions=1, dtype="float32", seed=0, epochs=1, shard_contexts=256, batch_contexts=32
+    model="m",
+    text="t",
+    contexts=1024,
+    context_length=16,
+    skip_positions=1,
+    dtype="float32",
+    seed=0,
+    epochs=1,
+    shard_contexts=256,
+    batch_contexts=32,
 )
 TRAIN = TrainConfig(tokens=64 * 20, batch=64, reports=4, checkpoint_seconds=1e6)
 EVALUATION = EvaluationConfig(rows=600, interim_rows=250)
 
 
 def rows(count: int, seed: int = 0, d: int = D) -> torch.Tensor:
-    """Sparse sums of 48 fixed directions, off centre, `(count, d)`."""
+    """Rows (count, d): sparse sums of 48 fixed directions, centred away from zero."""
     directions = torch.randn(48, d, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(count, 48, generator=generator) * (torch.rand(count, 48, generator=generator) < 0.1)
@@ -27,13 +35,19 @@ def rows(count: int, seed: int = 0, d: int = D) -> torch.Tensor:
 
 
 def config(architecture: str = "topk", width: int = 64, seed: int = 0, **changes) -> SAEConfig:
-    level = {"k": 4} if architecture in ("topk", "batchtopk") else {"sparsity": 1e-3}
-    chosen = {"architecture": architecture, "hook_point": "resid_post.0", "width": width, "learning_rate": 3e-3, "seed": seed}
+    level = ARCHITECTURES[architecture].pick(k=4, sparsity=1e-3)
+    chosen = {
+        "architecture": architecture,
+        "hook_point": "resid_post.0",
+        "width": width,
+        "learning_rate": 3e-3,
+        "seed": seed,
+    }
     return SAEConfig(**chosen | level | changes)
 
 
 class ArrayReader:
-    """Batches of a tensor in order; keeps a list of the rows it served."""
+    """Serves batches of a tensor in order, and lists the rows it served."""
 
     def __init__(self, data: torch.Tensor, batch: int, row: int, served: list[int], delay: float = 0.0) -> None:
         self.data, self.batch, self.row, self.served, self.delay = data, batch, row, served, delay
@@ -50,7 +64,9 @@ class ArrayReader:
 
 
 class ArraySource:
-    def __init__(self, train: TrainConfig = TRAIN, evaluation: EvaluationConfig = EVALUATION, delay: float = 0.0) -> None:
+    def __init__(
+        self, train: TrainConfig = TRAIN, evaluation: EvaluationConfig = EVALUATION, delay: float = 0.0
+    ) -> None:
         self.train, self.delay = train, delay
         self.data = rows(train.steps * train.batch)
         self.held_out = rows(evaluation.rows, seed=7)

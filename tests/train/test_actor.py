@@ -1,4 +1,4 @@
-"""The trainer as a Ray actor, on a queue that serves arrays: reports, restart after a kill, leaving, errors."""
+"""The trainer as a Ray actor: reports, restart after a kill, leaving, errors. A fake queue serves arrays."""
 
 import os
 import signal
@@ -21,18 +21,20 @@ from tests.train import synthetic
 from tests.train.synthetic import EVALUATION, TRAIN, D, config, rows
 
 A, B = config(seed=0), config("batchtopk", width=40, seed=1)
-BLOCK_MIB = 0.0625  # 512 rows
-SPEC = synthetic.SPEC.model_copy(update={"shard_contexts": 64})  # 960 rows a shard: training ends in the second
+BLOCK_MIB = 0.0625  # A block has 512 rows
+SPEC = synthetic.SPEC.model_copy(update={"shard_contexts": 64})  # 960 rows per shard, so training ends in the second
 CONFIG = SweepConfig(stream=StreamConfig(block_mib=BLOCK_MIB), train=TRAIN, evaluation=EVALUATION)
 
 
 class ArrayQueue:
-    """As `stream.queue.StreamQueue` to a consumer. If `paused`, shard 1 is withheld until `resume`."""
+    """Looks to a consumer like `stream.queue.StreamQueue`. If `paused`, it withholds shard 1 until `resume`."""
 
     def __init__(self, paused: bool = False):
         shards = [rows(SPEC.rows_per_shard, seed=seed).numpy() for seed in range(2)]
         self.blocks = [[ray.put(block) for block in cut(shard, SPEC.dtype, BLOCK_MIB)] for shard in shards]
-        self.held_out = [ray.put(block) for block in cut(rows(SPEC.rows_per_shard, seed=9).numpy(), SPEC.dtype, BLOCK_MIB)]
+        self.held_out = [
+            ray.put(block) for block in cut(rows(SPEC.rows_per_shard, seed=9).numpy(), SPEC.dtype, BLOCK_MIB)
+        ]
         self.paused = paused
 
     async def join(self, consumer, hook_point, row, until_shard=None):
@@ -63,7 +65,14 @@ class ArrayQueue:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False, logging_level="error")
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=150 * 2**20,
+        log_to_driver=False,
+        logging_level="error",
+    )
     yield
     ray.shutdown()
 
@@ -74,8 +83,8 @@ def array_queue(**arguments):
 
 def trainer_on(folder, queue, saes=(A, B), **changes):
     arguments = {
-        "queue": ray.get(queue.name.remote()), "consumer": "bank", "folder": folder, "hook_point": "resid_post.0", "width": D, "saes": saes,
-        "training": SPEC, "evaluation": SPEC, "config": CONFIG, "threads": 1,
+        "queue": ray.get(queue.name.remote()), "consumer": "bank", "folder": folder, "hook_point": "resid_post.0",
+        "width": D, "saes": saes, "training": SPEC, "evaluation": SPEC, "config": CONFIG, "threads": 1,
     }  # fmt: skip
     return start_trainer(**arguments | changes)
 
@@ -97,7 +106,7 @@ def until_ended(trainer, name: str) -> list[dict]:
 
 
 class LocalClient:
-    """`StreamClient` on the arrays themselves."""
+    """Stands in for `StreamClient` and reads the arrays directly."""
 
     numerics: ClassVar = {"threads": [1]}
 
@@ -122,7 +131,7 @@ class LocalClient:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The folder of the same SAEs trained in this process, without Ray."""
+    """Folder of the same SAEs, trained in this process without Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
     plan = Training("no queue", "bank", str(folder), "resid_post.0", D, (A, B), SPEC, SPEC, CONFIG, 1)
     source = StreamSource(plan, LocalClient(), torch.device("cpu"))
@@ -142,7 +151,11 @@ def test_killed_in_the_middle_comes_back_and_gives_the_same_bits(tmp_path, undis
     first, ended = ray.get(trainer.reports.remote(A.name), timeout=60)
     assert first[0]["tokens"] == 320
     assert not ended
-    wait_for(lambda: all(s["tokens"] == SPEC.rows_per_shard and s["state"] == "waiting" for s in ray.get(trainer.status.remote())))
+    wait_for(
+        lambda: all(
+            s["tokens"] == SPEC.rows_per_shard and s["state"] == "waiting" for s in ray.get(trainer.status.remote())
+        )
+    )
     pid = ray.get(trainer.process.remote())
     os.kill(pid, signal.SIGKILL)
     ray.get(queue.resume.remote())
@@ -192,8 +205,13 @@ def test_leaving(tmp_path):
 
 def test_an_error_of_the_whole_trainer_reaches_its_callers(tmp_path):
     queue = array_queue()
-    trainer = trainer_on(tmp_path, queue, training=SPEC.model_copy(update={"contexts": SPEC.shard_contexts * 1000}), config=CONFIG.model_copy(
-        update={"train": TRAIN.model_copy(update={"tokens": SPEC.rows_per_shard * 3})}))  # fmt: skip
+    longer = TRAIN.model_copy(update={"tokens": SPEC.rows_per_shard * 3})
+    trainer = trainer_on(
+        tmp_path,
+        queue,
+        training=SPEC.model_copy(update={"contexts": SPEC.shard_contexts * 1000}),
+        config=CONFIG.model_copy(update={"train": longer}),
+    )
     with pytest.raises(IndexError):
         until_ended(trainer, A.name)
     assert [s["state"] for s in ray.get(trainer.status.remote())] == ["failed", "failed"]

@@ -1,3 +1,5 @@
+"""The bank's Adam equals torch's fused Adam bit for bit."""
+
 import subprocess
 import sys
 

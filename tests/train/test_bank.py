@@ -1,3 +1,5 @@
+"""A bank trains its SAEs independently: company, skipped steps, clipping, failures."""
+
 import pytest
 import torch
 
@@ -49,7 +51,7 @@ def test_a_skipped_step_counts_and_changes_nothing(tmp_path):
     mean = member.mean
     bank.skip(5 * BATCH)
     bank.skip(6 * BATCH)
-    bank.skip(5 * BATCH)  # nobody stands there any more
+    bank.skip(5 * BATCH)  # No member is at this row any more
     assert member.next_row == 7 * BATCH
     assert all(torch.equal(tensors[name], tensor) for name, tensor in member.state()[0].items())
     assert torch.equal(member.mean, mean)
@@ -103,7 +105,8 @@ def test_members_train_only_on_their_row():
 
 def test_loss_falls():
     for architecture in ARCHITECTURES:
-        wanted = config(architecture, sparsity=1e-4) if architecture not in ("topk", "batchtopk") else config(architecture)
+        level = ARCHITECTURES[architecture].pick(k=4, sparsity=1e-4)
+        wanted = config(architecture, **level)
         bank = bank_of(wanted)
         member = bank.members[wanted.name]
         train(bank, 0, 2)
@@ -121,10 +124,13 @@ def test_gradients_are_clipped_to_the_global_norm_of_their_own_sae():
         bank.add(c.name, c).initialise(DATA[:512])
     for member in bank.members.values():
         step = member.adam.step
-        member.adam.step = lambda rate, member=member, step=step: (seen.append(float(member._gradient_norm())), step(rate))
+        member.adam.step = lambda rate, member=member, step=step: (
+            seen.append(float(member._gradient_norm())),
+            step(rate),
+        )
     train(bank, 0, 3)
     assert seen == pytest.approx([1e-3 * D**0.5] * 6, rel=1e-4)
-    assert bank.members[a.name].sums["gradient_norm"] > 3e-3 * D**0.5  # as it was before clipping
+    assert bank.members[a.name].sums["gradient_norm"] > 3e-3 * D**0.5  # Reports give the norm before clipping
 
 
 def test_small_gradients_are_left_as_they_are():
@@ -140,12 +146,12 @@ def test_dead_latents_are_those_quiet_for_a_tenth_of_the_run():
     wanted = config("topk")
     bank = bank_of(wanted)
     member = bank.members[wanted.name]
-    assert member.dead_after == TRAIN.tokens // 10  # two batches
+    assert member.dead_after == TRAIN.tokens // 10  # Two batches
     with torch.no_grad():
         member.sae.b_enc[5] = -1e6
     told = []
     inner = member.sae.loss_and_grads
-    member.sae.loss_and_grads = lambda x, step: (told.append(bool(step.dead[5])), inner(x, step))[1]
+    member.sae.loss_and_grads = lambda x, target, step: (told.append(bool(step.dead[5])), inner(x, target, step))[1]
     train(bank, 0, 4)
     assert told == [False, False, True, True]
     assert member.quiet[5] == 4 * BATCH
@@ -158,9 +164,9 @@ def test_sparsity_warms_up_only_through_the_schedule():
     member = bank.members[wanted.name]
     factors = []
     inner = member.sae.loss_and_grads
-    member.sae.loss_and_grads = lambda x, step: (factors.append(step.sparsity_factor), inner(x, step))[1]
+    member.sae.loss_and_grads = lambda x, target, step: (factors.append(step.sparsity_factor), inner(x, target, step))[1]
     train(bank, 0, 4)
-    assert factors == [0, 0.5, 1, 1]  # sparsity_warmup 0.1 of 20 steps
+    assert factors == [0, 0.5, 1, 1]  # sparsity_warmup is 0.1 of 20 steps
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -182,8 +188,8 @@ def test_a_bad_loss_or_gradient_stops_that_sae_alone(what):
     member = bank.members[bad.name]
     inner = member.sae.loss_and_grads
 
-    def broken(x, step):
-        terms = inner(x, step)
+    def broken(x, target, step):
+        terms = inner(x, target, step)
         if member.steps_done == 5:
             (terms["loss"] if what == "loss" else member.sae.W_enc.grad).fill_(float("nan"))
         return terms

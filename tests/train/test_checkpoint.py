@@ -1,3 +1,5 @@
+"""Checkpoints come back exactly, survive damage and crashes, and refuse another run."""
+
 import logging
 import os
 from pathlib import Path
@@ -12,14 +14,27 @@ from raysae.train import checkpoint as module
 from raysae.train.checkpoint import Checkpoint, CheckpointStore, fingerprint
 
 SPEC = ActivationSpec(
-    model="m", text="t", contexts=512, context_length=16, skip_positions=1, dtype="float32", seed=0, epochs=1, shard_contexts=256, batch_contexts=32
+    model="m",
+    text="t",
+    contexts=512,
+    context_length=16,
+    skip_positions=1,
+    dtype="float32",
+    seed=0,
+    epochs=1,
+    shard_contexts=256,
+    batch_contexts=32,
 )
 SAE = SAEConfig(architecture="topk", hook_point="resid_post.0", width=8, k=2, learning_rate=1e-3)
 FACTS = {"threads": 1, "torch": "2"}
 
 
 def example(value: float) -> Checkpoint:
-    tensors = {"weights": torch.full((3, 4), value), "count": torch.tensor([1, 2**40]), "half": torch.tensor([1.5], dtype=torch.bfloat16)}
+    tensors = {
+        "weights": torch.full((3, 4), value),
+        "count": torch.tensor([1, 2**40]),
+        "half": torch.tensor([1.5], dtype=torch.bfloat16),
+    }
     return Checkpoint(tensors, {"row": 12, "sum": 0.1 + 0.2, "reports": [{"fvu": value}], "leaving": None}, dict(FACTS))
 
 
@@ -65,7 +80,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_it_used(folder, harm, capl
         assert store.load(FACTS).header["reports"][0]["fvu"] == 0
     assert path in caplog.text
     assert "damaged" in caplog.text
-    # What is saved after that is the newest, also beside the damaged one.
+    # A later checkpoint counts as the newest, although the damaged one lies beside it.
     store.save(example(7))
     assert store.load(FACTS).header["reports"][0]["fvu"] == 7
 
@@ -86,7 +101,10 @@ def test_a_crash_while_writing_leaves_the_earlier_one(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(UserError, match=f"cannot be written .no space left on device.: the checkpoints before it in {tmp_path} are whole"):
+    with pytest.raises(
+        UserError,
+        match=f"cannot be written .no space left on device.: the checkpoints before it in {tmp_path} are whole",
+    ):
         store.save(example(1))
     assert len(list(tmp_path.iterdir())) == 1
     assert store.load(FACTS).header["reports"][0]["fvu"] == 0
@@ -101,7 +119,7 @@ def test_what_a_killed_process_has_half_written_goes_with_the_next_one(tmp_path,
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", die)
-        patched.setattr(os, "unlink", lambda path: None)  # SIGKILL leaves no time for it
+        patched.setattr(os, "unlink", lambda path: None)  # SIGKILL leaves no time to remove the file
         with pytest.raises(KeyboardInterrupt):
             store.save(example(1))
         with pytest.raises(KeyboardInterrupt):
@@ -147,7 +165,18 @@ def test_another_run_is_refused_unless_allowed_by_name(tmp_path, caplog):
 
 def test_fingerprint_covers_what_bits_depend_on():
     base = fingerprint(SPEC, SAE, TrainConfig(), "cpu")
-    assert {"torch", "numba", "fast_integers", "device", "threads", "spec", "sae.k", "sae.seed", "train.batch", "train.tokens"} <= base.keys()
+    assert {
+        "torch",
+        "numba",
+        "fast_integers",
+        "device",
+        "threads",
+        "spec",
+        "sae.k",
+        "sae.seed",
+        "train.batch",
+        "train.tokens",
+    } <= base.keys()
     assert base["threads"] == torch.get_num_threads()
     for changed in (
         fingerprint(SPEC.model_copy(update={"seed": 1}), SAE, TrainConfig(), "cpu"),

@@ -1,4 +1,7 @@
-"""Training on an error is training on another stream: rows, evaluation and fingerprint against direct computation."""
+"""Training on an SAE's error is training on a transformed stream.
+
+Rows, evaluation and fingerprint must equal a direct computation.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ def errors(tmp_path: Path) -> tuple[SAE, Linear, ErrorsConfig]:
 
 
 def direct(x: torch.Tensor, sae: SAE, probe: Linear) -> dict[str, torch.Tensor]:
-    """The definitions, in float64 and dense: the k largest pre-activations that are positive, one row at a time."""
+    """The errors by their definitions, dense and in float64.
+
+    Each row keeps its k largest pre-activations where they are positive.
+    """
     w_enc, w_dec, b_enc, b_dec = (t.double() for t in (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec))
     made = []
     for row in x.double():
@@ -75,7 +81,7 @@ def test_hook_points_of_errors() -> None:
 
 
 class ErrorSource(ArraySource):
-    """Rows in memory through the transform, as `StreamSource` does it."""
+    """Puts rows in memory through the transform, as `StreamSource` does with a stream."""
 
     def __init__(self, transform: ErrorOf):
         super().__init__()
@@ -92,12 +98,16 @@ class ErrorSource(ArraySource):
         return map(self.transform, super().evaluation(rows))
 
 
-def test_a_loop_on_the_transform_is_a_loop_on_its_rows(errors: tuple[SAE, Linear, ErrorsConfig], tmp_path: Path) -> None:
-    """Bit for bit the SAE that comes out where the transformed rows are the stream."""
+def test_a_loop_on_the_transform_is_a_loop_on_its_rows(
+    errors: tuple[SAE, Linear, ErrorsConfig], tmp_path: Path
+) -> None:
+    """Training through the transform gives the same bits as training on transformed rows."""
     _, _, named = errors
     transform = ErrorOf(f"{HOOK}.nonlinear", named, D)
     plain = ArraySource()
-    plain.data, plain.held_out = (torch.cat([transform(part) for part in whole.split(TRAIN.batch)]) for whole in (plain.data, plain.held_out))
+    plain.data, plain.held_out = (
+        torch.cat([transform(part) for part in whole.split(TRAIN.batch)]) for whole in (plain.data, plain.held_out)
+    )
     sources = {"transformed": ErrorSource(transform), "rows": plain}
     for name, source in sources.items():
         loop = Loop(str(tmp_path / name), D, SPEC, TRAIN, EVALUATION, source)
@@ -105,7 +115,7 @@ def test_a_loop_on_the_transform_is_a_loop_on_its_rows(errors: tuple[SAE, Linear
         loop.run()
     ours, theirs = (load_file(tmp_path / name / "saes" / config().name / "sae_weights.safetensors") for name in sources)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours | theirs)
-    assert load_sae(tmp_path / "transformed/saes" / config().name).d == D
+    assert load_sae(tmp_path / "transformed/saes" / config().name).d_in == D
     assert transform.digest in (tmp_path / "transformed/saes" / config().name / "cfg.json").read_text()
 
 

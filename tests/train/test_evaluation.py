@@ -1,3 +1,5 @@
+"""Reconstruction metrics against brute force."""
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tests.train.synthetic import ARCHITECTURES, TRAIN, D, config, rows
 
 
 def trained_looking(architecture: str, **knobs) -> SAE:
-    """An SAE with weights away from their start, folded."""
+    """A folded SAE whose weights are away from their initial values."""
     sae = build(config(architecture, **knobs), D, TRAIN)
     sae.initialise(rows(512))
     generator = torch.Generator().manual_seed(3)
@@ -34,7 +36,11 @@ def test_equal_to_brute_force(architecture, monkeypatch):
     metrics = reconstruction_metrics(sae, iter(x.split(200)))
     with torch.no_grad():
         codes = dense(sae.encode(x), sae.n).double()
-    x_hat = codes @ sae.W_dec.double() + sae.b_dec.double() if architecture != "tied" else sae.decode(codes.float()).double()
+    x_hat = (
+        codes @ sae.W_dec.double() + sae.b_dec.double()
+        if architecture != "tied"
+        else sae.decode(codes.float()).double()
+    )
     x = x.double()
     assert metrics.rows == 777
     assert metrics.fvu == pytest.approx(float(((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()), rel=1e-5)
@@ -47,13 +53,15 @@ def test_equal_to_brute_force(architecture, monkeypatch):
 
 
 def test_saes_share_the_variance_of_the_same_rows(monkeypatch):
-    """Whichever SAE comes first, with whatever width, all numbers have the same bits as alone."""
-    monkeypatch.setattr(evaluation, "CHUNK_BYTES", {"cpu": 8 * D * 40})  # cuts the wide SAE's chunks further
+    """SAEs of any width, in any order, get the same bits as alone."""
+    monkeypatch.setattr(evaluation, "CHUNK_BYTES", {"cpu": 8 * D * 40})  # Cuts the wide SAE's chunks further
     saes, x = [trained_looking("topk"), trained_looking("topk", width=256)], rows(777, seed=5)
     alone = [reconstruction_metrics(sae, x.split(200)).scalars() for sae in saes]
     for order in ((0, 1), (1, 0)):
         variance = Variance(D)
-        assert [reconstruction_metrics(saes[i], x.split(200), variance).scalars() for i in order] == [alone[i] for i in order]
+        assert [reconstruction_metrics(saes[i], x.split(200), variance).scalars() for i in order] == [
+            alone[i] for i in order
+        ]
         assert variance.rows == 777
 
 
@@ -77,14 +85,16 @@ def test_density_histogram_counts_latents_per_half_decade():
     frequency = np.array([0, 0, 1, 10, 11, 31, 1000, 500])
     bins = density_histogram(frequency, 1000)
     assert len(bins) == len(DENSITY_EDGES) - 1 == 12
-    assert sum(bins) == 6  # dead ones are in none
+    assert sum(bins) == 6  # Dead latents are in no bin
     assert bins[6] == 1
     assert bins[8] == 3
     assert bins[11] == 2
 
 
 def test_rows_of_zeros_and_bfloat16_are_taken():
-    metrics = reconstruction_metrics(trained_looking("topk"), [torch.zeros(3, D, dtype=torch.bfloat16), rows(20).bfloat16()])
+    metrics = reconstruction_metrics(
+        trained_looking("topk"), [torch.zeros(3, D, dtype=torch.bfloat16), rows(20).bfloat16()]
+    )
     assert metrics.rows == 23
     assert all(np.isfinite(value) for value in metrics.scalars().values())
 

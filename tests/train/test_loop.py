@@ -1,3 +1,5 @@
+"""The training loop without Ray: reports, restarts, late and leaving SAEs, failures."""
+
 import json
 import logging
 import threading
@@ -41,9 +43,14 @@ def assert_same_sae(one, other, name: str) -> None:
 
 
 def lasting(reports: list[dict]) -> list[dict]:
-    """Reports without what is measured in seconds."""
+    """Reports without their measurements of time."""
     return [
-        {k: v for k, v in r.items() if k not in ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")} for r in reports
+        {
+            k: v
+            for k, v in r.items()
+            if k not in ("time", "tokens_per_second", "waited_share", "step_seconds", "evaluation_seconds")
+        }
+        for r in reports
     ]
 
 
@@ -84,7 +91,18 @@ def test_reports_come_at_even_steps_and_the_sae_is_saved(tmp_path):
         assert [r["evaluation_rows"] for r in reports] == [250, 250, 250, 600]
         assert [r["final"] for r in reports] == [False, False, False, True]
         assert sum(reports[-1]["density"]) == round(c.width * (1 - reports[-1]["dead_fraction"]))
-        assert {"name", "loss", "squared_error", "gradient_norm", "fvu", "l0", "cosine", "norm_ratio", "learning_rate", "time"} <= reports[0].keys()
+        assert {
+            "name",
+            "loss",
+            "squared_error",
+            "gradient_norm",
+            "fvu",
+            "l0",
+            "cosine",
+            "norm_ratio",
+            "learning_rate",
+            "time",
+        } <= reports[0].keys()
         metrics = reconstruction_metrics(load_sae(tmp_path / "saes" / c.name), [loop.source.held_out])
         assert metrics.fvu == pytest.approx(reports[-1]["fvu"], rel=1e-5)
         assert loop.reports(c.name, 3) == (reports[3:], True)
@@ -131,7 +149,10 @@ def test_killed_and_restarted_equals_undisturbed(tmp_path, row):
 
 
 def test_saes_with_checkpoints_at_different_rows_meet_again(tmp_path):
-    """KilledError between the checkpoints of two SAEs: the one ahead waits for the reader, nobody trains on a row twice."""
+    """The process dies between the checkpoints of two SAEs.
+
+    The SAE that is ahead waits for the reader. None trains on a row twice.
+    """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     trained(whole, A, B)
     for c, row in ((A, 256), (B, 640)):
@@ -176,7 +197,9 @@ def test_an_sae_that_leaves_early_is_evaluated_and_saved(tmp_path):
     loop.add(A)
     loop.add(B)
     loop.on_change = lambda: (
-        len(loop.reports(A.name)[0]) == 2 and not loop.progress[A.name].message and loop.leave(A.name, "stopped by the scheduler")
+        len(loop.reports(A.name)[0]) == 2
+        and not loop.progress[A.name].message
+        and loop.leave(A.name, "stopped by the scheduler")
     )
     loop.run()
     reports, ended = loop.reports(A.name)
@@ -199,7 +222,10 @@ def test_leaving_after_the_end_or_before_the_first_row(tmp_path):
     loop.add(B)
     loop.leave(B.name, "at once")
     loop.run()
-    assert [(s["state"], s["tokens"], s["message"]) for s in loop.status()] == [("done", 1280, None), ("stopped", 0, "at once")]
+    assert [(s["state"], s["tokens"], s["message"]) for s in loop.status()] == [
+        ("done", 1280, None),
+        ("stopped", 0, "at once"),
+    ]
     assert loop.reports(B.name) == ([], True)
 
 
@@ -225,7 +251,10 @@ def test_killed_while_leaving_still_leaves(tmp_path):
 
 
 def test_killed_right_after_it_was_told_to_leave_it_leaves_at_the_same_row(tmp_path):
-    """`leave` has returned, the loop has not taken it up yet, and the newest checkpoint is older than that."""
+    """The process dies after `leave` has returned, before the loop has acted on it.
+
+    The newest checkpoint is older than the wish to leave.
+    """
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     loop = loop_on(whole)
     loop.add(A)
@@ -235,7 +264,7 @@ def test_killed_right_after_it_was_told_to_leave_it_leaves_at_the_same_row(tmp_p
 
     loop = loop_on(broken)
     loop.add(A)
-    loop._checkpoint = lambda: None  # SIGKILL leaves no time for one
+    loop._checkpoint = lambda: None  # SIGKILL leaves no time to write one
 
     def leave_and_die():
         if len(loop.reports(A.name)[0]) == 2:
@@ -260,10 +289,12 @@ def test_a_failed_sae_stops_alone_and_stays_failed(tmp_path, caplog):
     loop = loop_on(tmp_path)
     loop.add(A)
     loop.add(B)
-    loop.on_change = lambda: A.name in loop.bank.members and loop.progress[A.name].tokens == 640 and break_(loop.bank.members[A.name])
+    loop.on_change = lambda: (
+        A.name in loop.bank.members and loop.progress[A.name].tokens == 640 and break_(loop.bank.members[A.name])
+    )
 
     def break_(member):
-        member.sae.loss_and_grads = lambda x, step: {"loss": torch.tensor(float("nan"))}
+        member.sae.loss_and_grads = lambda x, target, step: {"loss": torch.tensor(float("nan"))}
 
     with caplog.at_level(logging.WARNING):
         loop.run()
@@ -312,7 +343,7 @@ def test_checkpoints_take_at_most_their_share_of_the_time():
     assert not cadence.due()
     now[0] = 60
     assert cadence.due()
-    began, now[0] = 60, 66  # six seconds: at 2 % the next is due after 300
+    began, now[0] = 60, 66  # Writing took 6 seconds, so at 2 % the next is due after 300
     cadence.written(began)
     now[0] = 66 + 299
     assert not cadence.due()
@@ -322,7 +353,12 @@ def test_checkpoints_take_at_most_their_share_of_the_time():
 
 def test_checkpoints_are_written_as_time_passes(tmp_path):
     ticks = iter(range(10**6))
-    loop = loop_on(tmp_path, killed_at(640), train=TRAIN.model_copy(update={"checkpoint_seconds": 1}), clock=lambda: float(next(ticks)))
+    loop = loop_on(
+        tmp_path,
+        killed_at(640),
+        train=TRAIN.model_copy(update={"checkpoint_seconds": 1}),
+        clock=lambda: float(next(ticks)),
+    )
     loop.add(A)
     saves = []
     save = loop._save
@@ -335,7 +371,10 @@ def test_checkpoints_are_written_as_time_passes(tmp_path):
 
 
 def test_a_wish_to_leave_that_comes_while_an_sae_ends_does_no_harm(tmp_path, monkeypatch):
-    """As from a scheduler that stops an SAE at its last report: the wish must not be written among files that are being removed."""
+    """A scheduler may stop an SAE at its last report, while the loop removes the SAE's checkpoints.
+
+    The wish must not be written among files that are being removed.
+    """
     loop = loop_on(tmp_path)
     clear, asked = CheckpointStore.clear, []
 
@@ -358,7 +397,7 @@ def test_a_wish_to_leave_that_comes_while_an_sae_ends_does_no_harm(tmp_path, mon
 
 
 def test_the_loop_is_silent_while_it_works_and_not_while_it_waits(tmp_path, monkeypatch):
-    """What a watch restarts it by: a step that does not end, but no rows that do not come."""
+    """A watch restarts the loop for a step that does not end, and not for rows that do not come."""
     now, heard = [0.0], {"step": [], "rows": [], "held-out rows": []}
 
     class SlowSource(ArraySource):

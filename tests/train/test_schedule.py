@@ -1,3 +1,5 @@
+"""Schedules of learning rate, sparsity, dead latents and reports."""
+
 from raysae.config import TrainConfig
 from raysae.train.schedule import dead_after, learning_rate_factor, report_steps, sparsity_factor
 

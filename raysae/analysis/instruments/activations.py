@@ -1,6 +1,8 @@
-"""What every analysis reads: activations of whole contexts, divided by document into A (fit W), B (fit probes on ê and ε) and C (evaluate).
+"""What every analysis reads: activations of whole contexts, split by document into A, B and C.
 
-`ArrayActivations` holds them in memory; `StreamActivations` maps files that `collect` records once per spec and hook point.
+Split A fits W, B fits probes on ê and ε, and C evaluates. `ArrayActivations` holds activations in memory.
+`StreamActivations` of `raysae.analysis.lab.recording` maps files that `collect` records once per spec and hook point.
+The module also encodes and reconstructs rows with an SAE, within bounded memory.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 SPLITS = "ABC"
 THIRDS = (1 / 3, 1 / 3, 1 / 3)
-CHUNK_ROWS = 8192  # per chunk, about: chunks hold whole contexts
-BLOCK_CONTEXTS = 16  # neighbouring documents of at least this many contexts go to the same split together
+CHUNK_ROWS = 8192  # Approximate rows of a chunk, which holds whole contexts
+BLOCK_CONTEXTS = 16  # Contexts that a group of neighbouring documents covers. Fewer than 960 contexts make it smaller
 
 
 @dataclass(frozen=True)
@@ -32,17 +34,20 @@ class Chunk:
     x: dict[str, Tensor]  # hook point → (b, d) float32
     token: Tensor  # (b,) int64 token ids
     position: Tensor  # (b,) int64, position in the context
-    context: Tensor  # (b,) int64, index of the context; all rows of a context are in one chunk, next to each other
+    context: Tensor  # (b,) int64, index of the context. All rows of a context are in one chunk, next to each other
     token_loss: Tensor | None = None  # (b,) float32, the language model's loss in nats in predicting this token
 
 
 class Activations(Protocol):
-    """Activations at some hook points, split by document; reading is repeatable and always in the same order."""
+    """Activations at some hook points, split by document.
+
+    Reading is repeatable and always in the same order.
+    """
 
     widths: dict[str, int]  # hook point → d
 
     def chunks(self, split: str) -> Iterator[Chunk]:
-        """The rows of split "A", "B" or "C", chunk by chunk."""
+        """Yields the rows of split "A", "B" or "C", chunk by chunk."""
 
 
 # ---------------------------------------------------------------- in memory
@@ -53,10 +58,11 @@ class ArrayActivations:
 
     Args:
         x: hook point → (n, d).
-        context: (n,) int64; rows of a context need not lie together.
-        token, position, token_loss: (n,); token defaults to 0, position to the row's place in its context.
+        context: (n,) int64. Rows of a context need not lie together.
+        token, position, token_loss: (n,). token defaults to 0, position to the row's place in its context.
         document: (n,) the document of each row, constant within a context.
-        fractions: shares of the documents (or contexts) in A, B and C.
+        seed: draws the order in which documents (or contexts) of equal size are assigned.
+        chunk_rows: rows after which a chunk ends with its context.
 
     Raises:
         UserError: fewer than three documents or contexts.
@@ -70,7 +76,6 @@ class ArrayActivations:
         position: Tensor | None = None,
         token_loss: Tensor | None = None,
         document: Tensor | None = None,
-        fractions: Sequence[float] = THIRDS,
         seed: int = 0,
         chunk_rows: int = CHUNK_ROWS,
     ) -> None:
@@ -79,7 +84,7 @@ class ArrayActivations:
         self._x = {hook: rows[order].float() for hook, rows in x.items()}
         self.widths = {hook: rows.shape[1] for hook, rows in self._x.items()}
         _, lengths = torch.unique_consecutive(self._context, return_counts=True)
-        self._edges = [0, *lengths.cumsum(0).tolist()]  # of contexts
+        self._edges = [0, *lengths.cumsum(0).tolist()]  # First row of each context, then the number of rows
         place = torch.cat([torch.arange(length) for length in lengths])
         self._position = place if position is None else position[order]
         self._token = torch.zeros_like(self._context) if token is None else token[order]
@@ -87,7 +92,7 @@ class ArrayActivations:
         unit = (self._context if document is None else document[order])[self._edges[:-1]]
         units, of_context = torch.unique(unit, return_inverse=True)
         sizes = torch.zeros(len(units)).index_add_(0, of_context, lengths.float())
-        self._split = _assign(sizes.numpy(), fractions, seed)[of_context.numpy()]
+        self._split = _assign(sizes.numpy(), THIRDS, seed)[of_context.numpy()]
         self._chunk_rows = chunk_rows
 
     def chunks(self, split: str) -> Iterator[Chunk]:
@@ -102,18 +107,23 @@ class ArrayActivations:
 
     def _chunk(self, rows: Tensor) -> Chunk:
         loss = None if self._token_loss is None else self._token_loss[rows]
-        return Chunk({h: x[rows] for h, x in self._x.items()}, self._token[rows], self._position[rows], self._context[rows], loss)
+        return Chunk(
+            {h: x[rows] for h, x in self._x.items()}, self._token[rows], self._position[rows], self._context[rows], loss
+        )
 
 
 # ---------------------------------------------------------------- splits
 
 
 def split_contexts(contexts: Contexts, fractions: Sequence[float] = THIRDS, seed: int = 0) -> np.ndarray:
-    """The split of each context, `(contexts,)` int8: 0, 1, 2 for A, B, C, and −1 for a context that belongs to none.
+    """Splits contexts by document: no document has a token in two splits.
 
-    Contexts join documents. Documents are taken together in blocks of neighbours (so that few contexts lie on an edge) and blocks drawn for the
-    splits; documents of equal content follow the first of them. A context all of whose documents are in one split is in it, others are dropped:
-    no document has a token in two splits.
+    Contexts join documents. Neighbouring documents form groups, so that few contexts lie on an edge. Whole groups go to
+    a split. Documents of equal content follow the first of them. A context is in a split if all its documents are in
+    it. Otherwise it is dropped.
+
+    Returns:
+        The split of each context, `(contexts,)` int8. 0, 1 and 2 are A, B and C, and −1 is none.
 
     Raises:
         UserError: the documents of the contexts are not recorded, or too few for three splits.
@@ -121,16 +131,17 @@ def split_contexts(contexts: Contexts, fractions: Sequence[float] = THIRDS, seed
     if contexts.spans is None or contexts.documents is None:
         raise UserError("text: these contexts do not say which documents they join: build them from the text again")
     first, last = contexts.spans.T
-    seen = int(last.max(initial=-1)) + 1  # documents with text in some context
-    start = np.searchsorted(last, np.arange(seen))  # the first context with text of each document
+    seen = int(last.max(initial=-1)) + 1  # Number of documents up to the last with text in some context
+    start = np.searchsorted(last, np.arange(seen))  # First context with text of each document
     size = int(np.clip(len(contexts) // 60, 1, BLOCK_CONTEXTS))
     _, block = np.unique(start // size, return_inverse=True)
     _, original, alike = np.unique(contexts.documents[:seen], return_index=True, return_inverse=True)
-    block = block[original][alike]  # of equal documents, that of the first
+    block = block[original][alike]  # Equal documents take the group of the first of them
     if len(np.unique(block)) < len(SPLITS):
         raise UserError(
-            f"the held-out text has {seen} document{'s' * (seen != 1)} in {len(contexts)} contexts, too few for three splits by document: raise "
-            "text.evaluation_fraction, set text.delimiter to what separates documents inside its files, or give more text"
+            f"the held-out text has {seen} document{'s' * (seen != 1)} in {len(contexts)} contexts, too few for three "
+            "splits by document: raise text.evaluation_fraction, set text.delimiter to what separates documents inside "
+            "its files, or give more text"
         )
     spread = np.diff(start, append=len(contexts)) + 1e-6
     used, block = np.unique(block, return_inverse=True)
@@ -139,16 +150,22 @@ def split_contexts(contexts: Contexts, fractions: Sequence[float] = THIRDS, seed
     split = np.where(changes[first] == changes[last], document[first], -1).astype(np.int8)
     if missing := [name for i, name in enumerate(SPLITS) if not (split == i).any()]:
         raise UserError(
-            f"the held-out text has no whole context for split {missing[0]}: raise text.evaluation_fraction, lower stream.context_length or give "
-            "more text"
+            f"the held-out text has no whole context for split {missing[0]}: raise text.evaluation_fraction, lower "
+            "stream.context_length or give more text"
         )
     return split
 
 
 def _assign(sizes: np.ndarray, fractions: Sequence[float], seed: int) -> np.ndarray:
-    """A split for each unit, `(units,)` int8: the largest first (equal ones in random order), each to the split that lacks most of its share."""
+    """Assigns a split to each unit, `(units,)` int8.
+
+    The largest unit comes first, equal ones in random order. Each goes to the split that lacks most of its share.
+    """
     if len(sizes) < len(fractions):
-        raise UserError(f"the activations have {len(sizes)} documents or contexts, too few for the splits A, B and C: give more text")
+        raise UserError(
+            f"the activations have {len(sizes)} documents or contexts, too few for the splits A, B and C: give more "
+            "text"
+        )
     wanted = np.asarray(fractions, float) / np.sum(fractions) * sizes.sum()
     shuffled = np.random.default_rng(seed).permutation(len(sizes))
     split = np.empty(len(sizes), np.int8)
@@ -162,7 +179,10 @@ def _assign(sizes: np.ndarray, fractions: Sequence[float], seed: int) -> np.ndar
 
 
 def encoded(sae: SAE, x: Tensor) -> Iterator[tuple[slice, Codes | Tensor]]:
-    """The codes of `x` (b, d) in pieces of rows that bound the memory of codes, on the SAE's device."""
+    """Yields the codes of `x` (b, d) on the SAE's device, with the rows they belong to.
+
+    Pieces of rows bound the memory of codes.
+    """
     x = x.to(sae.b_dec)
     size = sae.rows_at_once()
     for start in range(0, len(x), size):
@@ -172,7 +192,10 @@ def encoded(sae: SAE, x: Tensor) -> Iterator[tuple[slice, Codes | Tensor]]:
 
 @torch.no_grad()
 def reconstruct(sae: SAE, x: Tensor, activity: Activity | None = None) -> tuple[Tensor, Tensor]:
-    """Sae(x) (b, d) and the number of active latents of each row (b,), both float32 on the device of `x` (b, d); counts `activity` where given."""
+    """Sae(x) (b, d) and the number of active latents of each row (b,).
+
+    Both are float32 on the device of `x` (b, d). `activity`, where given, takes in the codes.
+    """
     reconstruction, l0 = [], []
     for _, codes in encoded(sae, x):
         reconstruction.append(sae.decode(codes).float())
@@ -184,7 +207,11 @@ def reconstruct(sae: SAE, x: Tensor, activity: Activity | None = None) -> tuple[
 
 
 class Activity:
-    """How often and how strongly each of `n` latents is active: `rows` seen, `count` (n,) of them on which it is, `total` (n,) of its values."""
+    """How often and how strongly each of `n` latents is active.
+
+    `rows` is the number of rows seen. `count` (n,) is the number of rows on which a latent is active, `total` (n,) the
+    sum of its values.
+    """
 
     def __init__(self, n: int) -> None:
         self.rows = 0
@@ -192,11 +219,14 @@ class Activity:
         self.total = torch.zeros(n, dtype=torch.float64)
 
     def add(self, codes: Codes | Tensor) -> None:
-        """Take in the codes of some rows."""
+        """Takes in the codes of some rows."""
         n = len(self.count)
         if isinstance(codes, Codes):
             indices, values = codes.indices.flatten(), codes.values.flatten()
-            count, total = torch.bincount(indices, (values > 0).double(), n), torch.bincount(indices, values.double(), n)
+            count, total = (
+                torch.bincount(indices, (values > 0).double(), n),
+                torch.bincount(indices, values.double(), n),
+            )
             self.rows += len(codes.values)
         else:
             count, total = (codes > 0).sum(0), codes.sum(0, dtype=torch.float64)
@@ -211,5 +241,5 @@ class Activity:
 
     @property
     def mean_active(self) -> Tensor:
-        """Mean value over the rows on which a latent is active, (n,); 0 where it never is."""
+        """Mean value over the rows on which a latent is active, (n,). 0 where it never is."""
         return self.total / self.count.clamp_min(1)

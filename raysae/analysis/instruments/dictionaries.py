@@ -1,4 +1,7 @@
-"""How alike two dictionaries are, rows being features (specs: MMCS; asymmetric, no absolute value)."""
+"""How alike two dictionaries are, with features as rows.
+
+MMCS (see the specs) is asymmetric and takes no absolute value.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from torch import Tensor
 
 from raysae.kernels.rows import unit_rows
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20  # Cosines held at once
 
 
 def max_cosines(a: Tensor, b: Tensor) -> Tensor:
-    """(n_a,): the largest cosine of each row of `a` (n_a, d) with any row of `b` (n_b, d)."""
+    """Largest cosine of each row of `a` (n_a, d) with any row of `b` (n_b, d), (n_a,)."""
     a, b = unit_rows(a.float()), unit_rows(b.float())
     rows = max(1, CHUNK_BYTES // (4 * len(b)))
     return torch.cat([(part @ b.T).amax(1) for part in a.split(rows)])
@@ -29,7 +32,10 @@ def fraction_above(a: Tensor, b: Tensor, cosine: float = 0.9) -> float:
 
 
 def matched_mmcs(a: Tensor, b: Tensor) -> float:
-    """Mean cosine under the one-to-one matching of rows that makes it largest (Hungarian); the larger dictionary's other rows stay single."""
+    """Mean cosine under the one-to-one matching of rows that makes it largest (Hungarian).
+
+    The larger dictionary's other rows stay single.
+    """
     cosines = (unit_rows(a.float()) @ unit_rows(b.float()).T).numpy(force=True)
     rows, columns = linear_sum_assignment(cosines, maximize=True)
     return float(cosines[rows, columns].mean())

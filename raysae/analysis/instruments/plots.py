@@ -1,6 +1,7 @@
-"""The figures of analyses 1 to 4, from their tables: at paper width (6.75 inches), in colours fit for the colour-blind, axes and units named.
+"""What the figures of the analyses share: size, colours, style, names of axes and parts, and small drawing helpers.
 
-Every function returns a Figure; `save` writes it.
+Figures have paper width (6.75 inches) and colours fit for the colour-blind. `styled` decorates a function that draws
+one, and `save` writes it. No analysis's own figure is here.
 """
 
 from __future__ import annotations
@@ -19,10 +20,19 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from raysae.analysis.instruments import columns as col
 
-PAPER_WIDTH = 6.75  # inches, of two columns
+PAPER_WIDTH = 6.75  # Inches, the width of two columns
 DPI = 200
 # Okabe and Ito's palette
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#F0E442",
+    "#000000",
+)
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -56,7 +66,7 @@ SOURCE_PARTS = {
 
 
 def save(figure: Figure, path: str | Path, pdf: bool = False) -> list[Path]:
-    """Writes PNG (200 dpi), on request PDF too, under the name of `path`; returns the files."""
+    """Writes a PNG (200 dpi) and, on request, a PDF under the name of `path`. Returns the files."""
     files = [Path(path).with_suffix(suffix) for suffix in ([".png", ".pdf"] if pdf else [".png"])]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
@@ -66,6 +76,8 @@ def save(figure: Figure, path: str | Path, pdf: bool = False) -> list[Path]:
 
 
 def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Makes a function that returns a Figure draw it in `STYLE`."""
+
     @functools.wraps(function)
     def styled(*args, **kwargs) -> Figure:
         with matplotlib.rc_context(STYLE):
@@ -74,18 +86,27 @@ def styled(function: Callable[..., Figure]) -> Callable[..., Figure]:
     return styled
 
 
-# ---------------------------------------------------------------- small parts
-
-
 def heat_map(
-    figure: Figure, ax: Axes, grid: np.ndarray, columns: Sequence[str], rows: Sequence[str], label: str, limits: tuple[float, float]
+    figure: Figure,
+    ax: Axes,
+    grid: np.ndarray,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    label: str,
+    limits: tuple[float, float],
 ) -> None:
     image = ax.imshow(grid, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="equal")
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
             dark = (value - limits[0]) / max(1e-12, limits[1] - limits[0]) < 0.55
             ax.text(
-                column, row, decimals(value, 2 if limits[1] > 0.2 else 3), ha="center", va="center", fontsize=6, color="white" if dark else "black"
+                column,
+                row,
+                decimals(value, 2 if limits[1] > 0.2 else 3),
+                ha="center",
+                va="center",
+                fontsize=6,
+                color="white" if dark else "black",
             )
     ax.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 5 else 0)
     ax.set_yticks(range(len(rows)), rows)
@@ -101,7 +122,7 @@ def log_widths(ax: Axes, widths: np.ndarray) -> None:
 
 
 def short(width: float) -> str:
-    """`512`, `4k`, `64k`, `1M`: powers of two as they are called."""
+    """A width with powers of two abbreviated: `512`, `4k`, `64k`, `1M`."""
     for size, letter in ((2**20, "M"), (2**10, "k")):
         if width >= size and width % size == 0:
             return f"{width / size:g}{letter}"
@@ -113,12 +134,12 @@ def number(value: float) -> str:
 
 
 def decimals(value: float, digits: int) -> str:
-    """Without the minus of a number that rounds to 0."""
+    """`value` with `digits` decimals. A number that rounds to 0 has no minus."""
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def visible(text: str) -> str:
-    """A token's text with its white space to be seen, and nothing that would be taken for mathematics."""
+    """A token's text with visible white space, and nothing that matplotlib takes for mathematics."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣").replace("$", r"\$") or "∅"
 
 
@@ -130,7 +151,16 @@ def titled(figure: Figure, what: str, where: str) -> None:
     figure.suptitle(f"{what}\n{where}" if where else what)
 
 
-def bars(ax: Axes, place: np.ndarray, table: pd.DataFrame, column: str, width: float, color: str, unit: float, label: str | None = None) -> None:
+def bars(
+    ax: Axes,
+    place: np.ndarray,
+    table: pd.DataFrame,
+    column: str,
+    width: float,
+    color: str,
+    unit: float,
+    label: str | None = None,
+) -> None:
     """Bars of `column` times `unit`, with their intervals."""
     value, low, high = (unit * table[f"{column}{end}"].to_numpy(float) for end in ("", col.LOW, col.HIGH))
     ax.bar(place, value, width, color=color, label=label)

@@ -1,6 +1,7 @@
-"""Least squares with an intercept from streamed moments in float64, R² on other tokens, and bootstrap intervals over contexts.
+"""Least squares with an intercept from streamed moments in float64.
 
-Everything that is summed has a size that does not depend on the number of tokens: co-moments, and weighted sums per bootstrap replicate.
+It also measures R² on other tokens, with bootstrap intervals over contexts. Sums are co-moments, and weighted sums per
+bootstrap replicate. Their sizes do not depend on the number of tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 
-RIDGE = 1e-12  # added to the diagonal of the predictors' correlation matrix
-SINGULAR = 1e-8  # squared pivot (share of a predictor's variance that the others leave unexplained) below which the eigen-decomposition takes over
-EIGENVALUE_CUTOFF = 1e-10  # of the largest: directions of less variance, which in float32 may be rounding, are left out
+RIDGE = 1e-12  # Added to the diagonal of the predictors' correlation matrix
+# Least squared pivot for Cholesky. Below it the eigen-decomposition takes over. A squared pivot is the share of a
+# predictor's variance that the predictors before it leave unexplained.
+SINGULAR = 1e-8
+# Share of the largest eigenvalue. Directions of less variance are left out: in float32 they may be rounding.
+EIGENVALUE_CUTOFF = 1e-10
 REPLICATES = 200
-LEVEL = 0.95  # of every interval
+LEVEL = 0.95  # Confidence level of every interval
 
 
 # ---------------------------------------------------------------- linear maps
@@ -41,11 +45,14 @@ class Linear:
 
 def save_linear(maps: Mapping[str, Linear], path: str | Path) -> None:
     """Writes linear maps by name to one safetensors file."""
-    save_file({f"{name}/{part}": getattr(m, part).contiguous() for name, m in maps.items() for part in ("weight", "bias")}, path)
+    save_file(
+        {f"{name}/{part}": getattr(m, part).contiguous() for name, m in maps.items() for part in ("weight", "bias")},
+        path,
+    )
 
 
 def load_linear(path: str | Path) -> dict[str, Linear]:
-    """What `save_linear` wrote."""
+    """Reads what `save_linear` wrote."""
     tensors = load_file(path)
     names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
     return {name: Linear(tensors[f"{name}/weight"], tensors[f"{name}/bias"]) for name in names}
@@ -53,8 +60,15 @@ def load_linear(path: str | Path) -> dict[str, Linear]:
 
 @dataclass(frozen=True)
 class Fit:
-    """Solutions of one factorisation. `method` is "cholesky" or "eigen", `ridge` what was added to the diagonal of the predictors' correlation
-    matrix, `rank` the number of directions used and `condition` the ratio of the largest eigenvalue to the smallest one used."""
+    """Solutions of one factorisation.
+
+    maps: solution of each target.
+    rows: number of rows it was fitted on.
+    method: "cholesky" or "eigen".
+    ridge: what was added to the diagonal of the predictors' correlation matrix.
+    rank: number of directions used.
+    condition: largest eigenvalue over the smallest one used.
+    """
 
     maps: dict[str, Linear]
     rows: int
@@ -68,10 +82,10 @@ class Fit:
 
 
 class Moments:
-    """Means and centred products of predictors x (b, d) with themselves and with any number of named targets y (b, m) or (b,).
+    """Means and centred products of predictors x (b, d) with themselves and with named targets y (b, m) or (b,).
 
-    All targets share XᵀX and its factorisation. Chunks are centred on their own means and merged by Chan's rule, so that means far from 0 (which
-    residual streams have) cost no digits.
+    There may be any number of targets. All share XᵀX and its factorisation. Each chunk is centred on its own means and
+    merged by Chan's rule. So means far from 0, which residual streams have, cost no digits.
     """
 
     def __init__(self) -> None:
@@ -82,7 +96,7 @@ class Moments:
         self.xy: dict[str, Tensor] = {}  # (d, m)
 
     def add(self, x: Tensor, targets: Mapping[str, Tensor]) -> None:
-        """Take in rows; the targets must be the same every time."""
+        """Takes in rows. The targets must be the same every time."""
         if len(x) == 0:
             return
         part = Moments()
@@ -94,11 +108,11 @@ class Moments:
         for name, y in targets.items():
             y = y.double().reshape(len(x), -1)
             part.target_mean[name] = y.mean(0)
-            part.xy[name] = x.T @ y  # x is centred, so y need not be
+            part.xy[name] = x.T @ y  # As x is centred, y need not be
         self.merge(part)
 
     def merge(self, other: Moments) -> None:
-        """Add the rows that `other` has seen."""
+        """Adds the rows that `other` has seen."""
         if other.rows == 0:
             return
         if self.rows == 0:
@@ -117,8 +131,11 @@ class Moments:
         self.rows = rows
 
     def solve(self, ridge: float = RIDGE) -> Fit:
-        """Least squares for every target. Predictors are scaled to variance 1; then Cholesky with a trace of `ridge`, or, where XᵀX is singular,
-        its eigen-decomposition without the directions that do not vary. Predictors that are constant get the weight 0.
+        """Solves least squares for every target.
+
+        Predictors are scaled to variance 1. Cholesky then solves with `ridge` added to the diagonal. Where XᵀX is
+        singular, the eigen-decomposition takes over, without the directions that do not vary. Constant predictors get
+        the weight 0.
 
         Raises:
             ValueError: fewer than two rows.
@@ -126,11 +143,11 @@ class Moments:
         if self.rows < 2:
             raise ValueError(f"a regression needs at least 2 rows, there are {self.rows}")
         variance = self.xx.diagonal()
-        # float32 predictors: a variance below the square of their rounding is none
+        # Predictors are rounded to float32. A variance below the square of that rounding counts as none.
         varies = variance > self.rows * (1e-7 * self.mean.abs()).square() + torch.finfo(torch.float64).tiny
         scale = torch.where(varies, variance.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)  # (d,)
         correlation = self.xx * scale * scale.unsqueeze(1)
-        correlation.diagonal().copy_(torch.ones_like(scale))  # of constants too: they have no covariance with anything
+        correlation.diagonal().copy_(torch.ones_like(scale))  # Constants get 1 too: they covary with nothing
         with_ridge = correlation.clone()
         with_ridge.diagonal().add_(ridge)
         factor, failed = torch.linalg.cholesky_ex(with_ridge)
@@ -143,7 +160,10 @@ class Moments:
             eigenvalues, vectors = torch.linalg.eigh(correlation)
             used = eigenvalues > EIGENVALUE_CUTOFF * eigenvalues[-1]
             eigenvalues, vectors = eigenvalues[used], vectors[:, used]
-            solved = {name: vectors @ ((vectors.T @ (xy * scale.unsqueeze(1))) / eigenvalues.unsqueeze(1)) for name, xy in self.xy.items()}
+            solved = {
+                name: vectors @ ((vectors.T @ (xy * scale.unsqueeze(1))) / eigenvalues.unsqueeze(1))
+                for name, xy in self.xy.items()
+            }
             method, rank, ridge = "eigen", int(used.sum() - (~varies).sum()), 0.0
         maps = {}
         for name, weight in solved.items():
@@ -152,7 +172,7 @@ class Moments:
         return Fit(maps, self.rows, method, ridge, rank, float(eigenvalues[-1] / eigenvalues[0]))
 
 
-# ---------------------------------------------------------------- pass 2: sums over contexts, with a bootstrap
+# ---------------------------------------------------------------- pass 2: bootstrapped sums over contexts
 
 
 @dataclass(frozen=True)
@@ -165,7 +185,10 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Tensor) -> Estimate:
-        """From `values` (1 + replicates,): first the number itself, then its replicates."""
+        """From `values` (1 + replicates,): first the number itself, then its replicates.
+
+        Replicates that are not finite do not count. With none left, the ends are NaN.
+        """
         replicates = values[1:][values[1:].isfinite()].numpy()
         tail = 50 * (1 - LEVEL)
         low, high = np.percentile(replicates, [tail, 100 - tail]) if len(replicates) else (math.nan, math.nan)
@@ -178,19 +201,24 @@ class Estimate:
 class ContextSums:
     """Sums of per-row quantities over all rows, and over bootstrap resamples of the contexts.
 
-    Every quantity's sum is `(1 + replicates, m)`: first over all rows, then with each context counted as often as a replicate drew it. The counts
-    are Poisson(1) (the streamed form of drawing contexts with replacement; Chamandy et al. 2012) from a generator seeded with (seed, context), so
-    that all quantities, SAEs and passes see the same resamples: any function of the sums has a paired interval, ratios and differences included.
+    Every quantity's sum is `(1 + replicates, m)`. The first entry is over all rows. In the others a context counts as
+    often as the replicate drew it. The counts are Poisson(1), the streamed form of drawing contexts with replacement
+    (Chamandy et al. 2012). Their generator is seeded with (seed, context), so all quantities, SAEs and passes see the
+    same resamples. Any function of the sums has a paired interval, ratios and differences included.
     """
 
     def __init__(self, replicates: int = REPLICATES, seed: int = 0) -> None:
         self.replicates, self.seed = replicates, seed
         self.sums: dict[str, Tensor] = {}
-        self.rows: dict[str, Tensor] = {}  # of each quantity, (1 + replicates, 1)
-        self._drawn: tuple[Tensor, Tensor] | None = None  # contexts and weights of the last chunk: many SAEs ask for the same
+        self.rows: dict[str, Tensor] = {}  # Rows behind each quantity, (1 + replicates, 1)
+        # Contexts and weights of the last chunk, because many SAEs ask for the same.
+        self._drawn: tuple[Tensor, Tensor] | None = None
 
     def add(self, context: Tensor, **rows: Tensor) -> None:
-        """Take in named quantities (b,) or (b, m) of rows of `context` (b,); a context's rows must all come in one call."""
+        """Takes in named quantities (b,) or (b, m) of rows of `context` (b,).
+
+        All rows of a context must come in one call.
+        """
         contexts, of_row = torch.unique(context, return_inverse=True)
         weights = self._weights(contexts)
         counted = weights @ torch.bincount(of_row).double().unsqueeze(1)
@@ -202,7 +230,7 @@ class ContextSums:
             self.rows[name] = self.rows[name] + counted if name in self.rows else counted
 
     def __getitem__(self, name: str) -> Tensor:
-        """(1 + replicates, m)."""
+        """Sum of the quantity `name`, (1 + replicates, m)."""
         return self.sums[name]
 
     def mean(self, name: str) -> Tensor:
@@ -210,31 +238,41 @@ class ContextSums:
         return (self.sums[name] / self.rows[name]).squeeze(1)
 
     def variation(self, name: str) -> Tensor:
-        """Σ(y − ȳ)² per dimension, (1 + replicates, m), of a quantity added as `name` and its square as `name_squared`."""
+        """Σ(y − ȳ)² per dimension, (1 + replicates, m).
+
+        y was added as `name` and its square as `name_squared`. What may be rounding counts as 0.
+        """
         total = self.sums[f"{name}_squared"] - self.sums[name].square() / self.rows[name].clamp_min(1)
         rounding = 1e-12 * self.sums[f"{name}_squared"]
         return torch.where(total > rounding, total, 0.0)
 
     def _weights(self, contexts: Tensor) -> Tensor:
-        """(1 + replicates, c)."""
+        """How often each replicate counts each context, (1 + replicates, c)."""
         if self._drawn is None or not torch.equal(self._drawn[0], contexts):
-            drawn = [np.random.default_rng([self.seed, context]).poisson(1.0, self.replicates) for context in contexts.tolist()]
+            drawn = [
+                np.random.default_rng([self.seed, context]).poisson(1.0, self.replicates)
+                for context in contexts.tolist()
+            ]
             weights = torch.from_numpy(np.stack(drawn, 1)).double()
             self._drawn = contexts, torch.cat([torch.ones(1, len(contexts), dtype=torch.float64), weights])
         return self._drawn[1]
 
 
 def add_target(sums: ContextSums, context: Tensor, name: str, y: Tensor, predicted: Mapping[str, Tensor]) -> None:
-    """What R² of a target `y` (b, m) or (b,) needs, under `name`; `predicted` maps the name of a prediction to it: see `r2`."""
+    """Adds what R² of a target `y` (b, m) or (b,) needs, under `name`: see `r2`.
+
+    `predicted` maps the name of a prediction to its values.
+    """
     y = y.double()
     residuals = {f"{name}_missed_{by}": (y - ŷ.reshape(y.shape)).square() for by, ŷ in predicted.items()}
     sums.add(context, **{name: y, f"{name}_squared": y.square()}, **residuals)
 
 
 def r2(sums: ContextSums, name: str, by: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """R² of prediction `by` of target `name`, (1 + replicates,) each: the mean over dimensions (of those that vary), and the variance-weighted one.
+    """R² of prediction `by` of target `name`: the mean over dimensions, and the variance-weighted one.
 
-    `residual` (1 + replicates, m) replaces the residual sums of squares where they are known otherwise.
+    Both are (1 + replicates,). Dimensions that do not vary count in neither. `residual` (1 + replicates, m) replaces
+    the residual sums of squares where they are known otherwise.
     """
     missed = sums[f"{name}_missed_{by}"] if residual is None else residual
     total = sums.variation(name)
@@ -244,7 +282,10 @@ def r2(sums: ContextSums, name: str, by: str, residual: Tensor | None = None) ->
 
 
 def with_intervals(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Each number under its name, and under `NAME_low` and `NAME_high` the ends of its interval; `values` are (1 + replicates,), as in Estimate."""
+    """Each number under its name, and the ends of its interval under `NAME_low` and `NAME_high`.
+
+    `values` are (1 + replicates,), as in `Estimate.of`.
+    """
     row: dict[str, float] = {}
     for name, replicates in values.items():
         estimate = Estimate.of(replicates)

@@ -1,4 +1,4 @@
-"""Verdicts on tables whose answer is known."""
+"""Verdicts of claims on tables with a known answer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_flat_in_width() -> None:
 
 
 def regressions(**columns: float) -> pd.DataFrame:
-    """Four SAEs alike, with intervals of ±0.02."""
+    """A table of four equal SAEs with intervals of ±0.02."""
     values = {"r2_error": 0.5, "r2_error_norm": 0.9, "r2_norm_nonlinear": 0.5, "r2_error_norm_from_token": 0.3}
     values |= {
         f"{name}{control}": value for name, value in values.items() for control in ("_rescaled", "_half_fit")
@@ -73,11 +73,11 @@ def half_trained(value: float, norm: float) -> pd.DataFrame:
     ("columns", "half", "expected"),
     [
         ({}, 0.5, HOLDS),
-        ({}, None, UNTOLD),  # a control is missing
-        ({"r2_error_rescaled": 0.1}, 0.5, UNTOLD),  # it was shrinkage
-        ({"r2_error_half_fit": 0.1}, 0.5, UNTOLD),  # it was too few tokens for the fit
-        ({}, 0.9, UNTOLD),  # it was short training
-        ({"r2_error": 0.64}, 0.5, UNTOLD),  # its interval reaches over the border
+        ({}, None, UNTOLD),  # A control is missing
+        ({"r2_error_rescaled": 0.1}, 0.5, UNTOLD),  # Shrinkage explains the error
+        ({"r2_error_half_fit": 0.1}, 0.5, UNTOLD),  # The fit had too few tokens
+        ({}, 0.9, UNTOLD),  # Training was too short
+        ({"r2_error": 0.64}, 0.5, UNTOLD),  # The interval crosses the border
         ({"r2_error": 0.1, "r2_error_rescaled": 0.1, "r2_error_half_fit": 0.1}, 0.1, FAILS),
         ({"r2_error": 0.1, "r2_error_rescaled": 0.1, "r2_error_half_fit": 0.1}, 0.34, UNTOLD),
     ],
@@ -117,7 +117,7 @@ def test_the_norm_needs_every_control(columns: dict, half: float | None, expecte
     [
         ([(0.1, 0.2, 0.3)] * 4, HOLDS),
         ([(-0.3, -0.2, -0.1)] * 4, FAILS),
-        ([(-0.1, 0.05, 0.2)] * 4, UNTOLD),  # not clearly ahead is not behind
+        ([(-0.1, 0.05, 0.2)] * 4, UNTOLD),  # Zero lies in the interval, so neither is ahead
         ([(0.1, 0.2, 0.3)] * 2 + [(-0.3, -0.2, -0.1)] * 2, UNTOLD),
     ],
 )
@@ -145,7 +145,7 @@ def test_introduced_error() -> None:
     ("ends", "norm", "expected"),
     [
         ((0.45, 0.5, 0.55), 0.52, HOLDS),
-        ((0.45, 0.5, 0.55), 0.8, UNTOLD),  # proportional to its variance, not to its norm
+        ((0.45, 0.5, 0.55), 0.8, UNTOLD),  # Proportional to the variance and not to the norm
         ((0.1, 0.15, 0.2), 0.7, FAILS),
         ((0.3, 0.45, 0.6), 0.5, UNTOLD),
     ],

@@ -1,4 +1,4 @@
-"""Figures from small tables: what is drawn is what the tables say, axes are named, files are written."""
+"""Figures from small tables. They draw what the tables say, name their axes, and reach their files."""
 
 from dataclasses import replace
 
@@ -29,8 +29,12 @@ def results():
 
 
 def labelled(figure) -> None:
-    """Every panel but colour bars and the correlation table names its x axis."""
-    panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>" and ax.axison and not ax.get_title().startswith("correlation")]
+    """Asserts that every panel names its x axis, except colour bars and the correlation table."""
+    panels = [
+        ax
+        for ax in figure.axes
+        if ax.get_label() != "<colorbar>" and ax.axison and not ax.get_title().startswith("correlation")
+    ]
     assert panels
     assert all(ax.get_xlabel() for ax in panels)
 
@@ -61,13 +65,17 @@ def test_breakdown(tmp_path, pursuit):
 def test_a_warning_is_on_the_figure():
     table = pd.DataFrame({"width": WIDTHS[:4], "fvu": 0.05 + 3 * WIDTHS[:4] ** -0.6, "nonlinear_fvu": 0.03})
     law = fit_power_law(table["width"], table["fvu"])
-    figure = breakdown_figure(breakdown(table, law), law, nonlinear_level(table["width"], table["nonlinear_fvu"], table["fvu"]))
+    figure = breakdown_figure(
+        breakdown(table, law), law, nonlinear_level(table["width"], table["nonlinear_fvu"], table["fvu"])
+    )
     assert "4 widths over 8×" in figure.get_supxlabel()
 
 
 def test_contours():
     width, l0 = (values.ravel() for values in np.meshgrid(WIDTHS, [8, 16, 32]))
-    table = pd.DataFrame({"width": width, "l0": l0, "nonlinear_fvu": 1 / l0, "r2_error": 1 / width, "r2_error_norm": 0.5 + 1 / width})
+    table = pd.DataFrame(
+        {"width": width, "l0": l0, "nonlinear_fvu": 1 / l0, "r2_error": 1 / width, "r2_error_norm": 0.5 + 1 / width}
+    )
     figure = contours(table)
     labelled(figure)
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["8", "16", "32"]
@@ -82,8 +90,8 @@ def test_contours():
         ([256, 512, 1024], [8, 8, 8]),
         ([256, 256, 256], [8, 16, 32]),
         ([256, 512], [8, 16]),
-        ([256, 512, 1024], [8, 16, 32]),  # on a line
-        ([256, 512, 1024], [8, 8.0001, 8]),  # TopK of one k with a dead latent
+        ([256, 512, 1024], [8, 16, 32]),  # The points lie on a line
+        ([256, 512, 1024], [8, 8.0001, 8]),  # TopK SAEs of one k, one of them with a dead latent
         ([256, 512, 512], [8, 16, 0]),
         ([256, 512, 512], [8, 16, np.nan]),
     ],

@@ -1,4 +1,4 @@
-"""What the figures of analyses 5, 7 and 8 show is what is in their tables."""
+"""The figures of analyses 5, 7 and 8 show what is in their tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from raysae.analysis.instruments.plots import PAPER_WIDTH, SOURCE_PARTS, save
 
 
 def with_ends(**numbers: float) -> dict[str, float]:
-    return {key: value for name, v in numbers.items() for key, value in {name: v, f"{name}_low": v - 0.01, f"{name}_high": v + 0.01}.items()}
+    return {
+        key: value
+        for name, v in numbers.items()
+        for key, value in {name: v, f"{name}_low": v - 0.01, f"{name}_high": v + 0.01}.items()
+    }
 
 
 def heights(ax) -> list[float]:
@@ -22,10 +26,14 @@ def heights(ax) -> list[float]:
 
 def test_ce_recovered(tmp_path):
     shares = {f"{kind}_share_{part}": 0.4 for kind in ("norm", "variance") for part in ("linear", "nonlinear")}
-    rows = [{"width": w, "l0": 20 - w / 1000} | with_ends(recovered_linear=w / 10_000, recovered_nonlinear=w / 20_000, **shares) for w in (4096, 256)]
+    rows = [
+        {"width": w, "l0": 20 - w / 1000}
+        | with_ends(recovered_linear=w / 10_000, recovered_nonlinear=w / 20_000, **shares)
+        for w in (4096, 256)
+    ]
     figure = ce_recovered(pd.DataFrame(rows), title="somewhere")
     linear, nonlinear = figure.axes
-    assert heights(linear) == pytest.approx([2.56, 40.96])  # %, narrow first
+    assert heights(linear) == pytest.approx([2.56, 40.96])  # Percentages, narrow SAE first
     assert heights(nonlinear) == pytest.approx([1.28, 20.48])
     assert [label.get_text() for label in linear.get_xticklabels()] == ["256", "4,096"]
     assert linear.get_ylabel() == "%"
@@ -37,7 +45,9 @@ def test_ce_recovered(tmp_path):
 
 
 def test_pursuit_bars(tmp_path):
-    rows = [{"width": 512, "l0": 16} | with_ends(fvu=0.2, fvu_pursuit=0.15, nonlinear_fvu=0.1, nonlinear_fvu_pursuit=0.09)]
+    rows = [
+        {"width": 512, "l0": 16} | with_ends(fvu=0.2, fvu_pursuit=0.15, nonlinear_fvu=0.1, nonlinear_fvu_pursuit=0.09)
+    ]
     figure = pursuit_bars(pd.DataFrame(rows))
     assert [heights(ax) for ax in figure.axes] == [pytest.approx([0.2, 0.15]), pytest.approx([0.1, 0.09])]
     assert [ax.texts[0].get_text() for ax in figure.axes] == ["-25 %", "-10 %"]
@@ -50,13 +60,23 @@ def test_earlier_layer_bars(tmp_path):
         for part in parts:
             for target in TARGETS:
                 known = source == "resid_post.1" and (part, target) in BY_DEFINITION
-                value = 1 if known else float("nan") if (source, part) == ("mlp_out.1", "reconstruction") else -0.1 if target == "e" else 0.3
-                rows.append({"source": source, "part": part, "target": target, "by_definition": known} | with_ends(r2=value))
+                value = (
+                    1
+                    if known
+                    else float("nan")
+                    if (source, part) == ("mlp_out.1", "reconstruction")
+                    else -0.1
+                    if target == "e"
+                    else 0.3
+                )
+                rows.append(
+                    {"source": source, "part": part, "target": target, "by_definition": known} | with_ends(r2=value)
+                )
     figure = earlier_layer_bars(pd.DataFrame(rows))
     assert len(figure.axes) == 3
     for ax in figure.axes:
         assert len(ax.patches) == 11
         assert sum(bool(bar.get_hatch()) for bar in ax.patches) == {"e": 1, "ê": 2, "ε": 1}[ax.get_title()[-1]]
-    assert "-0.10" in {text.get_text() for text in figure.axes[0].texts}  # no bar, but the number is there
+    assert "-0.10" in {text.get_text() for text in figure.axes[0].texts}  # There is no bar, and still a number
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["resid_post.1", "mlp_out.1", "attn_z.1"]
     assert save(figure, tmp_path / "earlier")[0].exists()

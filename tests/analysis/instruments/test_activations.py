@@ -1,4 +1,7 @@
-"""Splits against their definition by brute force; recorded activations against the model's; what SAEs make of them against dense sums."""
+"""Splits, recorded activations, and what SAEs make of them.
+
+They must equal a brute-force definition, the model's own activations, and dense sums.
+"""
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from tests.stream.fakes import WIDTHS, FakeLanguageModel, activation, fake_conte
 
 
 def with_documents(contexts: int, lengths: list[int], hashes: list[int] | None = None, body: int = 11) -> Contexts:
-    """Contexts over documents of these lengths in tokens."""
+    """Contexts over documents with these lengths in tokens."""
     owner = np.repeat(np.arange(len(lengths)), lengths)[: contexts * body].reshape(contexts, body)
     base = fake_contexts() if contexts == 900 else Contexts("c", np.zeros((contexts, body + 1), np.uint16))
     documents = np.array(hashes if hashes is not None else range(100, 100 + len(lengths)), np.uint64)
@@ -40,7 +43,7 @@ def lengths_for(contexts: int, longest: int, seed: int = 0, body: int = 11) -> l
 def test_no_document_is_in_two_splits(longest, dropped, twins):
     lengths = lengths_for(900, longest)
     hashes = np.arange(len(lengths))
-    if twins:  # every so often a document comes a second time
+    if twins:  # Some documents occur twice
         hashes[len(hashes) // 2 :: twins * 7] = hashes[1 : 1 + len(hashes[len(hashes) // 2 :: twins * 7])]
     contexts = with_documents(900, lengths, hashes.tolist())
     split = split_contexts(contexts, seed=3)
@@ -71,7 +74,7 @@ def test_texts_that_cannot_be_split_are_refused():
 
 
 def test_arrays_are_split_by_document_with_contexts_whole():
-    context = torch.arange(90).repeat(10)  # rows of a context lie apart
+    context = torch.arange(90).repeat(10)  # Rows of a context lie apart
     document = context // 2
     source = ArrayActivations({HOOK: context.float().unsqueeze(1)}, context, document=document, chunk_rows=30)
     seen: dict[str, set[int]] = {}
@@ -91,7 +94,7 @@ def test_arrays_are_split_by_document_with_contexts_whole():
 
 
 class Recorder:
-    """Gives makers and remembers what it was asked for."""
+    """Makes shard makers, and remembers the hook points it was asked for."""
 
     def __init__(self, contexts: Contexts, **lm):
         self.contexts, self.lm, self.asked = contexts, lm, []
@@ -120,9 +123,13 @@ def test_recorded_activations_are_the_models(tmp_path, shards):
         tokens = torch.from_numpy(CONTEXTS[context[:, 0].numpy()])
         assert torch.equal(torch.cat([chunk.token for chunk in chunks]), tokens[:, 3:].flatten())
         assert torch.equal(torch.cat([chunk.position for chunk in chunks]), torch.arange(3, 12).repeat(len(tokens)))
-        torch.testing.assert_close(torch.cat([chunk.token_loss for chunk in chunks]), (tokens.float() / 7)[:, 3:].flatten())
+        torch.testing.assert_close(
+            torch.cat([chunk.token_loss for chunk in chunks]), (tokens.float() / 7)[:, 3:].flatten()
+        )
         for hook in WIDTHS:
-            assert torch.equal(torch.cat([chunk.x[hook] for chunk in chunks]), activation(tokens, hook)[:, 3:].flatten(0, 1))
+            assert torch.equal(
+                torch.cat([chunk.x[hook] for chunk in chunks]), activation(tokens, hook)[:, 3:].flatten(0, 1)
+            )
     assert list(found.select(["mlp_act.1"]).widths) == ["mlp_act.1"]
 
 
@@ -158,7 +165,14 @@ def test_recording_that_is_broken_off_leaves_nothing(tmp_path):
 
 def test_activations_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"mlp_act.1 has activations that are not finite in shard 0"):
-        collect(tmp_path, fake_spec(CONTEXTS), CONTEXTS, list(WIDTHS), Recorder(CONTEXTS, poison={"mlp_act.1": float("nan")}), 1)
+        collect(
+            tmp_path,
+            fake_spec(CONTEXTS),
+            CONTEXTS,
+            list(WIDTHS),
+            Recorder(CONTEXTS, poison={"mlp_act.1": float("nan")}),
+            1,
+        )
 
 
 @pytest.mark.parametrize("k", [4, None])

@@ -1,4 +1,7 @@
-"""Streamed least squares against torch.linalg.lstsq and scikit-learn on the same tokens; intervals against an ordinary bootstrap."""
+"""Streamed least squares against torch.linalg.lstsq and scikit-learn on the same tokens.
+
+Intervals must equal those of an ordinary bootstrap.
+"""
 
 import numpy as np
 import pytest
@@ -19,7 +22,10 @@ from raysae.analysis.instruments.regression import (
 
 
 def data(n: int, d: int = 20, m: int = 7, seed: int = 0, offset: float = 100.0):
-    """Rows far from the origin, dimensions of very different size, and targets that are partly linear in them; as float32."""
+    """Rows (n, d) and targets (n, m) in float32.
+
+    Rows lie far from the origin, and their dimensions differ much in size. Targets are partly linear in the rows.
+    """
     generator = torch.Generator().manual_seed(seed)
     maps = torch.Generator().manual_seed(1)
     x = torch.randn(n, d, generator=generator, dtype=torch.float64)
@@ -40,10 +46,16 @@ def moments(x, y, chunk=170) -> Moments:
 
 
 def lstsq(x, y, test):
-    """Predictions for `test`; directions with less than 1e-5 of the largest singular value, in float32 rounding, are left out."""
+    """Predictions for `test`.
+
+    Directions below 1e-5 of the largest singular value are left out. They are float32's rounding.
+    """
     centre, scale = x.double().mean(0), x.double().std(0).clamp_min(1e-9)
     standard = [torch.cat([(part.double() - centre) / scale, torch.ones(len(part), 1)], 1) for part in (x, test)]
-    return standard[1] @ torch.linalg.lstsq(standard[0], y.double().reshape(len(x), -1), driver="gelsd", rcond=1e-5).solution
+    return (
+        standard[1]
+        @ torch.linalg.lstsq(standard[0], y.double().reshape(len(x), -1), driver="gelsd", rcond=1e-5).solution
+    )
 
 
 def test_equal_to_lstsq_and_scikit_learn():
@@ -111,7 +123,14 @@ def test_state_does_not_grow_with_the_tokens():
         made, sums = moments(x, y), ContextSums(20)
         for part in range(0, rows, 100):
             add_target(sums, torch.full((100,), part), "y", y[part : part + 100], {"x": y[part : part + 100]})
-        held = [made.mean, made.xx, *made.xy.values(), *made.target_mean.values(), *sums.sums.values(), *sums.rows.values()]
+        held = [
+            made.mean,
+            made.xx,
+            *made.xy.values(),
+            *made.target_mean.values(),
+            *sums.sums.values(),
+            *sums.rows.values(),
+        ]
         return sum(tensor.numel() for tensor in held)
 
     assert size(200) == size(4000)
@@ -120,9 +139,9 @@ def test_state_does_not_grow_with_the_tokens():
 def filled(replicates: int, contexts: int = 300) -> tuple[ContextSums, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     context = torch.arange(contexts).repeat_interleave(torch.randint(3, 30, (contexts,), generator=generator))
-    effect = torch.randn(contexts, 4, generator=generator)[context]  # rows of a context are alike
+    effect = torch.randn(contexts, 4, generator=generator)[context]  # Rows of a context are alike
     y = effect * torch.tensor([1.0, 5, 0.2, 2]) + 0.3 * torch.randn(len(context), 4, generator=generator) + 8
-    y[:, 3] = 2.5  # does not vary
+    y[:, 3] = 2.5  # This dimension does not vary
     predicted = y + (0.5 + context[:, None] % 3) * torch.randn(y.shape, generator=generator)
     predicted[:, 3] = 2.5
     sums = ContextSums(replicates, seed=1)
@@ -136,7 +155,9 @@ def test_r2_means_over_dimensions_and_weighted():
     sums, _, y, predicted = filled(10)
     mean, weighted = r2(sums, "y", "x")
     assert float(mean[0]) == pytest.approx(r2_score(y[:, :3], predicted[:, :3]), abs=1e-9)
-    assert float(weighted[0]) == pytest.approx(r2_score(y[:, :3], predicted[:, :3], multioutput="variance_weighted"), abs=1e-9)
+    assert float(weighted[0]) == pytest.approx(
+        r2_score(y[:, :3], predicted[:, :3], multioutput="variance_weighted"), abs=1e-9
+    )
     assert float(mean[0]) != pytest.approx(float(weighted[0]), abs=0.01)
 
 
@@ -150,7 +171,10 @@ def test_intervals_are_those_of_a_bootstrap_over_contexts():
         rng, drawn = np.random.default_rng(0), []
         for _ in range(400):
             rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
-            missed, total = np.square(truth[rows] - predicted[rows]).sum(), np.square(truth[rows] - truth[rows].mean(0)).sum()
+            missed, total = (
+                np.square(truth[rows] - predicted[rows]).sum(),
+                np.square(truth[rows] - truth[rows].mean(0)).sum(),
+            )
             drawn.append(1 - missed / total)
         return np.percentile(drawn, [2.5, 97.5])
 
@@ -165,7 +189,7 @@ def test_intervals_are_those_of_a_bootstrap_over_contexts():
 def test_resamples_are_paired():
     first, context, y, _ = filled(50)
     second = ContextSums(50, seed=1)
-    for c in reversed(range(300)):  # another pass, other chunks
+    for c in reversed(range(300)):  # A second pass in another order and other chunks
         second.add(context[context == c], twice=2 * y[context == c])
     ratio = second.mean("twice") if second["twice"].shape[1] == 1 else second["twice"] / first["y"]
     torch.testing.assert_close(ratio, torch.full_like(ratio, 2.0))

@@ -1,4 +1,4 @@
-"""A lab finds the SAEs of a study, keeps the results of tasks, and tells every mistake in plain words."""
+"""The lab finds a study's SAEs, keeps what a job has finished, and answers each mistake with a sentence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raysae.sae.files import load_sae, save_sae
 from raysae.study.plan import plan
 from raysae.tracking.runs import flatten
 
-D, HOOK = 64, "resid_post.2"  # of stories260K
+D, HOOK = 64, "resid_post.2"  # Width and a hook point of stories260K
 TOPK = SAEConfig(hook_point=HOOK, width=96, k=8, learning_rate=1e-3)
 
 
@@ -45,7 +45,7 @@ def cluster() -> Iterator[None]:
 
 
 def saved(folder: Path, width: int, d: int = D, hook_point: str = HOOK) -> str:
-    """An untrained SAE's folder."""
+    """Saves an untrained SAE and returns its folder."""
     sae = build(SAEConfig(hook_point=hook_point, width=width, k=8, learning_rate=1e-3), d, TrainConfig())
     save_sae(sae, folder / f"w{width}")
     return str(folder / f"w{width}")
@@ -58,7 +58,7 @@ def text_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path, shared_data: Path, stories_model: Path, text_cache: Path) -> dict:
-    """Of an analysis of SAEs of stories260K on the first 3,000 stories."""
+    """Settings of an analysis of SAEs of stories260K on the first 3,000 stories."""
     stories = str(shared_data / "text/tinystories/train_head.txt")
     text = {"source": stories, "delimiter": "<|endoftext|>", "max_documents": 3000, "cache": str(text_cache)}
     return {
@@ -88,7 +88,7 @@ def test_saes_in_folders_take_model_and_text_from_the_settings(settings: dict, t
     assert lab.study == lab_of(settings, sae=folders[::-1]).study, "the same SAEs are the same study"
     assert lab.study != lab_of(settings, sae=folders[:1]).study
     loaded = next(iter(lab.saes.values())).load()
-    assert (loaded.n, loaded.d) == (96, D)
+    assert (loaded.n, loaded.d_in) == (96, D)
 
 
 def test_of_several_hook_points_those_named(settings: dict, tmp_path: Path) -> None:
@@ -128,7 +128,8 @@ def test_a_sweeps_parameters_give_its_config_back() -> None:
             "model": {"name": "m", "modules": {"blocks": "transformer.h", "attn": "attn"}},
             "text": {"separator": "\n\n", "delimiter": "<|endoftext|>", "max_documents": 7},
             "stream": {"context_length": 128, "block_mib": 0.5},
-            "hook_points": ["resid_post.1", "mlp_out.1"], "k": [8], "learning_rates": [1e-3, 3e-4], "train": {"tokens": 12345}, "study": "s",
+            "hook_points": ["resid_post.1", "mlp_out.1"], "k": [8], "learning_rates": [1e-3, 3e-4],
+            "train": {"tokens": 12345}, "study": "s",
         }
     )  # fmt: skip
     params = flatten(config.model_dump()) | {"a.knob.of.another.version": "5"}
@@ -197,7 +198,7 @@ def test_a_sweep_and_saes_exclude_each_other(settings: dict) -> None:
 
 @pytest.fixture
 def swept(monkeypatch: pytest.MonkeyPatch) -> list[SweepConfig]:
-    """The sweeps that labs have run; each leaves untrained SAEs."""
+    """Lists the sweeps that labs have run. A sweep only leaves untrained SAEs here."""
     configs: list[SweepConfig] = []
 
     def run_sweep(config: SweepConfig, resume: str | None = None, made_for: str | None = None) -> int:
@@ -229,7 +230,7 @@ def test_saes_on_errors_are_trained_anew_where_the_probe_is_another(
     first = train()
     assert train() == first
     assert len(swept) == 1
-    probe.write_bytes(b"two")  # as another run writes it, with other tokens
+    probe.write_bytes(b"two")  # Another run with other tokens writes another probe
     assert train() != first
     save_sae(build(load_sae(folder).config.model_copy(update={"seed": 1}), D, TrainConfig()), folder)
     train()
@@ -282,23 +283,24 @@ def test_half_trained_controls_differ_in_tokens_alone(
     assert sorted(both["width"]) == [96, 128, 192]
     assert {"r2_error_half", "r2_error_half_low", "r2_error_norm_half_high"} <= set(both)
     assert sorted(sae.name for config in swept for sae in config.saes()) == sorted(saes)
-    assert len(swept) == 2, "those of different widths in one sweep"
+    assert len(swept) == 2, "one sweep trains SAEs of different widths"
     assert all(
         config.train == lab.sweep.train.model_copy(update={"tokens": lab.sweep.train.tokens // 2, "reports": 2})
         for config in swept
     )
 
-    for changes in ({"run_id": None, "metrics": {}}, {"metrics": {"tokens": 1000}}):  # of no sweep; stopped early
+    # The first SAE belongs to no sweep, and the second stopped early
+    for changes in ({"run_id": None, "metrics": {}}, {"metrics": {"tokens": 1000}}):
         some = saes | {relu.name: replace(saes[relu.name], **changes)}
         assert _half_trained(lab, Shown(HOOK, table(lab, some, {}), {}, some), findings) is None
     assert "was left out" in findings.notes[-1]
 
 
-# ---------------------------------------------------------------- tasks
+# ---------------------------------------------------------------- what a job has finished
 
 
 def noted(folder: Path, name: str, fail_unless: Path | None = None) -> str:
-    """Leaves a line for every time it works; fails where a file is missing."""
+    """Appends `name` to a file at each call. Fails while the file `fail_unless` is missing."""
     with (folder / "worked").open("a") as file:
         file.write(f"{name}\n")
     if fail_unless and not fail_unless.exists():
@@ -372,7 +374,7 @@ def test_activations_are_recorded_once_and_tasks_depend_on_the_saes(
 
     (first,) = regressions(lab, HOOK, lab.saes).values()
     count = len(list((lab.folder / "tasks").glob("error_regression-*")))
-    again = lab_of(settings, sae=[saved(tmp_path, 96)])  # the same SAE, written anew
+    again = lab_of(settings, sae=[saved(tmp_path, 96)])  # The same SAE, written anew
     (second,) = regressions(again, HOOK, again.saes).values()
     assert first.row() == second.row()
     assert len(list((lab.folder / "tasks").glob("error_regression-*"))) == count == 1

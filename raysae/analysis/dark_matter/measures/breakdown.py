@@ -1,6 +1,13 @@
-"""How error falls with width (analysis 1 of the dark-matter spec): FVU(W) = c + a·W^(−m), the level of the nonlinear part, and the breakdown.
+"""How error falls with width (analysis 1 of the dark-matter spec).
 
-Errors of a point are taken as relative: the fit minimises Σ((c + a·W^(−m))/FVU − 1)² over c ≥ 0, a ≥ 0 and m in `EXPONENTS`.
+The module fits FVU(W) = c + a·W^(−m) and measures how flat the nonlinear error is in width. It breaks errors down.
+It works on tables of finished measurements and reads no activations.
+
+The fit minimises, over c ≥ 0, a ≥ 0 and m in `EXPONENTS`,
+
+    Σ((c + a·W^(−m))/FVU − 1)².
+
+So the error of a point counts relative to its FVU.
 """
 
 from __future__ import annotations
@@ -16,14 +23,18 @@ from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.regression import LEVEL
 from raysae.config import UserError
 
-EXPONENTS = (0.01, 5.0)  # m
-SPAN = 32  # of widths, from which on a fit counts as determined
-FEWEST = 6  # widths, likewise
+EXPONENTS = (0.01, 5.0)  # Range of m
+SPAN = 32  # Widest over narrowest. A fit over less comes with a warning
+FEWEST = 6  # Different widths. A fit to fewer comes with a warning
 
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """FVU(W) = c + a·W^(−m), the 95 % profile-likelihood interval of c, and, in a sentence, why the fit is not to be trusted (None if it is)."""
+    """FVU(W) = c + a·W^(−m).
+
+    `c_low` and `c_high` are the ends of the 95 % profile-likelihood interval of c. `warning` says in a sentence why the
+    fit is not to be trusted. It is None for a fit that can be trusted.
+    """
 
     c: float
     a: float
@@ -37,18 +48,23 @@ class PowerLaw:
 
 
 def fit_power_law(widths: Sequence[float], fvu: Sequence[float]) -> PowerLaw:
-    """Least squares over the exponent by SciPy, c and a being linear given it; the interval of c holds the values that raise the residual by no more
-    than F(1, n − 3) allows.
+    """Fits a power law by least squares.
+
+    SciPy searches the exponent. Given m, the law is linear in c and a, which non-negative least squares finds. The
+    interval of c holds the values that raise the residual by no more than F(1, n − 3) allows. With 3 points it
+    runs from 0 to the largest FVU.
 
     Raises:
         UserError: fewer than three different widths, or an FVU that is not above 0.
     """
     w, y = np.asarray(widths, float), np.asarray(fvu, float)
     if len(np.unique(w)) < 3:
-        raise UserError(f"a power law needs SAEs of at least 3 widths, these have {len(np.unique(w))}: train more with --widths")
+        raise UserError(
+            f"a power law needs SAEs of at least 3 widths, these have {len(np.unique(w))}: train more with --widths"
+        )
     if not (y > 0).all():
         raise UserError(f"a power law needs values of FVU above 0, one is {y.min():g}")
-    scaled = w / w.min()  # keeps a within a few orders of magnitude of c
+    scaled = w / w.min()  # Keeps a within a few orders of magnitude of c
 
     def best(m: float) -> tuple[np.ndarray, float]:
         solution, norm = optimize.nnls(np.stack([1 / y, scaled**-m / y], 1), np.ones(len(y)))
@@ -79,11 +95,17 @@ def fit_power_law(widths: Sequence[float], fvu: Sequence[float]) -> PowerLaw:
 
 
 def _minimum(function) -> float:
-    """The exponent of least `function`: the best of a grid, polished."""
+    """The exponent where `function` is least: the best of a grid, then refined."""
     grid = np.geomspace(*EXPONENTS, 40)
     i = int(np.argmin([function(m) for m in grid]))
     ends = np.log(grid[max(0, i - 1)]), np.log(grid[min(len(grid) - 1, i + 1)])
-    return float(np.exp(optimize.minimize_scalar(lambda log_m: function(np.exp(log_m)), bounds=ends, method="bounded", options={"xatol": 1e-9}).x))
+    return float(
+        np.exp(
+            optimize.minimize_scalar(
+                lambda log_m: function(np.exp(log_m)), bounds=ends, method="bounded", options={"xatol": 1e-9}
+            ).x
+        )
+    )
 
 
 def _warning(law: PowerLaw, w: np.ndarray, y: np.ndarray, freedom: int) -> str | None:
@@ -94,9 +116,15 @@ def _warning(law: PowerLaw, w: np.ndarray, y: np.ndarray, freedom: int) -> str |
     if law.a == 0 or y[np.argmax(w)] >= y[np.argmin(w)]:
         return "FVU does not fall with width: there is no power law to fit"
     if law.c_high - law.c_low > 0.5 * y.min():
-        return f"c is undetermined: everything from {law.c_low:.3g} to {law.c_high:.3g} fits the {different} widths over {span:.3g}×"
+        return (
+            f"c is undetermined: everything from {law.c_low:.3g} to {law.c_high:.3g} fits the {different} widths "
+            f"over {span:.3g}×"
+        )
     if different < FEWEST or span < SPAN:
-        return f"{different} widths over {span:.3g}× are few for three parameters: {FEWEST} over {SPAN}× or more are wanted"
+        return (
+            f"{different} widths over {span:.3g}× are few for three parameters: {FEWEST} over {SPAN}× or more are "
+            "wanted"
+        )
     if law.m < 1.01 * EXPONENTS[0] or law.m > 0.99 * EXPONENTS[1]:
         return f"the exponent is {law.m:.3g}, at the end of its range: FVU is not a power law of width here"
     return None
@@ -104,10 +132,13 @@ def _warning(law: PowerLaw, w: np.ndarray, y: np.ndarray, freedom: int) -> str |
 
 @dataclass(frozen=True)
 class Level:
-    """How flat the nonlinear part is in width.
+    """How flat the nonlinear FVU is in width.
 
-    `value` is its mean over widths, `slope` its change per doubling of the width as a share of `value`, with a 95 % interval (NaN below three
-    points); `share_of_fall` is how much it falls from the narrowest to the widest SAE as a share of FVU's own fall: 0 if flat, 1 if it falls alike.
+    value: mean over the SAEs.
+    slope: change per doubling of the width, as a share of `value`. NaN for a single width.
+    slope_low, slope_high: ends of its 95 % interval, NaN below three points.
+    share_of_fall: fall from the narrowest to the widest SAE, as a share of FVU's own fall. 0 if flat, 1 if both fall
+        alike, NaN if FVU is the same at both.
     """
 
     value: float
@@ -118,7 +149,7 @@ class Level:
 
 
 def nonlinear_level(widths: Sequence[float], nonlinear_fvu: Sequence[float], fvu: Sequence[float]) -> Level:
-    """The constant level of the nonlinear FVU and how far from constant it is."""
+    """Measures the mean level of the nonlinear FVU, and how far from constant it is."""
     w, y, f = (np.asarray(values, float) for values in (widths, nonlinear_fvu, fvu))
     mean, slope, half = float(y.mean()), np.nan, np.nan
     if len(np.unique(w)) >= 2:
@@ -131,10 +162,20 @@ def nonlinear_level(widths: Sequence[float], nonlinear_fvu: Sequence[float], fvu
 
 
 def breakdown(table: pd.DataFrame, law: PowerLaw) -> pd.DataFrame:
-    """What the error of each SAE of `table` (columns width, fvu, nonlinear_fvu and, where pursuit ran, pursuit_nonlinear_fvu) consists of, as FVU.
+    """What the error of each SAE consists of, as FVU.
 
-    Columns: absent = fvu − c, linear = c − nonlinear_fvu, nonlinear = nonlinear_fvu, of it encoder = nonlinear_fvu − pursuit's; linear_gap =
-    fvu − nonlinear_fvu needs no fit; `stacks` is False where c < nonlinear_fvu: absent and linear are then no parts of a whole.
+    Args:
+        table: columns width, fvu, nonlinear_fvu and, where pursuit ran, pursuit_nonlinear_fvu.
+        law: fit of FVU against width, which gives c.
+
+    Returns:
+        A row per SAE by ascending width, with width, fvu, nonlinear_fvu and these columns.
+        absent: fvu − c.
+        linear: c − nonlinear_fvu.
+        nonlinear: nonlinear_fvu.
+        encoder: nonlinear_fvu − pursuit_nonlinear_fvu, contained in nonlinear. Missing where pursuit did not run.
+        linear_gap: fvu − nonlinear_fvu, which needs no fit.
+        stacks: False where c < nonlinear_fvu. Absent and linear are then no parts of a whole.
     """
     parts = table[["width", col.FVU, col.NONLINEAR_FVU]].sort_values("width", kind="stable").copy()
     parts[col.ABSENT] = parts[col.FVU] - law.c
@@ -148,6 +189,9 @@ def breakdown(table: pd.DataFrame, law: PowerLaw) -> pd.DataFrame:
 
 
 def at_nearest_l0(table: pd.DataFrame, target: float) -> pd.DataFrame:
-    """Of each width in `table` (columns width, l0, …) the SAE whose L0 is nearest to `target` on a logarithmic scale, by ascending width."""
+    """Picks for each width the SAE whose L0 is nearest to `target`, by ascending width.
+
+    Distance is logarithmic. `table` has the columns width, l0 and any others.
+    """
     distance = np.abs(np.log(table[col.L0].clip(lower=1e-6) / target))
     return table.loc[distance.groupby(table["width"]).idxmin()].sort_values("width")

@@ -1,12 +1,17 @@
 """What each part of an SAE's error costs the language model (analysis 5 of the dark-matter spec; Engels et al. 2024).
 
-The activation x at every position of a context but its first `skip` is replaced by Sae(x), by Sae(x) + ê and by Sae(x) + ε. Cross-entropy (CE) is
-taken over the predictions made at a replaced position, as in `raysae.lm.patched_loss`. Of what Sae(x) costs, adding a part v of the error recovers
+In every context, Sae(x), Sae(x) + ê or Sae(x) + ε replaces the activation x. The first `skip` positions stay intact.
+Cross-entropy (CE) covers the predictions made at a replaced position, as in `raysae.lm.patched_loss`. Adding a
+part v of the error recovers this share of what Sae(x) costs:
 
-    recovered = (CE_sae − CE_v) / (CE_sae − CE_x),   v = ê (linear) or ε (nonlinear),
+    recovered = (CE_sae − CE_v) / (CE_sae − CE_x),   v = ê (linear) or ε (nonlinear).
 
-undefined (NaN) where the denominator is below 0.01 nats. Beside it stands the part's size on the same rows: its share of the error's variance,
-Σ‖v − v̄‖² / Σ‖e − ē‖², and of its norm, Σ‖v‖ / Σ‖e‖. The variances of ê and ε add up to that of e on the rows that the probe was fitted on.
+It is undefined (NaN) where the denominator is below 0.01 nats. Two sizes of v on the replaced rows stand beside it:
+
+    share of the error's variance = Σ‖v − v̄‖² / Σ‖e − ē‖²,
+    share of the error's norm = Σ‖v‖ / Σ‖e‖.
+
+On the rows of the probe's fit, the variances of ê and ε add up to that of e.
 """
 
 from __future__ import annotations
@@ -38,25 +43,30 @@ def downstream_loss(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Analysis 5 for the folded `saes` (by name) of one hook point.
+    """Runs analysis 5 for the folded `saes` (by name) of one hook point.
 
     Args:
         lm: the language model.
         tokens: (c, t) token ids of contexts that no probe was fitted on.
         probes: by SAE, x → ê.
-        skip: first positions of each context that are left intact, less than t − 1.
+        skip: first positions of each context that stay intact, less than t − 1.
 
     Returns:
-        a row per SAE: `sae`, `width`, and with the ends of their intervals over contexts (`…_low`, `…_high`) `l0` and `fvu`; `ce_clean`, `ce_sae`,
-        `ce_linear`, `ce_nonlinear` (with Sae(x) + that part) in nats per token; `recovered_linear`, `variance_share_linear`, `norm_share_linear` and
-        the same for `nonlinear`, as fractions.
+        A row per SAE. Columns other than `sae` and `width` come with the ends of their intervals over contexts
+        (`…_low`, `…_high`).
+        `sae`, `width`: name and number of latents.
+        `l0`, `fvu`: measured on the replaced rows.
+        `ce_clean`, `ce_sae`, `ce_linear`, `ce_nonlinear`: nats per token, the last two with Sae(x) + that part.
+        `recovered_linear`, `variance_share_linear`, `norm_share_linear`: fractions, and the same for `nonlinear`.
 
     Raises:
         ValueError: no contexts, or no predictions at a replaced position.
     """
     contexts, length = tokens.shape
     if not contexts or not 0 <= skip < length - 1:
-        raise ValueError(f"{contexts} contexts of {length} tokens with {skip} skipped predict nothing at a replaced position")
+        raise ValueError(
+            f"{contexts} contexts of {length} tokens with {skip} skipped predict nothing at a replaced position"
+        )
     common = ContextSums(replicates, seed)
     sums = {name: ContextSums(replicates, seed) for name in saes}
     size = max(1, min(lm.contexts_at_once(length), ROWS_AT_ONCE // length))
@@ -82,7 +92,10 @@ def downstream_loss(
 
 
 def _loss(lm: LanguageModel, prefix: Prefix, replacement: Tensor, skip: int) -> Tensor:
-    """Cross-entropy (c · (t − 1 − skip),) of the predictions made with `replacement` (c · (t − skip), d) at the positions from `skip` on."""
+    """Cross-entropy of the predictions made at the positions from `skip` on, (c · (t − 1 − skip),).
+
+    `replacement` (c · (t − skip), d) replaces the activation at these positions.
+    """
     activation = prefix.activation.clone()
     activation[:, skip:] = replacement.view_as(activation[:, skip:]).to(activation)
     return next_token_loss(lm.resume(prefix, activation), prefix.tokens)[:, skip:].flatten().cpu()
@@ -100,7 +113,9 @@ def _numbers(common: ContextSums, sums: ContextSums) -> dict[str, float]:
     for part in PARTS:
         ce = sums.mean(col.ce(part))
         numbers[col.ce(part)] = ce
-        numbers[col.recovered(part)] = torch.where(damaged - clean >= LEAST_DENOMINATOR, (damaged - ce) / (damaged - clean), torch.nan)
+        numbers[col.recovered(part)] = torch.where(
+            damaged - clean >= LEAST_DENOMINATOR, (damaged - ce) / (damaged - clean), torch.nan
+        )
         numbers[col.variance_share(part)] = sums.variation(part).sum(1) / sums.variation("e").sum(1)
         numbers[col.norm_share(part)] = sums.mean(f"{part}_norm") / sums.mean("e_norm")
     return with_intervals(numbers)

@@ -1,12 +1,16 @@
-"""How much of an SAE's error is a linear function of what is known elsewhere (analysis 8 of the dark-matter spec; Engels et al. 2024).
+"""How much of an SAE's error is a linear function of what is known elsewhere.
 
-The parts e, ê and ε of the SAE at one hook point are predicted by least squares from parts of the SAEs at several: of the same residual, of the
-previous one, of this layer's MLP and attention output. A hook point with an SAE gives the sources
+This is analysis 8 of the dark-matter spec (Engels et al. 2024). Least squares predicts e, ê and ε of the SAE at one
+hook point. Sources are at several: the same residual, the previous one, this layer's MLP and attention output.
+A hook point with an SAE gives five sources:
 
-    activation x', reconstruction Sae(x'), error e', linear error ê', nonlinear error ε',
+    activation x', reconstruction Sae(x'), error e', linear error ê', nonlinear error ε'.
 
-one without (`attn_z`, say) the activation alone. Probes for ê' are fitted on A, the regressions on B, R² is measured on C. Of the same residual some
-sources determine a target by definition: x gives ê, and each of e, ê and ε gives itself. These rows are marked `by_definition`.
+A hook point without one (`attn_z`, say) gives the activation alone. Probes for ê' are fitted on A, the regressions
+on B. R² is measured on C.
+
+At the target's own hook point some sources determine a target by definition. x gives ê, and each of e, ê and ε gives
+itself. `by_definition` marks these rows. Whether a source comes earlier in the forward pass is not checked here.
 """
 
 from __future__ import annotations
@@ -19,7 +23,15 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, Moments, add_target, r2, with_intervals
+from raysae.analysis.instruments.regression import (
+    REPLICATES,
+    ContextSums,
+    Linear,
+    Moments,
+    add_target,
+    r2,
+    with_intervals,
+)
 from raysae.config import UserError
 from raysae.sae.base import SAE
 
@@ -36,35 +48,33 @@ def earlier_layers(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Analysis 8 for the SAE at the hook point `target`.
+    """Runs analysis 8 for the SAE at the hook point `target`.
 
     Args:
         activations: at `target` and at every source.
-        saes: folded, by hook point; `target`'s among them.
+        saes: folded, by hook point. One is at `target`.
         sources: hook points, by default all of `activations`.
 
     Returns:
-        a row per source, part and target: `source`, `part`, `target`, `by_definition`, `r2` (mean over dimensions, the paper's figure) and
-        `r2_weighted` (by variance), both with the ends of their intervals over contexts (`…_low`, `…_high`).
+        A row per source, part and target.
+        `source`, `part`, `target`: hook point, what it gives, and what that predicts.
+        `by_definition`: True where the source determines the target by definition.
+        `r2`: mean over dimensions, the paper's figure.
+        `r2_weighted`: variance-weighted.
+        Both R² come with the ends of their intervals over contexts (`…_low`, `…_high`).
 
     Raises:
         UserError: no SAE at `target`, or no activations at a hook point.
     """
     sources = list(activations.widths) if sources is None else list(sources)
     if target not in saes:
-        raise UserError(f"there is no SAE at {target}, whose error is to be predicted: there are some at {', '.join(saes)}")
+        raise UserError(f"there is no SAE at {target} whose error to predict: name one of {', '.join(saes)}")
     for hook_point in [target, *sources]:
         if hook_point not in activations.widths:
-            raise UserError(f"there are no activations at {hook_point}, only at {', '.join(activations.widths)}")
+            raise UserError(f"there are no activations at {hook_point}: name one of {', '.join(activations.widths)}")
     used = {hook_point: sae for hook_point, sae in saes.items() if hook_point in {target, *sources}}
 
-    errors = {hook_point: Moments() for hook_point in used}
-    for chunk in activations.chunks("A"):
-        for hook_point, sae in used.items():
-            x = chunk.x[hook_point]
-            errors[hook_point].add(x, {"e": x.double() - reconstruct(sae, x)[0]})
-    probes = {hook_point: moments.solve().maps["e"] for hook_point, moments in errors.items()}
-
+    probes = _probes(activations, used)
     moments: dict[tuple[str, str], Moments] = {}
     for chunk in activations.chunks("B"):
         targets = _targets(chunk, target, used, probes)
@@ -91,14 +101,30 @@ def earlier_layers(
     return pd.DataFrame(rows)
 
 
+def _probes(activations: Activations, saes: Mapping[str, SAE]) -> dict[str, Linear]:
+    """The map x → ê of each SAE, by hook point, fitted on A."""
+    errors = {hook_point: Moments() for hook_point in saes}
+    for chunk in activations.chunks("A"):
+        for hook_point, sae in saes.items():
+            x = chunk.x[hook_point]
+            errors[hook_point].add(x, {"e": x.double() - reconstruct(sae, x)[0]})
+    return {hook_point: moments.solve().maps["e"] for hook_point, moments in errors.items()}
+
+
 def _parts(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear]) -> dict[str, Tensor]:
-    """What a hook point has to offer, (b, d) each, float64."""
+    """The sources that a hook point gives, (b, d) each, float64."""
     x = chunk.x[hook_point].double()
     if hook_point not in saes:
         return {"activation": x}
     reconstruction = reconstruct(saes[hook_point], chunk.x[hook_point])[0].double()
     e, linear = x - reconstruction, probes[hook_point](x)
-    return {"activation": x, "reconstruction": reconstruction, "error": e, "linear error": linear, "nonlinear error": e - linear}
+    return {
+        "activation": x,
+        "reconstruction": reconstruction,
+        "error": e,
+        "linear error": linear,
+        "nonlinear error": e - linear,
+    }
 
 
 def _targets(chunk: Chunk, target: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear]) -> dict[str, Tensor]:

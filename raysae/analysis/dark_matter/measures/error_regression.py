@@ -1,11 +1,23 @@
-"""Error regression and norm prediction (analyses 1 and 2 of the dark-matter spec; Engels et al. 2024, sections 4 and 5).
+"""Error regression and norm prediction (analyses 1 and 2 of the dark-matter spec).
 
-e = x − Sae(x) is predicted from x by least squares: ê, with ε = e − ê left. Three passes, one over each split: A fits W and whatever else needs
-only x and e, B fits the probes whose targets hold ê or ε, C evaluates. All SAEs of a hook point share the predictors' factorisation.
+Source: Engels et al. 2024, sections 4 and 5. Least squares predicts e = x − Sae(x) from x. The prediction is ê, and
+ε = e − ê is left. Each split has one pass:
 
-Undertraining is a confound: a shrunken reconstruction leaves a multiple of x in e, which is linear. So every R² comes again for the error e_α of the
-best rescaled reconstruction b_dec + α(Sae(x) − b_dec), with α measured on A. As e_α = αe + (1 − α)(x − b_dec), its linear prediction is
-αê + (1 − α)(x − b_dec) and its residual αε. The other control, the same SAE after half its training tokens, is one more SAE in `saes`.
+- A fits W and all else that needs only x and e.
+- B fits the probes whose targets hold ê, ε or α.
+- C evaluates.
+
+All SAEs of a hook point share the predictors' factorisation.
+
+Undertraining is a confound: a shrunken reconstruction leaves a multiple of x in e, which is linear. So R² of e and of
+‖e‖² comes again for e_α, the error of the best rescaled reconstruction. α is measured on A:
+
+    reconstruction: b_dec + α(Sae(x) − b_dec)
+    its error: e_α = αe + (1 − α)(x − b_dec)
+    linear prediction: αê + (1 − α)(x − b_dec)
+    residual: αε
+
+The other control is the same SAE after half its training tokens. It is one more SAE in `saes`.
 """
 
 from __future__ import annotations
@@ -18,10 +30,19 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Activity, Chunk, reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Estimate, Fit, Linear, Moments, add_target, r2
+from raysae.analysis.instruments.regression import (
+    REPLICATES,
+    ContextSums,
+    Estimate,
+    Fit,
+    Linear,
+    Moments,
+    add_target,
+    r2,
+)
 from raysae.sae.base import SAE
 
-# v of ‖v‖² → the number that says how well x predicts it (R²)
+# v → name of the R² with which x predicts ‖v‖²
 NORMS = {
     "x": col.R2_NORM_X,
     "Sae(x)": col.R2_NORM_RECONSTRUCTION,
@@ -30,7 +51,7 @@ NORMS = {
     "Sae(x) + ε": col.R2_NORM_RECONSTRUCTION_PLUS_NONLINEAR,
     "ê": col.R2_NORM_LINEAR,
 }
-# predictor of ‖e‖² → R²
+# Predictor of ‖e‖² → name of its R²
 BASELINES = {
     "x": col.R2_ERROR_NORM,
     "token": col.R2_ERROR_NORM_FROM_TOKEN,
@@ -38,7 +59,7 @@ BASELINES = {
     "L0": col.R2_ERROR_NORM_FROM_L0,
     "‖x‖²": col.R2_ERROR_NORM_FROM_X_NORM,
 }
-FEWEST_ACTIVE = 30  # rows of A on which a latent must be active for its mean value to count
+FEWEST_ACTIVE = 30  # Rows of A. A latent active on fewer has no reliable mean value
 
 
 @dataclass(frozen=True)
@@ -49,32 +70,36 @@ class ErrorRegression:
         fvu, nonlinear_fvu             FVU(x, Sae(x)) and FVU(x, Sae(x) + ê)
         linear_gap                     fvu − nonlinear_fvu, the part of the breakdown that no fit enters
         l0                             mean active latents
-        r2_error, r2_error_weighted    of ê for e: mean over dimensions (the paper's figure), and variance-weighted
+        r2_error, r2_error_weighted    R² of ê for e: mean over dimensions (the paper's figure), and variance-weighted
         …_half_fit                     the same with W fitted on every second context of A only
         r2_…_rescaled                  the same for e_α (see above)
-        r2_error_norm, r2_norm_…       of ‖v‖² predicted from x, see NORMS; r2_error_norm_from_… see BASELINES
+        r2_error_norm, r2_norm_…       R² of ‖v‖² predicted from x, see NORMS
+        r2_error_norm_from_…           R² of ‖e‖² predicted from something else, see BASELINES
         r2_error_norm_lead             r2_error_norm less the best of the other baselines
         r2_norm_nonlinear_lack         r2_error_norm less r2_norm_nonlinear
     """
 
     numbers: dict[str, Estimate]
     probe: Linear  # x → ê
-    fit: Fit  # of pass A (its maps are in `probe` and elsewhere): rows, method, ridge, rank, condition
+    fit: Fit  # Pass A's rows, method, ridge, rank and condition, without its maps
     rescale: float  # α
-    loading: Tensor  # (n,): a*·decoder row, a* being the probe x → ‖Sae(x) − b_dec‖²
-    mean_active: Tensor  # (n,): mean value of each latent on the rows of A where it is active
-    active_rows: Tensor  # (n,): on how many
+    loading: Tensor  # (n,), a*·decoder row, where a* is the probe x → ‖Sae(x) − b_dec‖²
+    mean_active: Tensor  # (n,), mean value of each latent over the rows of A where it is active
+    active_rows: Tensor  # (n,), number of rows of A where each latent is active
 
     @property
     def loading_correlation(self) -> float:
-        """Pearson correlation of `loading` and `mean_active` over the latents active on at least `FEWEST_ACTIVE` rows; NaN for fewer than 3."""
+        """Pearson correlation of `loading` and `mean_active`.
+
+        Only latents active on at least `FEWEST_ACTIVE` rows count. It is NaN for fewer than 3 of them.
+        """
         often = self.active_rows >= FEWEST_ACTIVE
         if int(often.sum()) < 3:
             return float("nan")
         return float(torch.corrcoef(torch.stack([self.loading[often], self.mean_active[often]]))[0, 1])
 
     def row(self) -> dict[str, float]:
-        """Every number flat, with `_low` and `_high` for the ends of its interval."""
+        """Every number in one flat mapping, with `_low` and `_high` for the ends of its interval."""
         flat: dict[str, float] = {}
         for name, estimate in self.numbers.items():
             flat |= {name: estimate.value, col.low(name): estimate.low, col.high(name): estimate.high}
@@ -92,9 +117,10 @@ class ErrorRegression:
 def error_regression(
     activations: Activations, hook_point: str, saes: Mapping[str, SAE], replicates: int = REPLICATES, seed: int = 0
 ) -> dict[str, ErrorRegression]:
-    """Analyses 1 and 2 for the folded `saes` (by name) of one hook point, on activations (b, d) in raw units.
+    """Runs analyses 1 and 2 for the folded `saes` (by name) of one hook point.
 
-    Memory: per SAE a few (d, d) and (replicates, 3d) matrices in float64, whatever the number of tokens.
+    The activations are (b, d) in raw units. Memory does not depend on the number of tokens. Each SAE takes a few (d, d)
+    and (replicates, 3d) matrices in float64.
     """
     fitted = {name: _PassA(sae) for name, sae in saes.items()}
     shared = _Shared()
@@ -109,10 +135,12 @@ def error_regression(
         x = chunk.x[hook_point].double()
         targets = {}
         for name, sae in saes.items():
-            for norm, values in fitted[name].parts(x, reconstruct(sae, chunk.x[hook_point])[0].double()).norms().items():
+            for norm, values in (
+                fitted[name].parts(x, reconstruct(sae, chunk.x[hook_point])[0].double()).norms().items()
+            ):
                 targets[f"{name}/{norm}"] = values
         norms.add(x, targets)
-    norm_maps = norms.solve().maps
+    maps = _Maps(whole.maps, norms.solve().maps, shared.univariate, shared.tokens)
 
     common = ContextSums(replicates, seed)
     sums = {name: ContextSums(replicates, seed) for name in saes}
@@ -123,11 +151,12 @@ def error_regression(
         add_target(common, chunk.context, "x_norm", squared, {"x": whole.maps["x_norm"](x)})
         for name, sae in saes.items():
             reconstruction, l0 = reconstruct(sae, chunk.x[hook_point])
-            _evaluate(sums[name], chunk, x, squared, reconstruction.double(), l0, name, fitted[name], whole, norm_maps, shared)
+            state = fitted[name]
+            _evaluate(sums[name], chunk, squared, state.parts(x, reconstruction.double()), l0, name, state, maps)
     return {name: fitted[name].result(common, sums[name]) for name in saes}
 
 
-# ---------------------------------------------------------------- pass A
+# ---------------------------------------------------------------- the passes
 
 
 class _Shared:
@@ -140,7 +169,7 @@ class _Shared:
         self.contexts = 0
 
     def solve(self) -> tuple[Fit, Fit]:
-        """The fits on all of A and on half of it; afterwards the moments are gone."""
+        """Returns the fits on all of A and on every second context of it, then drops the co-moments."""
         first, second = self.halves
         half = first.solve()
         first.merge(second)
@@ -152,7 +181,7 @@ class _Shared:
 
 
 class _PassA:
-    """What pass A gathers of one SAE, and the maps that come out."""
+    """What pass A gathers about one SAE, and the maps fitted to it."""
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
@@ -208,7 +237,7 @@ class _PassA:
         )
 
 
-# number, target and prediction of the scalar regressions
+# Number, target and prediction of each scalar regression
 _NORM_NUMBERS = (
     (col.R2_NORM_RECONSTRUCTION, "reconstruction_norm", "x"),
     (col.R2_NORM_NONLINEAR, "nonlinear_norm", "x"),
@@ -226,7 +255,7 @@ _NORM_NUMBERS = (
 
 @dataclass(frozen=True)
 class _Parts:
-    """Of some rows, (b, d) each: x, Sae(x), e, ê, ε and e_α."""
+    """x, Sae(x), e, ê, ε and e_α of some rows, (b, d) each."""
 
     x: Tensor
     reconstruction: Tensor
@@ -236,7 +265,7 @@ class _Parts:
     rescaled: Tensor
 
     def norms(self) -> dict[str, Tensor]:
-        """The squared norms (b,) whose probes are fitted on B: they need a W or an α from A."""
+        """Squared norms (b,) whose probes are fitted on B, because they need a W or an α from A."""
         return {
             "nonlinear_norm": self.nonlinear.square().sum(1),
             "reconstruction_plus_nonlinear_norm": (self.reconstruction + self.nonlinear).square().sum(1),
@@ -246,6 +275,7 @@ class _Parts:
 
 
 def _fit(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], fitted: dict[str, _PassA], shared: _Shared) -> None:
+    """Adds to `fitted` and `shared` what a chunk of A holds."""
     x = chunk.x[hook_point].double()
     squared = x.square().sum(1)
     targets, norms = {"x_norm": squared}, {}
@@ -259,7 +289,10 @@ def _fit(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], fitted: dict[st
         norms[name] = e.square().sum(1)
         state.l0.add(l0.unsqueeze(1), {"e": norms[name]})
         targets |= {f"{name}/e": e, f"{name}/e_norm": norms[name]}
-        targets |= {f"{name}/reconstruction_norm": reconstruction.square().sum(1), f"{name}/centred": centred.square().sum(1)}
+        targets |= {
+            f"{name}/reconstruction_norm": reconstruction.square().sum(1),
+            f"{name}/centred": centred.square().sum(1),
+        }
     _, of_row = torch.unique_consecutive(chunk.context, return_inverse=True)
     odd = (of_row + shared.contexts) % 2 == 1
     shared.contexts += int(of_row[-1]) + 1
@@ -272,33 +305,54 @@ def _fit(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], fitted: dict[st
 
 
 def _evaluate(
-    sums: ContextSums, chunk: Chunk, x: Tensor, squared: Tensor, reconstruction: Tensor, l0: Tensor, name: str, state: _PassA, whole: Fit,
-    norm_maps: Mapping[str, Linear], shared: _Shared,
-) -> None:  # fmt: skip
-    """Pass C of one SAE: adds what its numbers need to `sums`."""
-    parts = state.parts(x, reconstruction)
-    context = chunk.context
+    sums: ContextSums,
+    chunk: Chunk,
+    squared: Tensor,
+    parts: _Parts,
+    l0: Tensor,
+    name: str,
+    state: _PassA,
+    maps: _Maps,
+) -> None:
+    """Adds to `sums` what the numbers of SAE `name` need, for a chunk of C."""
+    context, x = chunk.context, parts.x
     norm = parts.e.square().sum(1)
     sums.add(context, fvu=norm, l0=l0)
     add_target(sums, context, "e", parts.e, {"x": parts.linear, "half": state.half_probe(x)})
     add_target(sums, context, "e_rescaled", parts.rescaled, {})
-    add_target(sums, context, "reconstruction_norm", reconstruction.square().sum(1), {"x": whole.maps[f"{name}/reconstruction_norm"](x)})
+    add_target(
+        sums,
+        context,
+        "reconstruction_norm",
+        parts.reconstruction.square().sum(1),
+        {"x": maps.whole[f"{name}/reconstruction_norm"](x)},
+    )
     for target, values in parts.norms().items():
-        add_target(sums, context, target, values, {"x": norm_maps[f"{name}/{target}"](x)})
+        add_target(sums, context, target, values, {"x": maps.norms[f"{name}/{target}"](x)})
     predictions = {
-        "x": whole.maps[f"{name}/e_norm"](x),
+        "x": maps.whole[f"{name}/e_norm"](x),
         "half": state.half_norm(x),
         "l0": state.l0_map(l0.unsqueeze(1)),
-        "x_norm": shared.univariate["x_norm"][name](squared.unsqueeze(1)),
-        "token": shared.tokens.predict(chunk.token, name),
+        "x_norm": maps.univariate["x_norm"][name](squared.unsqueeze(1)),
+        "token": maps.tokens.predict(chunk.token, name),
     }
     if chunk.token_loss is not None:
-        predictions["token_loss"] = shared.univariate["token_loss"][name](chunk.token_loss.unsqueeze(1))
+        predictions["token_loss"] = maps.univariate["token_loss"][name](chunk.token_loss.unsqueeze(1))
     add_target(sums, context, "e_norm", norm, predictions)
 
 
+@dataclass(frozen=True)
+class _Maps:
+    """Predictions that passes A and B fitted for all SAEs of a hook point."""
+
+    whole: Mapping[str, Linear]  # Fitted on all of A
+    norms: Mapping[str, Linear]  # Fitted on B, for the squared norms of `_Parts.norms`
+    univariate: Mapping[str, Mapping[str, Linear]]  # Predictor of one column → SAE → map to ‖e‖²
+    tokens: _TokenMeans
+
+
 class _TokenMeans:
-    """Mean of named scalars per token id; a token never seen has the mean over all rows."""
+    """Mean of named scalars per token id. A token that A lacks gets the mean over all rows."""
 
     def __init__(self) -> None:
         self.count = torch.zeros(0, dtype=torch.float64)
@@ -315,10 +369,12 @@ class _TokenMeans:
     def finish(self) -> None:
         for name, total in self.total.items():
             overall = total.sum() / self.count.sum()
-            self.mean[name] = torch.cat([torch.where(self.count > 0, total / self.count.clamp_min(1), overall), overall.unsqueeze(0)])
+            self.mean[name] = torch.cat(
+                [torch.where(self.count > 0, total / self.count.clamp_min(1), overall), overall.unsqueeze(0)]
+            )
 
     def predict(self, token: Tensor, name: str) -> Tensor:
-        """(b,)"""
+        """Mean of the scalar `name` for each token, (b,)."""
         return self.mean[name][token.clamp_max(len(self.count))]
 
     @staticmethod

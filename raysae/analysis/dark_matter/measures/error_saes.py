@@ -1,6 +1,7 @@
-"""SAEs trained on the parts of another SAE's error (analysis 6 of the dark-matter spec; Engels et al. 2024): how well e, ê and ε can be decomposed.
+"""SAEs trained on the parts of another SAE's error (analysis 6 of the dark-matter spec, Engels et al. 2024).
 
-The SAEs come from an ordinary sweep whose stream hands out e, ê or ε instead of x (`raysae.train.errors`). Here they are compared on held-out rows.
+An ordinary sweep trains them on e, ê or ε instead of x (`raysae.train.errors`). This module compares them on
+held-out rows: how well can e, ê and ε be decomposed?
 """
 
 from __future__ import annotations
@@ -27,10 +28,18 @@ def error_saes(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """One row per SAE of `trained`, which maps "error", "linear" or "nonlinear" to the folded SAE trained on e, ê or ε of `sae` and its `probe`.
+    """Compares SAEs trained on e, ê or ε of `sae` and its `probe`.
 
-    Columns: kind, width; on split C with intervals over contexts fvu (of the SAE's own rows), l0 and worse = fvu/fvu(linear) − 1 (where there is an
-    SAE on ê); share, the rows' variance as a fraction of e's; dead_fraction: latents never active on any row of A, B and C.
+    `trained` maps "error", "linear" or "nonlinear" to the folded SAE trained on e, ê or ε.
+
+    Returns:
+        A row per SAE of `trained`. fvu, l0, worse and share are measured on C, with intervals over contexts.
+        kind, width: key in `trained`, and number of latents.
+        fvu: FVU of the SAE's own rows.
+        l0: mean active latents.
+        worse: fvu/fvu(linear) − 1, where there is an SAE on ê.
+        share: variance of the SAE's own rows as a fraction of e's, where there is an SAE on e.
+        dead_fraction: share of latents that are active on no row of A, B and C.
     """
     sums = {kind: ContextSums(replicates, seed) for kind in trained}
     activity = {kind: Activity(made.n) for kind, made in trained.items()}
@@ -58,7 +67,7 @@ def error_saes(
 
 
 def error_parts(x: Tensor, sae: SAE, probe: Linear) -> dict[str, Tensor]:
-    """e, ê and ε (b, d) float32 of the rows `x` (b, d), as "error", "linear" and "nonlinear"."""
+    """e, ê and ε of the rows `x` (b, d), as "error", "linear" and "nonlinear", (b, d) float32 each."""
     e = x.double() - reconstruct(sae, x)[0].double()
     linear = probe(x)
     return {col.ERROR: e.float(), col.LINEAR: linear.float(), col.NONLINEAR: (e - linear).float()}

@@ -1,11 +1,19 @@
-"""Introduced error on activations whose every error is known (analysis 4 of the dark-matter spec; Engels et al. 2024, section 4).
+"""Introduced error on activations whose every error is known.
 
-Ground truth is x′, a sum of known features. What an SAE sees of it is x′ + σ_x·n₁: n₁ stands for whatever no dictionary feature covers (*dense*
-error). What it returns is r_f + σ_r·n₂: r_f reconstructs the noise-free x′ without the share f of the latents of least mean value (*absent*
-features), n₂ is the *introduced* error. As always e = x′ + σ_x·n₁ − r_f − σ_r·n₂ is regressed on x′ + σ_x·n₁: the FVU that the regression removes
-estimates the linear error, what remains the nonlinear one.
+This is analysis 4 of the dark-matter spec (Engels et al. 2024, section 4). Ground truth is x′, a sum of known
+features. Three errors are known too:
 
-Every regression of the grid over (f, σ_x, σ_r) needs only moments of x′, r_f, n₁ and n₂: two passes serve them all.
+- *dense*: the activation is x′ + σ_x·n₁. n₁ stands for whatever no dictionary feature covers.
+- *absent* features: r_f reconstructs the noise-free x′ without the share f of the latents of least mean value.
+- *introduced*: the reconstruction is r_f + σ_r·n₂.
+
+As always, the error is regressed on the activation:
+
+    e = x′ + σ_x·n₁ − r_f − σ_r·n₂   on   x′ + σ_x·n₁.
+
+The FVU that the regression removes estimates the linear error. What remains estimates the nonlinear error.
+
+Every regression of the grid over (f, σ_x, σ_r) needs only moments of x′, r_f, n₁ and n₂. So two passes serve all.
 """
 
 from __future__ import annotations
@@ -27,12 +35,18 @@ from raysae.sae.base import SAE, Codes
 LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0)  # σ_x and σ_r, in units of `noise_unit`
 CLOSED_FORMS = [col.LINEAR + col.CLOSED_FORM, col.NONLINEAR + col.CLOSED_FORM]
 ABLATED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-NEGLIGIBLE = 0.01  # of the variance: what is expected to be less is not compared, its estimate being as small as its own noise
+# Share of the variance. A smaller expected error is not compared, because its estimate is as small as its own noise.
+NEGLIGIBLE = 0.01
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Known parts of some rows, (b, d) float64 each: x′, its reconstruction for each share of ablated latents, and two noises of unit size."""
+    """Known parts of some rows, (b, d) float64 each.
+
+    truth: x′.
+    reconstructions: r_f for each share f of ablated latents.
+    dense, introduced: the noises n₁ and n₂, before σ_x and σ_r scale them.
+    """
 
     truth: Tensor
     reconstructions: list[Tensor]
@@ -40,11 +54,25 @@ class Parts:
     introduced: Tensor
 
 
-def noise_grid(fit: Iterator[Parts], evaluate: Iterator[Parts], ablated: Sequence[float], levels: Sequence[float], unit: float = 1.0) -> pd.DataFrame:
-    """The estimates for every (ablated share, σ_x, σ_r), regressions fitted on `fit` and measured on `evaluate`.
+def noise_grid(
+    fit: Iterator[Parts],
+    evaluate: Iterator[Parts],
+    ablated: Sequence[float],
+    levels: Sequence[float],
+    unit: float = 1.0,
+) -> pd.DataFrame:
+    """Estimates the errors for every (ablated share, σ_x, σ_r).
 
-    Columns: ablated, sigma_x, sigma_r (in units of `unit`), fvu, linear (what the regression removes of FVU), nonlinear (what remains), and the
-    truth, as shares of the same variance: absent = ‖x′ − r_f‖², dense = ‖σ_x·n₁‖², introduced = ‖σ_r·n₂‖².
+    Regressions are fitted on `fit` and measured on `evaluate`.
+
+    Returns:
+        A row per combination. Errors are shares of the variance of x′ + σ_x·n₁.
+        ablated: share f of ablated latents.
+        sigma_x, sigma_r: noise in units of `unit`.
+        fvu: error before the regression.
+        linear: what the regression removes of fvu.
+        nonlinear: what remains.
+        absent, dense, introduced: the truth, ‖x′ − r_f‖², ‖σ_x·n₁‖² and ‖σ_r·n₂‖².
     """
     fitted, measured = _Grid(len(ablated)), _Grid(len(ablated))
     for parts in fit:
@@ -66,15 +94,23 @@ def noise_grid(fit: Iterator[Parts], evaluate: Iterator[Parts], ablated: Sequenc
 
 
 def correlation_table(grid: pd.DataFrame, ablated: float = 0.0) -> pd.DataFrame:
-    """Pearson correlations over the grid at one ablated share: rows σ_x and σ_r, columns the estimated linear and nonlinear error."""
+    """Pearson correlations over the grid at one ablated share.
+
+    Rows are σ_x and σ_r. Columns are the estimated linear and nonlinear error.
+    """
     part, sigmas = grid[grid[col.ABLATED] == ablated], (col.SIGMA_X, col.SIGMA_R)
     estimates = (col.LINEAR, col.NONLINEAR)
     return pd.DataFrame({column: {sigma: part[sigma].corr(part[column]) for sigma in sigmas} for column in estimates})
 
 
 def closed_form(covariance: Tensor, sigma_x: float, sigma_r: float) -> tuple[float, float]:
-    """Estimated linear and nonlinear error, as FVU, in the limit of many rows where Sae(x′) = x′: with Σ = `covariance` of x′ (d, d), N = σ_x²·1 and
-    M = σ_r²·1, tr(N(Σ+N)⁻¹N)/tr(Σ+N), and (tr N + tr M)/tr(Σ+N) less that."""
+    """Estimated linear and nonlinear error, as FVU, in the limit of many rows where Sae(x′) = x′.
+
+    `covariance` (d, d) of x′ is Σ. With N = σ_x²·1 and M = σ_r²·1,
+
+        linear = tr(N(Σ+N)⁻¹N) / tr(Σ+N),
+        nonlinear = (tr N + tr M) / tr(Σ+N) − linear.
+    """
     sigma = covariance.double()
     d = len(sigma)
     seen = sigma + sigma_x**2 * torch.eye(d, dtype=torch.float64)
@@ -88,8 +124,15 @@ def closed_form(covariance: Tensor, sigma_x: float, sigma_r: float) -> tuple[flo
 
 @dataclass(frozen=True)
 class IntroducedError:
-    """`grid`: see `noise_grid`. `table`: see `correlation_table`. `covariance` (d, d) of x′ on the fitting split, and the noise's `unit`.
-    `closed_form` compares, at no ablation, the grid with the closed form: it is exact where `reencoding_fvu`, FVU(x′, Sae(x′)), is 0."""
+    """What the estimates make of known errors on one SAE.
+
+    grid: see `noise_grid`.
+    table: see `correlation_table`.
+    closed_form: the grid beside the closed form, at no ablation. The form is exact where `reencoding_fvu` is 0.
+    covariance: (d, d), covariance of x′ on the fitting split.
+    unit: σ of one unit of noise.
+    reencoding_fvu: FVU(x′, Sae(x′)), NaN where the grid lacks σ_x = σ_r = 0.
+    """
 
     grid: pd.DataFrame
     table: pd.DataFrame
@@ -109,9 +152,16 @@ def introduced_error(
     unit: float | None = None,
     seed: int = 0,
 ) -> IntroducedError:
-    """Analysis 4 with x′ = Sae(x) for x of the hook point: fitted on A, measured on C. The noises are drawn from a generator seeded with `seed`.
+    """Runs analysis 4 with x′ = Sae(x) for x of the hook point, fitted on A and measured on C.
 
-    `unit` of σ defaults to `noise_unit` of x′'s covariance.
+    Args:
+        levels: values of σ_x and of σ_r, in units of `unit`.
+        ablated: shares of latents to ablate, 0 first, all below 1.
+        unit: σ of one unit of noise, by default `noise_unit` of x′'s covariance.
+        seed: seeds the generator that draws the noises.
+
+    Raises:
+        UserError: `ablated` does not begin with 0, or a share is below 0 or not below 1.
     """
     if not all(0 <= share < 1 for share in ablated) or ablated[0] != 0:
         raise UserError(f"the shares of ablated latents are {list(ablated)}: they must begin with 0 and be below 1")
@@ -123,7 +173,7 @@ def introduced_error(
     covariance = moments.xx / moments.rows
     unit = noise_unit(covariance) if unit is None else unit
     rank = torch.empty(sae.n, dtype=torch.int64)
-    rank[torch.argsort(activity.mean, stable=True)] = torch.arange(sae.n)  # 0: the latent of least mean value
+    rank[torch.argsort(activity.mean, stable=True)] = torch.arange(sae.n)  # Rank 0 is the latent of least mean value
     keep = [(rank >= round(share * sae.n)).to(sae.b_dec.device) for share in ablated]
 
     def parts(split: str) -> Iterator[Parts]:
@@ -149,12 +199,12 @@ def introduced_error(
 
 
 def noise_unit(covariance: Tensor) -> float:
-    """The σ that is one unit of noise: at σ = 4 the noise has as much variance as x′ has in all, (4σ)²·d = tr Σ."""
+    """σ of one unit of noise. At 4 units the noise has as much variance as x′ has in all: (4·unit)²·d = tr Σ."""
     return float((covariance.trace() / len(covariance)).sqrt()) / LEVELS[-1]
 
 
 def _masked(codes: Codes | Tensor, keep: Tensor) -> Codes | Tensor:
-    """Codes without the latents that are not in `keep` (n,) bool."""
+    """Codes without the latents outside `keep` (n,) bool."""
     if isinstance(codes, Codes):
         return Codes(codes.values * keep[codes.indices], codes.indices)
     return codes * keep
@@ -167,9 +217,12 @@ def _masked(codes: Codes | Tensor, keep: Tensor) -> Codes | Tensor:
 class SyntheticModel:
     """x = Σ wᵢyᵢ + Dense(x): a known dictionary, sparse independent weights, and a dense part that no feature covers.
 
-    dictionary (m, d): the features yᵢ, rows of norm 1; probability (m,): that wᵢ is not 0; strength (m,): wᵢ is then strength·(1 + u), u uniform in
-    [0, 1); dense (d, d): Dense(x) is a Gaussian with covariance denseᵀ·dense. Features in the order of probability · mean of wᵢ, least first, are the
-    ones that an SAE lacks.
+    dictionary: (m, d), the features yᵢ as rows of norm 1.
+    probability: (m,), probability that wᵢ is not 0.
+    strength: (m,). A wᵢ that is not 0 is strength·(1 + u), u uniform in [0, 1).
+    dense: (d, d). Dense(x) is a Gaussian with covariance denseᵀ·dense.
+
+    An SAE lacks the features of least mean wᵢ.
     """
 
     dictionary: Tensor
@@ -179,13 +232,18 @@ class SyntheticModel:
 
     @classmethod
     def random(cls, d: int, features: int, seed: int = 0) -> SyntheticModel:
-        """Random directions in the first half of a random basis, frequencies falling as a power of the rank; the dense part fills the whole space."""
+        """Draws random directions in the first half of a random basis.
+
+        Frequencies fall as a power of the rank. The dense part fills the whole space.
+        """
         generator = torch.Generator().manual_seed(seed)
         basis = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
         directions = torch.randn(features, d // 2, generator=generator, dtype=torch.float64) @ basis[: d // 2]
         dictionary = directions / directions.norm(dim=1, keepdim=True)
         probability = 0.2 * torch.arange(1, features + 1, dtype=torch.float64) ** -0.5
-        return cls(dictionary, probability, torch.ones(features, dtype=torch.float64), torch.eye(d, dtype=torch.float64))
+        return cls(
+            dictionary, probability, torch.ones(features, dtype=torch.float64), torch.eye(d, dtype=torch.float64)
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -198,31 +256,48 @@ class SyntheticModel:
         return self.strength.square() * (1.5**2 + 1 / 12) * self.probability - self.mean.square()
 
     def lacking(self, share: float) -> Tensor:
-        """Which features an SAE lacks that has the others, (m,) bool: the share of least mean value."""
+        """Marks the features that an SAE lacks, (m,) bool: the given share of them, those of least mean value."""
         order = torch.argsort(self.mean, stable=True)
         absent = torch.zeros(len(order), dtype=torch.bool)
         absent[order[: round(share * len(order))]] = True
         return absent
 
     def covariance(self, of: Tensor | None = None) -> Tensor:
-        """Covariance (d, d) of the sum of the features, or of those `of` (m,) bool."""
+        """Covariance (d, d) of the sum of the features, or of those that `of` (m,) bool marks."""
         variance = self.variance if of is None else self.variance * of
         return (self.dictionary.T * variance) @ self.dictionary
 
-    def sample(self, rows: int, ablated: Sequence[float] = ABLATED, seed: int = 0, chunk: int = 8192) -> Iterator[Parts]:
-        """`rows` rows, chunk by chunk; the SAE knows the true features but for the share of `ablated`, and their true weights."""
+    def sample(
+        self, rows: int, ablated: Sequence[float] = ABLATED, seed: int = 0, chunk: int = 8192
+    ) -> Iterator[Parts]:
+        """Yields `rows` rows, chunk by chunk.
+
+        For each share in `ablated`, the SAE lacks that share of the features. It knows the others and their true
+        weights.
+        """
         generator = torch.Generator().manual_seed(seed)
         m, d = self.dictionary.shape
         for start in range(0, rows, chunk):
             b = min(chunk, rows - start)
             on = torch.rand(b, m, generator=generator, dtype=torch.float64) < self.probability
             w = on * self.strength * (1 + torch.rand(b, m, generator=generator, dtype=torch.float64))
-            noise = torch.randn(b, d, generator=generator, dtype=torch.float64), torch.randn(b, d, generator=generator, dtype=torch.float64)
-            yield Parts(w @ self.dictionary, [(w * ~self.lacking(f)) @ self.dictionary for f in ablated], noise[0] @ self.dense, noise[1])
+            noise = (
+                torch.randn(b, d, generator=generator, dtype=torch.float64),
+                torch.randn(b, d, generator=generator, dtype=torch.float64),
+            )
+            yield Parts(
+                w @ self.dictionary,
+                [(w * ~self.lacking(f)) @ self.dictionary for f in ablated],
+                noise[0] @ self.dense,
+                noise[1],
+            )
 
     def expected(self, ablated: float, sigma_x: float, sigma_r: float) -> tuple[float, float]:
-        """Linear and nonlinear error, as FVU, in the limit of many rows: with A the covariance of the absent features, N that of the dense part and
-        Σ that of x, Cov(e, x) = A + N, so of tr(A+N) + σ_r²·d the regression removes tr((A+N)Σ⁻¹(A+N)), and the absent features' mean as well.
+        """Linear and nonlinear error, as FVU, in the limit of many rows.
+
+        A is the covariance of the absent features, N that of the scaled dense part and Σ that of x. As
+        Cov(e, x) = A + N, the regression removes tr((A+N)Σ⁻¹(A+N)) of tr(A+N) + σ_r²·d. It removes the absent
+        features' mean as well.
         """
         d, absent = self.dictionary.shape[1], self.lacking(ablated)
         explained = self.covariance(absent) + sigma_x**2 * self.dense.T @ self.dense
@@ -235,8 +310,14 @@ class SyntheticModel:
         )
 
     def compare(self, grid: pd.DataFrame, unit: float) -> pd.DataFrame:
-        """The estimates of `noise_grid` on this model beside their closed forms: ablated, sigma_x, sigma_r, linear, nonlinear, linear_closed_form,
-        nonlinear_closed_form, and `deviation`, the larger of the two as a share of its closed form; NaN where both are negligible."""
+        """The estimates of `noise_grid` on this model beside their closed forms.
+
+        Returns:
+            The grid's ablated, sigma_x, sigma_r, linear and nonlinear, with three more columns.
+            linear_closed_form, nonlinear_closed_form: what `expected` gives.
+            deviation: larger of the two deviations, each as a share of its closed form. A closed form of at most
+                `NEGLIGIBLE` does not count. NaN where neither counts.
+        """
         compared = grid[[col.ABLATED, col.SIGMA_X, col.SIGMA_R, col.LINEAR, col.NONLINEAR]].copy()
         introduced = zip(compared[col.ABLATED], compared[col.SIGMA_X] * unit, compared[col.SIGMA_R] * unit, strict=True)
         truth = np.array([self.expected(*errors) for errors in introduced])
@@ -250,7 +331,10 @@ class SyntheticModel:
 
 
 class _Grid:
-    """Moments of x′, n₁, the lack x′ − r_f of each ablated share, and n₂, from which every regression of the grid follows."""
+    """Moments from which every regression of the grid follows.
+
+    They are those of x′, of n₁, of the lack x′ − r_f of each ablated share, and of n₂.
+    """
 
     def __init__(self, shares: int) -> None:
         self.shares = shares
@@ -261,7 +345,8 @@ class _Grid:
         d = parts.truth.shape[1]
         self.d = d
         targets = {f"lack{f}": lack for f, lack in enumerate(lacks)} | {"introduced": parts.introduced}
-        # second moments (about 0) of the errors among themselves, per row, as scalars: the residual needs only their traces
+        # Second moments (about 0) of the errors among themselves. The residual needs only their traces, so each row
+        # adds scalars.
         n1, n2 = parts.dense, parts.introduced
         products = {"n1n1": (n1 * n1).sum(1), "n2n2": (n2 * n2).sum(1), "n1n2": (n1 * n2).sum(1)}
         for f, lack in enumerate(lacks):
@@ -269,7 +354,7 @@ class _Grid:
         self.moments.add(torch.cat([parts.truth, n1], 1), targets | products)
 
     def _seen(self, sigma_x: float) -> Tensor:
-        """Σ of x′ + σ_x·n₁, centred sum of products, (d, d)."""
+        """Centred sum of products of x′ + σ_x·n₁, (d, d)."""
         mix = torch.cat([torch.eye(self.d, dtype=torch.float64), sigma_x * torch.eye(self.d, dtype=torch.float64)])
         return mix.T @ self.moments.xx @ mix
 
@@ -300,7 +385,9 @@ class _Grid:
         mean, rows = self.moments.target_mean, self.moments.rows
         return rows * torch.cat([mean[f"ll{f}"], sigma_x**2 * mean["n1n1"], sigma_r**2 * mean["n2n2"]])
 
-    def residual(self, f: int, sigma_x: float, sigma_r: float, weight: Tensor, fitted: _Grid) -> tuple[float, float, float]:
+    def residual(
+        self, f: int, sigma_x: float, sigma_r: float, weight: Tensor, fitted: _Grid
+    ) -> tuple[float, float, float]:
         """Σ‖x − x̄‖², Σ‖e‖² and Σ‖ε‖² of these rows for W and the means of `fitted`."""
         mean, rows = self.moments.target_mean, self.moments.rows
         seen, cross = self._seen(sigma_x), self._seen_error(f, sigma_x, sigma_r)
@@ -308,8 +395,13 @@ class _Grid:
         error = float(self.truth(f, sigma_x, sigma_r).sum() + rows * cross_terms)
         x_mean, e_mean = self._means(f, sigma_x, sigma_r)
         x_fitted, e_fitted = fitted._means(f, sigma_x, sigma_r)
-        # ε = (e − ē) − (x − x̄)W + b, b the misfit of the intercept
+        # ε = (e − ē) − (x − x̄)W + b, where b is the misfit of the intercept
         misfit = (e_mean - e_fitted) - (x_mean - x_fitted) @ weight
         centred = error - rows * float(e_mean.square().sum())
-        missed = centred - 2 * float((weight * cross).sum()) + float(((seen @ weight) * weight).sum()) + rows * float(misfit.square().sum())
+        missed = (
+            centred
+            - 2 * float((weight * cross).sum())
+            + float(((seen @ weight) * weight).sum())
+            + rows * float(misfit.square().sum())
+        )
         return float(seen.trace()), error, missed

@@ -1,7 +1,10 @@
 """The per-token table of an SAE: one Parquet file, a row per token, read back as a pandas DataFrame.
 
-Columns: token, position, context, token_loss (nats; absent where not recorded), x_norm, error_norm, linear_norm, nonlinear_norm (‖x‖², ‖e‖², ‖ê‖²,
-‖ε‖²), l0, and, sparse, latents and values: the indices of the active latents and how active they are.
+token, position, context: the token's id, its position and its context's index.
+token_loss: nats. The column is absent where the loss was not recorded.
+x_norm, error_norm, linear_norm, nonlinear_norm: ‖x‖², ‖e‖², ‖ê‖², ‖ε‖².
+l0: number of active latents.
+latents, values: lists, sparse. They hold the indices of the active latents and how active they are.
 """
 
 from __future__ import annotations
@@ -25,9 +28,21 @@ from raysae.sae.base import SAE, Codes
 
 @torch.no_grad()
 def write_per_token(
-    activations: Activations, hook_point: str, sae: SAE, probe: Linear, path: str | Path, split: str = "C", latents: bool = True
+    activations: Activations,
+    hook_point: str,
+    sae: SAE,
+    probe: Linear,
+    path: str | Path,
+    split: str = "C",
+    latents: bool = True,
 ) -> Path:
-    """Writes the table of the folded `sae` with its `probe` (x → ê) to `path`, a row group per chunk; the file appears whole or not at all."""
+    """Writes the table of the folded `sae` and its `probe` (x → ê) to `path`.
+
+    Each chunk becomes a row group. The file appears whole or not at all. `latents` adds the columns latents and values.
+
+    Raises:
+        UserError: the split has no rows.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -47,11 +62,15 @@ def write_per_token(
 
 
 def read_per_token(path: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """The table, or some of its columns."""
+    """Reads the table, or some of its columns.
+
+    Raises:
+        UserError: there is no file at `path`.
+    """
     try:
         return pd.read_parquet(path, columns=None if columns is None else list(columns))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: it is where the per-token table of an SAE was looked for") from None
+        raise UserError(f"the per-token table {path} does not exist: jobs/per_token_scaling.py writes it") from None
 
 
 def _table(chunk: Chunk, hook_point: str, sae: SAE, probe: Linear, latents: bool) -> pa.Table:
@@ -66,7 +85,11 @@ def _table(chunk: Chunk, hook_point: str, sae: SAE, probe: Linear, latents: bool
     l0 = np.concatenate(counts)
     e = x.double() - torch.cat(reconstruction)
     linear = probe(x)
-    columns: dict[str, object] = {"token": chunk.token.int(), "position": chunk.position.int(), "context": chunk.context.int()}
+    columns: dict[str, object] = {
+        "token": chunk.token.int(),
+        "position": chunk.position.int(),
+        "context": chunk.context.int(),
+    }
     if chunk.token_loss is not None:
         columns["token_loss"] = chunk.token_loss
     for name, part in (("x", x.double()), ("error", e), ("linear", linear), ("nonlinear", e - linear)):
@@ -80,7 +103,10 @@ def _table(chunk: Chunk, hook_point: str, sae: SAE, probe: Linear, latents: bool
 
 
 def _active(codes: Codes | Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How many latents are active on each row, (b,); their indices and values, row after row, indices ascending within a row."""
+    """How many latents are active on each row, (b,), and their indices and values.
+
+    Indices and values come row after row, with indices ascending within a row.
+    """
     if isinstance(codes, Codes):
         indices, order = codes.indices.sort(1)
         values = codes.values.gather(1, order)

@@ -1,7 +1,8 @@
-"""Per-token scaling of the error (analysis 3 of the dark-matter spec; Engels et al. 2024): how well a small SAE's error tells a large one's.
+"""Per-token scaling of the error (analysis 3 of the dark-matter spec; Engels et al. 2024).
 
-For every pair of SAEs of ascending width, ‖e_j‖ is regressed on ‖e_i‖ and 1, and on ‖e_i‖, ‖ε_i‖ and 1; fitted on B (ε comes from probes fitted
-on A), measured on C. All pairs come from one matrix of moments of the norms.
+It measures how well a small SAE's error predicts a large one's. Each pair (i, j) of SAEs of ascending width has two
+regressions. The first predicts ‖e_j‖ from ‖e_i‖ and 1, the second adds ‖ε_i‖. Both are fitted on B, because ε comes
+from probes fitted on A. Both are measured on C. All pairs come from one matrix of moments of the norms.
 """
 
 from __future__ import annotations
@@ -22,16 +23,32 @@ from raysae.sae.base import SAE
 
 @torch.no_grad()
 def per_token_scaling(
-    activations: Activations, hook_point: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear], replicates: int = REPLICATES, seed: int = 0
+    activations: Activations,
+    hook_point: str,
+    saes: Mapping[str, SAE],
+    probes: Mapping[str, Linear],
+    replicates: int = REPLICATES,
+    seed: int = 0,
 ) -> pd.DataFrame:
-    """One row per pair of `saes`, the narrower first; `probes` are those of `error_regression`.
+    """Regresses error norms for every pair of `saes`, with the `probes` of `error_regression`.
 
-    Columns: small, large (names), small_width, large_width; r2 of ‖e_large‖ from ‖e_small‖ and 1, squared_correlation of the two, r2_with_nonlinear
-    with ‖ε_small‖ added, gain = (r2_with_nonlinear − r2)/(1 − r2), each with _low and _high.
+    Returns:
+        A row per pair, the narrower SAE first. The four numbers come with `_low` and `_high`.
+        small, large: names.
+        small_width, large_width: numbers of latents.
+        r2: R² of ‖e_large‖ from ‖e_small‖ and 1.
+        squared_correlation: squared correlation of the two norms.
+        r2_with_nonlinear: R² with ‖ε_small‖ added.
+        gain: (r2_with_nonlinear − r2)/(1 − r2).
+
+    Raises:
+        UserError: fewer than two SAEs.
     """
     names = sorted(saes, key=lambda name: saes[name].n)
     if len(names) < 2:
-        raise UserError(f"per-token scaling compares SAEs of different widths, and there is {len(names)}: name more SAEs")
+        raise UserError(
+            f"per-token scaling compares SAEs of different widths, and there is {len(names)}: name more SAEs"
+        )
     fitted = Moments()
     for chunk in activations.chunks("B"):
         fitted.add(_norms(chunk, hook_point, saes, probes, names), {})
@@ -59,11 +76,21 @@ def per_token_scaling(
 
 @torch.no_grad()
 def token_lines(
-    activations: Activations, hook_point: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear], tokens: int = 100, context: int = 0
+    activations: Activations,
+    hook_point: str,
+    saes: Mapping[str, SAE],
+    probes: Mapping[str, Linear],
+    tokens: int = 100,
+    context: int = 0,
 ) -> pd.DataFrame:
-    """‖e‖, ‖ê‖ and ‖ε‖ of the first `tokens` rows of C's context number `context` (counted from 0) for all SAEs.
+    """‖e‖, ‖ê‖ and ‖ε‖ of all SAEs along one context of C.
+
+    Takes the first `tokens` rows of context number `context`, counted from 0.
 
     Columns: sae, width, position, token, error, linear, nonlinear.
+
+    Raises:
+        UserError: C has no such context.
     """
     seen = 0
     for chunk in activations.chunks("C"):
@@ -78,7 +105,9 @@ def token_lines(
             e, linear = _error(x, sae, probes[name])
             columns = {col.POSITION: chunk.position[rows], col.TOKEN: chunk.token[rows], col.ERROR: e.norm(dim=1)}
             columns |= {col.LINEAR: linear.norm(dim=1), col.NONLINEAR: (e - linear).norm(dim=1)}
-            frames.append(pd.DataFrame({"sae": name, "width": sae.n} | {key: values.numpy() for key, values in columns.items()}))
+            frames.append(
+                pd.DataFrame({"sae": name, "width": sae.n} | {key: values.numpy() for key, values in columns.items()})
+            )
         return pd.concat(frames, ignore_index=True)
     raise UserError(f"there is no context number {context} to draw: the evaluation split has {seen}")
 
@@ -88,7 +117,9 @@ def _error(x: Tensor, sae: SAE, probe: Linear) -> tuple[Tensor, Tensor]:
     return x.double() - reconstruct(sae, x)[0].double(), probe(x)
 
 
-def _norms(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear], names: list[str]) -> Tensor:
+def _norms(
+    chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear], names: list[str]
+) -> Tensor:
     """‖e‖ of every SAE, then ‖ε‖ of every SAE, (b, 2·SAEs)."""
     errors, nonlinear = [], []
     for name in names:
@@ -99,9 +130,16 @@ def _norms(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], probes: Mappi
 
 
 def _r2(fitted: Moments, products: Tensor, predictors: list[int], target: int) -> Tensor:
-    """R² (1 + replicates,) on C, from its moments about B's means, of the regression fitted on B's."""
+    """R² on C of the regression fitted on B, (1 + replicates,).
+
+    `fitted` has B's moments. `products` has C's moments about B's means.
+    """
     part = Moments()
-    part.rows, part.mean, part.xx = fitted.rows, torch.zeros(len(predictors), dtype=torch.float64), fitted.xx[np.ix_(predictors, predictors)]
+    part.rows, part.mean, part.xx = (
+        fitted.rows,
+        torch.zeros(len(predictors), dtype=torch.float64),
+        fitted.xx[np.ix_(predictors, predictors)],
+    )
     part.target_mean, part.xy = {"y": torch.zeros(1, dtype=torch.float64)}, {"y": fitted.xx[predictors][:, [target]]}
     weights = part.solve().maps["y"].weight.squeeze(1)
     used = [*predictors, target]

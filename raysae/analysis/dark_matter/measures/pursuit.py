@@ -1,17 +1,21 @@
-"""Gradient pursuit at inference time with a frozen decoder, each token at its own L0, and the encoder error it reveals (analysis 7 of the
-dark-matter spec; Engels et al. 2024).
+"""Gradient pursuit with a frozen decoder, and the encoder error that it reveals.
 
-With the dictionary's features D (n, d), rows of norm 1, each token x − b_dec starts at weights w = 0 and takes L0(token) steps. With the residual
-r = x − b_dec − wD, one step is
+This is analysis 7 of the dark-matter spec (Engels et al. 2024). Pursuit replaces the encoder at inference time, each
+token at its own L0. D (n, d) is the dictionary of features, with rows of norm 1. Each token x − b_dec starts at weights
+w = 0 and takes L0(token) steps. With the residual r = x − b_dec − wD, one step is
 
     support = {w ≠ 0} ∪ {argmax of D·r},  g = D·r on the support and 0 elsewhere,
     w ← max(0, w + step · g)  with  step = ⟨gD, r⟩ / ⟨gD, gD⟩, and 0 where the denominator is 0.
 
-⟨gD, r⟩ is ‖g‖². At most one latent enters per step, so a token's weights are kept as one slot per step, (b, L0), never as (b, n); latents that were
-clipped leave a slot of weight 0 behind. What costs time is the argmax over all n latents. D·r = D·x − wG with the Gram matrix G = DDᵀ needs few rows
-of G while w has few slots: on a CPU this is several times faster than the product with D. The matrix is cut into blocks of columns which the cache
-holds, and the largest score of each block is all that is kept; g and ‖gD‖² follow from G between the slots. With many slots, where G would be large,
-and on a GPU, D·r is a dense product.
+⟨gD, r⟩ is ‖g‖². At most one latent enters per step, so a token's weights take one slot per step. They are (b, L0),
+never (b, n). A clipped latent leaves a slot of weight 0 behind.
+
+The argmax over all n latents costs most of the time. Two ways find it:
+
+- D·r = D·x − wG, with the Gram matrix G = DDᵀ. It needs few rows of G while w has few slots. On a CPU it is then
+  several times faster than the product with D. G is cut into blocks of columns that fit into the cache. Only the
+  largest score of each block is kept. g and ‖gD‖² follow from G between the slots.
+- D·r as a dense product: with many slots, where G would be large, and on a GPU.
 """
 
 from __future__ import annotations
@@ -31,25 +35,35 @@ from raysae.kernels.rows import unit_rows
 from raysae.kernels.selection import top_k
 from raysae.sae.base import SAE, Codes
 
-GRAM_BYTES = 512 << 20  # of the largest Gram matrix
-GRAM_COLUMNS = 128  # in a block of it
-DIMENSIONS_PER_SLOT = 8  # reading one row of G costs about as much as so many columns of the dense product (on a CPU)
-MOST_GRAM_STEPS = 128  # G between the slots of a token is kept too
-SCORE_BYTES = 64 << 20  # of the scores of one block of tokens, and of G between their slots
+GRAM_BYTES = 512 << 20  # Largest Gram matrix. Beyond it D·r is a dense product
+GRAM_COLUMNS = 128  # Columns in a block of the Gram matrix
+# On a CPU, reading one row of G costs about as much as this many columns of the dense product.
+DIMENSIONS_PER_SLOT = 8
+MOST_GRAM_STEPS = 128  # Limit on slots, because each token's G between its slots is kept too
+SCORE_BYTES = 64 << 20  # Scores of the tokens that run together, and G between their slots
 
 
 @torch.no_grad()
 def pursuit(
-    activations: Activations, hook_point: str, saes: Mapping[str, SAE], replicates: int = REPLICATES, seed: int = 0, rows: int | None = None
+    activations: Activations,
+    hook_point: str,
+    saes: Mapping[str, SAE],
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    rows: int | None = None,
 ) -> pd.DataFrame:
-    """Analysis 7 for the folded `saes` (by name) of one hook point: probes are fitted on A, everything is measured on C, on about `rows` rows of
-    each; unset: all.
+    """Runs analysis 7 for the folded `saes` (by name) of one hook point.
+
+    Probes are fitted on A, and everything is measured on C. `rows` limits both to about that many rows. Unset: all.
 
     Returns:
-        a row per SAE: `sae`, `width`, and with the ends of their intervals over contexts (`…_low`, `…_high`)
-        `fvu`, `nonlinear_fvu`: FVU(x, Sae(x)) and FVU(x, Sae(x) + ê);
-        `fvu_pursuit`, `nonlinear_fvu_pursuit`: the same with the pursued reconstruction in place of Sae(x), ê fitted to its own error;
-        `encoder_error`: nonlinear_fvu − nonlinear_fvu_pursuit;
+        A row per SAE. Columns other than `sae` and `width` come with the ends of their intervals over contexts
+        (`…_low`, `…_high`).
+        `sae`, `width`: name and number of latents.
+        `fvu`, `nonlinear_fvu`: FVU(x, Sae(x)) and FVU(x, Sae(x) + ê).
+        `fvu_pursuit`, `nonlinear_fvu_pursuit`: the same with the pursued reconstruction in place of Sae(x). ê is then
+            fitted to its own error.
+        `encoder_error`: nonlinear_fvu − nonlinear_fvu_pursuit.
         `l0`, `l0_pursuit`: mean active latents, of the encoder and of what as many steps of pursuit leave.
     """
     pursuits = {name: Pursuit(sae.decoder()) for name, sae in saes.items()}
@@ -75,7 +89,7 @@ def pursuit(
 
 
 def _first(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
-    """Whole chunks until there are `rows` rows."""
+    """Yields whole chunks until they hold `rows` rows. None: yields all."""
     given = 0
     for chunk in chunks:
         if rows is not None and given >= rows:
@@ -85,7 +99,10 @@ def _first(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
 
 
 def before_and_after(sae: SAE, pursuit: Pursuit, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """ "before" and "after" pursuit: the reconstruction (b, d) of `x` (b, d) and the active latents per token (b,)."""
+    """Reconstructs `x` (b, d) "before" and "after" pursuit.
+
+    Each gives the reconstruction (b, d) and the number of active latents per token (b,).
+    """
     reconstruction, l0 = reconstruct(sae, x)
     codes = pursuit(x.to(sae.b_dec) - sae.b_dec, l0.long().to(sae.b_dec.device))
     pursued = (pursuit.decode(codes) + sae.b_dec).to(x)
@@ -93,15 +110,21 @@ def before_and_after(sae: SAE, pursuit: Pursuit, x: Tensor) -> dict[str, tuple[T
 
 
 def add_errors(sums: ContextSums, context: Tensor, x: Tensor, reconstruction: Tensor, probe: Linear, name: str) -> None:
-    """Adds to `sums` as `NAME_error` and `NAME_nonlinear` what FVU and nonlinear FVU divide by the variance of x: ‖e‖² and ‖e − ê‖² with
-    e = x − `reconstruction`, (b, d) both, and ê = `probe`(x)."""
+    """Adds ‖e‖² and ‖e − ê‖² to `sums` as `NAME_error` and `NAME_nonlinear`.
+
+    Divided by the variance of x they are FVU and nonlinear FVU. Here e = x − `reconstruction`, (b, d) both, and
+    ê = `probe`(x).
+    """
     e = x.double() - reconstruction
     sums.add(context, **{f"{name}_error": e.square().sum(1), f"{name}_nonlinear": (e - probe(x)).square().sum(1)})
 
 
 def _numbers(sums: ContextSums) -> dict[str, float]:
     variance = sums.variation("x").sum(1)
-    fvu = {name: sums[name].squeeze(1) / variance for name in ("before_error", "before_nonlinear", "after_error", "after_nonlinear")}
+    fvu = {
+        name: sums[name].squeeze(1) / variance
+        for name in ("before_error", "before_nonlinear", "after_error", "after_nonlinear")
+    }
     numbers = {
         col.FVU: fvu["before_error"],
         col.NONLINEAR_FVU: fvu["before_nonlinear"],
@@ -118,7 +141,7 @@ def _numbers(sums: ContextSums) -> dict[str, float]:
 
 
 class Pursuit:
-    """Pursuit with the dictionary `features` (n, d), whose rows are brought to norm 1; float32 or float64."""
+    """Pursuit with the dictionary `features` (n, d), float32 or float64. Its rows are scaled to norm 1."""
 
     def __init__(self, features: Tensor) -> None:
         self.features = unit_rows(features.detach())
@@ -129,9 +152,10 @@ class Pursuit:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, steps: Tensor) -> Codes:
-        """Weights (b, T) and latents (b, T) of the tokens `x` (b, d), b_dec subtracted, after `steps` (b,) steps each, T the largest number of them.
+        """Pursues the tokens `x` (b, d), b_dec subtracted, for `steps` (b,) steps each.
 
-        Tokens with similar numbers of steps go together, so that none waits for the longest.
+        Returns weights (b, T) and latents (b, T), with T the largest number of steps. Tokens with similar numbers of
+        steps run together, so that none waits for the longest.
         """
         order = torch.argsort(steps, descending=True, stable=True)
         values = x.new_zeros(len(x), int(steps.max()) if len(steps) else 0)
@@ -143,15 +167,20 @@ class Pursuit:
         return Codes(values, indices)
 
     def decode(self, codes: Codes) -> Tensor:
-        """wD (b, d): what the codes reconstruct, without b_dec."""
+        """wD (b, d), the reconstruction of the codes without b_dec."""
         return _sum_of_rows(self.features, codes.indices, codes.values)
 
     def _block(self, x: Tensor, steps: Tensor) -> Codes:
-        """Tokens `x` (r, d) with `steps` (r,) in descending order."""
+        """Pursues the tokens `x` (r, d) together. `steps` (r,) is in descending order."""
         values = x.new_zeros(len(x), int(steps[0]))
         indices = torch.zeros(values.shape, dtype=torch.int64, device=x.device)
-        running = torch.bincount(steps, minlength=values.shape[1] + 1).flip(0).cumsum(0).flip(0)[1:].tolist()  # tokens that take step 1, 2, …
-        products = _GramProducts(self._gram, x, min(self._gram_steps, len(running))) if self._gram_steps else _DenseProducts(self.features, x)
+        # Number of tokens that take step 1, 2, …
+        running = torch.bincount(steps, minlength=values.shape[1] + 1).flip(0).cumsum(0).flip(0)[1:].tolist()
+        products = (
+            _GramProducts(self._gram, x, min(self._gram_steps, len(running)))
+            if self._gram_steps
+            else _DenseProducts(self.features, x)
+        )
         for step, count in enumerate(running):
             if step == self._gram_steps:
                 products = _DenseProducts(self.features, x)
@@ -176,7 +205,7 @@ class _DenseProducts:
         self._features, self._x = features, x
 
     def best(self, codes: Codes) -> Tensor:
-        """argmax of D·r of the first tokens (c,), whose weights are `codes` (c, s)."""
+        """argmax of D·r of the first tokens, (c,). Their weights are `codes` (c, s)."""
         residual = self._x[: len(codes.values)] - _sum_of_rows(self._features, codes.indices, codes.values)
         parts = residual.split(chunk_rows(len(self._features), residual.element_size(), residual.device.type))
         return torch.cat([top_k(self._features @ part.T, 1)[1].squeeze(1) for part in parts])
@@ -195,7 +224,7 @@ class _DenseProducts:
 
 
 class _Gram:
-    """G = DDᵀ as blocks of columns, (blocks, n, c); the last block is filled up with columns that no argmax finds."""
+    """G = DDᵀ as blocks of columns, (blocks, n, c). Columns that no argmax finds fill up the last block."""
 
     def __init__(self, features: Tensor) -> None:
         self.n = len(features)
@@ -219,7 +248,10 @@ class _Gram:
 
 
 class _GramProducts:
-    """The same as `_DenseProducts` from D·x and the Gram matrix, for at most `slots` slots that are filled one by one."""
+    """The same as `_DenseProducts`, from D·x and the Gram matrix.
+
+    Each call of `best` fills one more slot, at most `slots` in all.
+    """
 
     def __init__(self, gram: _Gram, x: Tensor, slots: int) -> None:
         self._gram = gram
@@ -234,9 +266,9 @@ class _GramProducts:
             _sum_of_rows(block, codes.indices, -codes.values).add_(scores[:count]).amax(1)
             for scores, block in zip(self._scores, self._gram.blocks, strict=True)
         ]
-        winner, row = torch.stack(largest).argmax(0), self._rows[:count]  # (c,) which block, of which token
+        winner, row = torch.stack(largest).argmax(0), self._rows[:count]  # (c,) each: the best block, and the token
         scores = self._scores[winner, row]  # (c, columns)
-        others = codes.indices + (winner * self._gram.n).unsqueeze(1)  # rows of G in the winning block
+        others = codes.indices + (winner * self._gram.n).unsqueeze(1)  # Rows of G in the winning block
         place = _sum_of_rows(self._gram.blocks.flatten(0, 1), others, -codes.values).add_(scores).argmax(1)
         self._slot_scores[:count, slots] = scores[row, place]
         between = self._gram.blocks.flatten()[others * GRAM_COLUMNS + place.unsqueeze(1)]  # (c, s)
@@ -257,5 +289,5 @@ class _GramProducts:
 
 
 def _sum_of_rows(matrix: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    """Σ_j values[:, j] · matrix[indices[:, j]] for `indices` and `values` (r, s), s = 0 included: (r, c)."""
+    """Σ_j values[:, j] · matrix[indices[:, j]], (r, c), for `indices` and `values` (r, s), s = 0 included."""
     return decode_rows(indices, values, matrix) if indices.shape[1] else matrix.new_zeros(len(indices), matrix.shape[1])

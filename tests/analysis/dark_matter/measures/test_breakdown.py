@@ -1,4 +1,4 @@
-"""Planted power laws come back, intervals cover, and fits that mean nothing say so."""
+"""Planted power laws come back, intervals cover the truth, and meaningless fits say so."""
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,9 @@ def test_a_planted_law_comes_back(c, a, m):
 def test_equal_to_scipy_curve_fit():
     y = planted(noise=0.01, seed=3)
     law = fit_power_law(WIDTHS, y)
-    theirs, _ = curve_fit(lambda w, c, a, m: c + a * w**-m, WIDTHS.astype(float), y, p0=[0.04, 2, 0.5], sigma=y, bounds=(0, np.inf))
+    theirs, _ = curve_fit(
+        lambda w, c, a, m: c + a * w**-m, WIDTHS.astype(float), y, p0=[0.04, 2, 0.5], sigma=y, bounds=(0, np.inf)
+    )
     assert (law.c, law.a, law.m) == pytest.approx(tuple(theirs), rel=1e-3)
 
 
@@ -73,7 +75,12 @@ def test_level_of_the_nonlinear_part():
 
 def test_breakdown():
     table = pd.DataFrame(
-        {"width": [1024, 256, 512], "fvu": [0.1, 0.2, 0.14], "nonlinear_fvu": [0.06, 0.09, 0.07], "pursuit_nonlinear_fvu": [0.05, 0.07, 0.06]}
+        {
+            "width": [1024, 256, 512],
+            "fvu": [0.1, 0.2, 0.14],
+            "nonlinear_fvu": [0.06, 0.09, 0.07],
+            "pursuit_nonlinear_fvu": [0.05, 0.07, 0.06],
+        }
     )
     law = fit_power_law(WIDTHS, planted(c=0.08))
     parts = breakdown(table, law)
@@ -87,6 +94,8 @@ def test_breakdown():
 
 
 def test_the_sae_of_nearest_l0_per_width():
-    table = pd.DataFrame({"width": [512, 256, 256, 512, 256], "l0": [50, 30, 100, 130, 61], "name": list("abcde")}, index=[9, 3, 5, 1, 2])
+    table = pd.DataFrame(
+        {"width": [512, 256, 256, 512, 256], "l0": [50, 30, 100, 130, 61], "name": list("abcde")}, index=[9, 3, 5, 1, 2]
+    )
     assert at_nearest_l0(table, 60)["name"].tolist() == ["e", "a"]
     assert at_nearest_l0(table, 90)["name"].tolist() == ["c", "d"]

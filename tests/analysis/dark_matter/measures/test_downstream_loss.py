@@ -1,4 +1,7 @@
-"""Cross-entropy with parts of the error put back, against plain hooks on the real model, prediction by prediction."""
+"""Cross-entropy with parts of the error put back, against plain hooks on the real model.
+
+The comparison is made for every single prediction.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def lm(stories_model) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def tokens(shared_data, stories_model) -> Tensor:
-    """(CONTEXTS, LENGTH) tokens of real stories, BOS first."""
+    """Tokens (CONTEXTS, LENGTH) of real stories. Each context begins with BOS."""
     text = (shared_data / "text" / "tinystories" / "validation_head.txt").read_text()[:6000]
     tokenizer = load_tokenizer(ModelConfig(name=str(stories_model)))
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -34,7 +37,7 @@ def tokens(shared_data, stories_model) -> Tensor:
 
 
 def make_sae(x: Tensor, width: int, hook_point: str) -> SAE:
-    """A topk SAE whose latents are directions of rows seen."""
+    """A TopK SAE whose latents point at some rows of `x`."""
     config = SAEConfig(architecture="topk", hook_point=hook_point, width=width, k=6, learning_rate=1e-3)
     sae = build(config, x.shape[1], TrainConfig()).requires_grad_(False)
     directions = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:width]] - x.mean(0)
@@ -52,7 +55,10 @@ def fitted(sae: SAE, x: Tensor) -> Linear:
 
 
 def patched_loss(lm: LanguageModel, tokens: Tensor, hook_point: str, function) -> Tensor:
-    """Loss in float64 (CONTEXTS, predictions) of whole forward passes of the transformers model with `function` on the activations from SKIP on."""
+    """Loss (CONTEXTS, predictions) in float64, by whole forward passes of the transformers model.
+
+    `function` replaces the activations at positions from SKIP on.
+    """
     kind, layer = hook_point.split(".")
     block = lm.model.model.layers[int(layer)]
 
@@ -73,7 +79,8 @@ def patched_loss(lm: LanguageModel, tokens: Tensor, hook_point: str, function) -
 
 @pytest.mark.parametrize("hook_point", ["resid_post.2", "mlp_out.1"])
 def test_every_number_equals_brute_force(lm, tokens, hook_point, monkeypatch):
-    monkeypatch.setattr("raysae.analysis.dark_matter.measures.downstream_loss.ROWS_AT_ONCE", 3 * LENGTH)  # batches of 3, 3, 3 and 2 contexts
+    # Gives batches of 3, 3, 3 and 2 contexts
+    monkeypatch.setattr("raysae.analysis.dark_matter.measures.downstream_loss.ROWS_AT_ONCE", 3 * LENGTH)
     x = lm.activations(tokens, [hook_point])[hook_point][:, SKIP:].flatten(0, 1)
     saes = {"a": make_sae(x, 32, hook_point), "b": make_sae(x, 100, hook_point)}
     probes = {name: fitted(sae, x[: len(x) // 2]) for name, sae in saes.items()}
@@ -89,7 +96,10 @@ def test_every_number_equals_brute_force(lm, tokens, hook_point, monkeypatch):
             linear = r @ weight + bias
             return (made + {"sae": 0, "linear": linear, "nonlinear": r - made - linear}[part]).view_as(rows)
 
-        loss = {part: patched_loss(lm, tokens, hook_point, lambda rows, part=part: with_part(rows, part)) for part in ("sae", "linear", "nonlinear")}
+        loss = {
+            part: patched_loss(lm, tokens, hook_point, lambda rows, part=part: with_part(rows, part))
+            for part in ("sae", "linear", "nonlinear")
+        }
         loss["clean"] = patched_loss(lm, tokens, hook_point, lambda rows: rows)
         mean = {part: float(values.mean()) for part, values in loss.items()}
         e = (x - sae(x)).double().numpy()
@@ -108,7 +118,7 @@ def test_every_number_equals_brute_force(lm, tokens, hook_point, monkeypatch):
 
 
 def test_interval_is_that_of_resampled_contexts(lm, tokens):
-    """CE's interval against contexts drawn with replacement."""
+    """The interval of the cross-entropy equals that of contexts drawn with replacement."""
     x = lm.activations(tokens, ["resid_post.2"])["resid_post.2"][:, SKIP:].flatten(0, 1)
     sae = make_sae(x, 32, "resid_post.2")
     row = downstream_loss(lm, tokens, "resid_post.2", {"a": sae}, {"a": fitted(sae, x)}, SKIP, replicates=1000).iloc[0]
@@ -118,7 +128,7 @@ def test_interval_is_that_of_resampled_contexts(lm, tokens):
 
 
 def test_a_probe_that_knows_everything_recovers_everything(lm, tokens):
-    """Sae(x) = 0 has the error x, all of it linear: ê restores the model, ε restores nothing."""
+    """Sae(x) = 0 has the error x, and all of it is linear. So ê restores the model, and ε restores nothing."""
     x = lm.activations(tokens, ["resid_post.3"])["resid_post.3"][:, SKIP:].flatten(0, 1)
     sae = make_sae(x, 32, "resid_post.3")
     sae.W_dec.zero_()
@@ -133,7 +143,11 @@ def test_a_probe_that_knows_everything_recovers_everything(lm, tokens):
 
 def test_undefined_where_nothing_is_lost(lm, tokens):
     width = lm.facts.d_model
-    sae = build(SAEConfig(architecture="relu", hook_point="resid_post.3", width=2 * width, sparsity=0, learning_rate=1), width, TrainConfig())
+    sae = build(
+        SAEConfig(architecture="relu", hook_point="resid_post.3", width=2 * width, sparsity=0, learning_rate=1),
+        width,
+        TrainConfig(),
+    )
     sae.requires_grad_(False)
     for matrix in (sae.W_enc, sae.W_dec):
         matrix.copy_(torch.cat([torch.eye(width), -torch.eye(width)]))

@@ -1,4 +1,4 @@
-"""R² from other hook points, against least squares in NumPy on the same tokens and against planted answers."""
+"""R² from other hook points equals least squares in NumPy on the same tokens, and planted answers."""
 
 from __future__ import annotations
 
@@ -46,14 +46,22 @@ def test_every_number_equals_least_squares():
     parts: dict[str, dict[tuple[str, str], np.ndarray]] = {"B": {}, "C": {}}
     for hook in x:
         if hook in saes:
-            made = {name: saes[hook](torch.from_numpy(values[hook]).float()).double().numpy() for name, values in split.items()}
+            made = {
+                name: saes[hook](torch.from_numpy(values[hook]).float()).double().numpy()
+                for name, values in split.items()
+            }
             probe = fitted(split["A"][hook], split["A"][hook] - made["A"])
         for name in "BC":
             values = split[name][hook]
             parts[name][hook, "activation"] = values
             if hook in saes:
                 e, linear = values - made[name], applied(values, probe)
-                named = {"reconstruction": made[name], "error": e, "linear error": linear, "nonlinear error": e - linear}
+                named = {
+                    "reconstruction": made[name],
+                    "error": e,
+                    "linear error": linear,
+                    "nonlinear error": e - linear,
+                }
                 parts[name] |= {(hook, part): value for part, value in named.items()}
     for (hook, part), source in parts["B"].items():
         for target, its_part in {"e": "error", "ê": "linear error", "ε": "nonlinear error"}.items():
@@ -68,7 +76,10 @@ def test_every_number_equals_least_squares():
 
 
 def test_planted_answers():
-    """The layer adds 2·relu(u) to a residual v; its SAE reconstructs v exactly, so e = 2·relu(u): the MLP output knows all of it, v nothing."""
+    """The layer adds 2·relu(u) to a residual v, and its SAE reconstructs v exactly.
+
+    So e = 2·relu(u). The MLP output knows all of it, and v knows nothing.
+    """
     generator = torch.Generator().manual_seed(0)
     n = CONTEXTS * LENGTH
     v, u = torch.randn(n, D, generator=generator), torch.randn(n, D, generator=generator)
@@ -84,17 +95,22 @@ def test_planted_answers():
     assert table[MLP, "error", "e"] == pytest.approx(1, abs=1e-6)
     assert table[PREVIOUS, "activation", "e"] == pytest.approx(0, abs=0.02)
     assert table[TARGET, "reconstruction", "e"] == pytest.approx(0, abs=0.02)
-    assert np.isnan(table[MLP, "reconstruction", "e"]) or table[MLP, "reconstruction", "e"] == pytest.approx(0, abs=0.02)
-    assert (PREVIOUS, "reconstruction", "e") not in table  # it has no SAE
+    assert np.isnan(table[MLP, "reconstruction", "e"]) or table[MLP, "reconstruction", "e"] == pytest.approx(
+        0, abs=0.02
+    )
+    assert (PREVIOUS, "reconstruction", "e") not in table  # This hook point has no SAE
 
 
 def test_nonlinear_error_that_an_earlier_layer_knows():
-    """Sae(x) = relu(x) on Gaussian x leaves ε = (E|x| − |x|)/2, of which relu(x), an earlier source, explains a share known in closed form."""
+    """Sae(x) = relu(x) on Gaussian x leaves ε = (E|x| − |x|)/2.
+
+    The earlier source relu(x) explains a share of it that is known in closed form.
+    """
     generator = torch.Generator().manual_seed(1)
     n = 30_000
     a, b = torch.randn(n, 1, generator=generator), torch.randn(n, 1, generator=generator)
     x = {TARGET: torch.cat([a, b], 1), MLP: torch.cat([a.relu(), b.relu()], 1)}
-    keeps_positive = linear_sae(torch.zeros(2, 2))  # e = −relu(−x) = (x − |x|)/2
+    keeps_positive = linear_sae(torch.zeros(2, 2))  # Its e = −relu(−x) = (x − |x|)/2
     keeps_positive.W_dec[:2] = torch.eye(2)
     table = earlier_layers(array(x), TARGET, {TARGET: keeps_positive}).set_index(["source", "part", "target"])["r2"]
     # Var relu(x) = ½ − 1/2π, Cov(relu(x), |x|) = ½ − 1/π, Var |x| = 1 − 2/π
@@ -102,7 +118,7 @@ def test_nonlinear_error_that_an_earlier_layer_knows():
     assert table[MLP, "activation", "ε"] == pytest.approx(expected, abs=0.02)
     assert table[TARGET, "activation", "ε"] == pytest.approx(0, abs=0.02)
     assert table[TARGET, "activation", "ê"] == pytest.approx(1, abs=1e-6)
-    # e = −relu(−x): Var as relu(x), Cov(relu(x), relu(−x)) = −1/2π
+    # For e = −relu(−x): Var e = Var relu(x), and Cov(relu(x), relu(−x)) = −1/2π
     assert table[MLP, "activation", "e"] == pytest.approx((0.5 / np.pi) ** 2 / (0.5 - 0.5 / np.pi) ** 2, abs=0.02)
 
 

@@ -1,4 +1,4 @@
-"""Every number of analyses 1 and 2 against a naive computation on whole splits; planted errors; the controls."""
+"""Error regression (analyses 1 and 2): every number against a naive computation, planted errors, the controls."""
 
 import pytest
 import torch
@@ -11,11 +11,13 @@ from tests.analysis.planted import HOOK, PER_CONTEXT, activations, gathered, lin
 
 
 def regressed(x, y, test):
-    return torch.from_numpy(LinearRegression().fit(x.double().numpy(), y.double().numpy()).predict(test.double().numpy()))
+    return torch.from_numpy(
+        LinearRegression().fit(x.double().numpy(), y.double().numpy()).predict(test.double().numpy())
+    )
 
 
 def naive(source: ArrayActivations, autoencoder) -> dict[str, float]:
-    """The definitions, on splits held in memory whole."""
+    """Every number by its definition, on whole splits in memory."""
     x = {split: gathered(source, split).double() for split in "ABC"}
     made = {split: autoencoder(part.float()).double() for split, part in x.items()}
     e = {split: x[split] - made[split] for split in "ABC"}
@@ -100,13 +102,13 @@ def test_company_does_not_change_a_result():
 
 
 def test_one_context_in_a_split():
-    """The odd half of A is then empty."""
+    """The odd half of split A is empty then."""
     numbers = error_regression(activations(contexts=3), HOOK, {"a": sae(width=8)}, replicates=5)["a"].numbers
     assert numbers["r2_error"].value == numbers["r2_error_half_fit"].value
 
 
 def test_planted_linear_error_is_all_found():
-    """Sae(x) = x·M: the error x(1 − M) is linear, so nothing is left."""
+    """Sae(x) = x·M has the error x(1 − M). It is linear, so nothing is left."""
     mixing = 0.7 * torch.eye(12) + 0.1 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))
     numbers = error_regression(activations(), HOOK, {"linear": linear_sae(mixing)}, replicates=5)["linear"].numbers
     assert numbers["r2_error"].value == pytest.approx(1, abs=1e-6)
@@ -115,10 +117,13 @@ def test_planted_linear_error_is_all_found():
 
 
 def test_rescaling_undoes_shrinkage():
-    """An SAE shrunk by 0.6 has e = 0.4·(x − b) + 0.6·(error of the whole one): much linear error, none of it after rescaling."""
+    """An SAE shrunk by 0.6 has e = 0.4·(x − b) + 0.6·(error of the whole SAE).
+
+    Shrinkage adds much linear error. Rescaling removes all that it added.
+    """
     source, whole = activations(), linear_sae(torch.eye(12))
     noise = 0.3 * torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
-    whole.W_dec.add_(torch.cat([noise, noise]))  # |x|·noise on top of x: an error that is not linear in x
+    whole.W_dec.add_(torch.cat([noise, noise]))  # Adds |x|·noise, an error that is not linear in x
     shrunk = linear_sae(torch.eye(12))
     shrunk.W_dec.copy_(0.6 * whole.W_dec)
     found = error_regression(source, HOOK, {"whole": whole, "shrunk": shrunk}, replicates=5)
@@ -129,7 +134,10 @@ def test_rescaling_undoes_shrinkage():
 
 
 def test_a_sparse_sum_of_orthogonal_features_has_a_linear_norm():
-    """x = Σ sᵢyᵢ over the active, orthonormal yᵢ: ‖x‖² = Σ sᵢ² is a·x with a·yᵢ = sᵢ, the latent's mean value when active."""
+    """x = Σ sᵢyᵢ over the active features, which are orthonormal, has ‖x‖² = Σ sᵢ².
+
+    This is a·x where a·yᵢ = sᵢ. So the loading of a latent is its mean value when active.
+    """
     generator = torch.Generator().manual_seed(0)
     strength = torch.linspace(1, 4, 12)
     x = (torch.rand(3000, 12, generator=generator) < 0.3) * strength
@@ -137,7 +145,7 @@ def test_a_sparse_sum_of_orthogonal_features_has_a_linear_norm():
     perfect = linear_sae(torch.eye(12))
     perfect.W_enc.copy_(torch.cat([directions, -directions]))
     perfect.W_dec.copy_(perfect.W_enc)
-    perfect.b_enc.fill_(-1e-3)  # rounding activates nothing
+    perfect.b_enc.fill_(-1e-3)  # Keeps rounding errors from activating latents
     found = error_regression(activations(x=x @ directions), HOOK, {"perfect": perfect}, replicates=5)["perfect"]
     assert found.numbers["r2_norm_x"].value == pytest.approx(1, abs=1e-4)
     assert found.numbers["r2_norm_reconstruction"].value == pytest.approx(1, abs=1e-4)

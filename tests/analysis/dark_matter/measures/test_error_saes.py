@@ -1,4 +1,4 @@
-"""Analysis 6 against direct computation on whole splits in memory."""
+"""SAEs trained on errors (analysis 6) against direct computation on whole splits in memory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,12 @@ def test_the_table_is_that_of_whole_splits() -> None:
         alive = torch.zeros(made.n, dtype=torch.bool)
         alive[codes.indices[codes.values > 0]] = True
         assert table.loc[kind, "dead_fraction"] == pytest.approx(float((~alive).double().mean()))
-    assert table.loc["nonlinear", "worse"] == pytest.approx(table.loc["nonlinear", "fvu"] / table.loc["linear", "fvu"] - 1)
+    assert table.loc["nonlinear", "worse"] == pytest.approx(
+        table.loc["nonlinear", "fvu"] / table.loc["linear", "fvu"] - 1
+    )
     assert table.loc["error", "share"] == pytest.approx(1)
-    assert table.loc["linear", "share"] + table.loc["nonlinear", "share"] == pytest.approx(1, abs=0.1)  # exact on the rows of the fit
+    # The sum is exactly 1 on the rows of the fit
+    assert table.loc["linear", "share"] + table.loc["nonlinear", "share"] == pytest.approx(1, abs=0.1)
 
 
 def test_an_sae_that_returns_its_input_has_no_error() -> None:

@@ -1,4 +1,4 @@
-"""Planted errors: the grid's algebra against explicit regressions, and estimates against closed forms and truth."""
+"""Introduced errors: the grid against explicit regressions, and estimates against closed forms and planted truth."""
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,10 @@ def test_the_grid_equals_regressions_one_by_one():
     for row in grid.itertuples():
         f, x, r = int(row.ablated * 2), 0.4 * row.sigma_x, 0.4 * row.sigma_r
         seen = {name: parts.truth + x * parts.dense for name, parts in (("train", train), ("test", test))}
-        e = {name: seen[name] - parts.reconstructions[f] - r * parts.introduced for name, parts in (("train", train), ("test", test))}
+        e = {
+            name: seen[name] - parts.reconstructions[f] - r * parts.introduced
+            for name, parts in (("train", train), ("test", test))
+        }
         predicted = LinearRegression().fit(seen["train"], e["train"]).predict(seen["test"])
         variance = (seen["test"] - seen["test"].mean(0)).square().sum()
         missed = float((e["test"] - predicted).square().sum() / variance)
@@ -48,14 +51,18 @@ def test_the_grid_equals_regressions_one_by_one():
 
 
 def test_closed_form_where_the_sae_is_exact():
-    result = introduced_error(activations(contexts=1500, chunk_rows=8000), HOOK, linear_sae(torch.eye(12)), ablated=(0.0,))
+    result = introduced_error(
+        activations(contexts=1500, chunk_rows=8000), HOOK, linear_sae(torch.eye(12)), ablated=(0.0,)
+    )
     assert result.reencoding_fvu < 1e-9
     assert len(result.closed_form) == len(LEVELS) ** 2
     for row in result.closed_form.itertuples():
         assert row.linear == pytest.approx(row.linear_closed_form, rel=0.02, abs=2e-3)
         assert row.nonlinear == pytest.approx(row.nonlinear_closed_form, rel=0.02, abs=2e-3)
     grid = result.grid
-    assert grid[(grid.sigma_x == 4) & (grid.sigma_r == 0)]["dense"].item() == pytest.approx(0.5, abs=0.01), "σ = 4 has the variance of x′"
+    assert grid[(grid.sigma_x == 4) & (grid.sigma_r == 0)]["dense"].item() == pytest.approx(0.5, abs=0.01), (
+        "σ = 4 has the variance of x′"
+    )
     assert result.table.loc["sigma_x", "linear"] > 0.9
     assert result.table.loc["sigma_r", "nonlinear"] > 0.9
     assert abs(result.table.loc["sigma_r", "linear"]) < 0.5
@@ -91,7 +98,8 @@ def test_latents_of_least_mean_value_are_ablated_first(k):
         variance = (truth["C"] - truth["C"].mean(0)).square().sum()
         assert row.fvu == pytest.approx(float(lack.square().sum() / variance), rel=1e-4)
     assert torch.equal(
-        torch.tensor(grid["fvu"].tolist()), torch.tensor(introduced_error(source, HOOK, autoencoder, (0.0,), (0.0, 0.25, 0.5)).grid["fvu"].tolist())
+        torch.tensor(grid["fvu"].tolist()),
+        torch.tensor(introduced_error(source, HOOK, autoencoder, (0.0,), (0.0, 0.25, 0.5)).grid["fvu"].tolist()),
     )
 
 

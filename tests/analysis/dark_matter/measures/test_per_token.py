@@ -1,4 +1,4 @@
-"""The per-token table read back, against direct computation."""
+"""The per-token table, written and read back, equals direct computation."""
 
 import numpy as np
 import pytest

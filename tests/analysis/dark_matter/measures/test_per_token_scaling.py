@@ -1,4 +1,4 @@
-"""Pairwise regressions of error norms against scikit-learn; the lines against direct computation."""
+"""Pairwise regressions of error norms equal scikit-learn's, and the lines equal direct computation."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,11 @@ def norms(split: str, name: str, probes) -> tuple[np.ndarray, np.ndarray]:
 
 def test_pairs_equal_scikit_learn(probes):
     table = per_token_scaling(SOURCE, HOOK, SAES, probes, replicates=50)
-    assert list(zip(table["small"], table["large"], strict=True)) == [("narrow", "middle"), ("narrow", "wide"), ("middle", "wide")]
+    assert list(zip(table["small"], table["large"], strict=True)) == [
+        ("narrow", "middle"),
+        ("narrow", "wide"),
+        ("middle", "wide"),
+    ]
     assert table["small_width"].tolist() == [16, 16, 32]
     for row in table.itertuples():
         (e_b, epsilon_b), (e_c, epsilon_c) = norms("B", row.small, probes), norms("C", row.small, probes)

@@ -1,4 +1,4 @@
-"""Pursuit against the definition written down densely, at every step; its report against sums in float64."""
+"""Pursuit against its dense definition, at every step. Its report must equal sums in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.sae.planted import Planted
 
 
 def naive_step(x: Tensor, D: Tensor, w: Tensor) -> Tensor:
-    """One step of the definition for all tokens, weights `w` dense (b, n)."""
+    """One step of the definition for all tokens, with dense weights `w` (b, n)."""
     r = x - w @ D
     scores = r @ D.T
     support = w != 0
@@ -42,7 +42,10 @@ def dense(codes: Codes, n: int) -> Tensor:
 
 
 def problem(b: int = 120, d: int = 12, n: int = 30, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Tokens (b, d) and a dictionary (n, d), in the positive orthant but for some: there, features take the place of others chosen before them."""
+    """Tokens (b, d) and a dictionary (n, d).
+
+    Most lie in the positive orthant. There, features take the place of others chosen before them.
+    """
     generator = torch.Generator().manual_seed(seed)
     D, x = (torch.randn(rows, d, generator=generator, dtype=torch.float64) for rows in (n, b))
     D[5:].abs_()
@@ -60,7 +63,10 @@ def _one_thread():
 
 @pytest.fixture(params=["gram", "both", "dense"])
 def way(request, monkeypatch) -> str:
-    """Products by the Gram matrix at every step, at the first 4 only, and dense ones at every step; blocks of 25 tokens each."""
+    """How products are made: by the Gram matrix at every step, at the first 4 only, or never.
+
+    The other products are dense. Tokens come in blocks of 25.
+    """
     monkeypatch.setattr(module, "DIMENSIONS_PER_SLOT", {"gram": 1 / 2, "both": 3, "dense": 3}[request.param])
     monkeypatch.setattr(module, "GRAM_BYTES", 0 if request.param == "dense" else 1 << 30)
     monkeypatch.setattr(module, "GRAM_COLUMNS", 8)
@@ -82,12 +88,16 @@ def test_every_step_is_the_definition_in_float64(way):
         torch.testing.assert_close(pursue.decode(codes), w @ D, rtol=1e-9, atol=1e-12)
         clipped += int(((before > 0) & (w == 0)).sum())
         repeated += int(((w > 0).sum(1) == (before > 0).sum(1)).sum())
-    assert clipped > 5  # latents that leave, and
-    assert repeated > 5  # an argmax that is active already: both do occur here
+    # Both special cases occur: a latent leaves, and the argmax is active already
+    assert clipped > 5
+    assert repeated > 5
 
 
 def test_every_step_is_the_definition_in_float32(way):
-    """From the state that float32 has reached, the definition's next step in float64; where two latents are within rounding, either may be next."""
+    """The definition takes its next step in float64, from the state that float32 has reached.
+
+    Where two latents are equal up to rounding, either may be next.
+    """
     x, D = problem(seed=1)
     pursue, before = Pursuit(D.float()), torch.zeros(120, 30, dtype=torch.float64)
     compared = 0
@@ -136,8 +146,8 @@ def test_nothing_to_do():
 
 
 def test_no_dense_weights(monkeypatch):
-    """No tensor of one element per token and latent but for one block of tokens."""
-    monkeypatch.setattr(module, "SCORE_BYTES", 2048 * 4 * 16)  # 16 tokens
+    """Only one block of tokens at a time has a tensor with one element per token and latent."""
+    monkeypatch.setattr(module, "SCORE_BYTES", 2048 * 4 * 16)  # A block has 16 tokens
     x, steps = torch.randn(128, 8), torch.full((128,), 4)
     pursue = Pursuit(torch.randn(2048, 8))
     largest = 0
@@ -156,7 +166,7 @@ def fvu(x: Tensor, reconstruction: Tensor) -> float:
 
 
 def fitted(x: Tensor, y: Tensor) -> np.ndarray:
-    """Least squares with an intercept, (d + 1, d)."""
+    """Least-squares map from `x` to `y` with an intercept, (d + 1, d)."""
     return np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y.numpy(), rcond=None)[0]
 
 
@@ -167,7 +177,8 @@ def test_report_equals_sums_over_all_tokens(architecture):
     x += 0.02 * torch.randn(x.shape, generator=planted.generator)
     sae = make(architecture, 32, 48, k=4).requires_grad_(False)
     sae.W_dec.copy_(planted.features)
-    sae.W_enc.copy_(planted.features + 0.1 * torch.randn(48, 32, generator=torch.Generator().manual_seed(0)))  # an encoder with errors
+    # An encoder with errors
+    sae.W_enc.copy_(planted.features + 0.1 * torch.randn(48, 32, generator=torch.Generator().manual_seed(0)))
     sae.b_dec.copy_(planted.offset)
     if architecture == "jumprelu":
         sae.threshold.fill_(0.6)
@@ -190,8 +201,10 @@ def test_report_equals_sums_over_all_tokens(architecture):
     for when, error in errors["C"].items():
         map_ = fitted(rows["A"], errors["A"][when])
         expected[f"fvu{when}"] = fvu(x, x - error)
-        expected[f"nonlinear_fvu{when}"] = fvu(x, x - error + torch.from_numpy(np.column_stack([x, np.ones(len(x))]) @ map_))
+        expected[f"nonlinear_fvu{when}"] = fvu(
+            x, x - error + torch.from_numpy(np.column_stack([x, np.ones(len(x))]) @ map_)
+        )
     expected["encoder_error"] = expected["nonlinear_fvu"] - expected["nonlinear_fvu_pursuit"]
     assert {name: numbers[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    assert numbers["encoder_error_low"] > 0  # the encoder was made worse than the decoder allows
+    assert numbers["encoder_error_low"] > 0  # The encoder is worse than the decoder allows
     assert all(numbers[f"{name}_low"] <= numbers[name] <= numbers[f"{name}_high"] for name in expected)

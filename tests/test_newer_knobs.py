@@ -1,0 +1,69 @@
+"""A knob that is newer than a study counts there as it did before the knob existed."""
+
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from raysae.config import SweepConfig, TrainConfig, UserError, newer_knob
+from raysae.knobs import completed, earlier, from_flat
+from raysae.study import place
+from raysae.study.place import saved_config
+from raysae.train import checkpoint
+from raysae.train.checkpoint import check_fingerprint
+
+
+class Inner(BaseModel):
+    old: int = 1
+    new: float = newer_knob(0.2, before=1.0)
+
+
+class Outer(BaseModel):
+    inner: Inner = Inner()
+    name: str = "a"
+
+
+def test_an_older_study_gets_the_earlier_value_and_a_newer_one_keeps_its_own():
+    assert earlier(Outer) == {"inner.new": 1.0}
+    assert Outer.model_validate(completed(Outer, {"inner": {"old": 5}, "name": "b"})).inner == Inner(old=5, new=1.0)
+    assert Outer.model_validate(completed(Outer, {"inner": {"old": 5, "new": 0.3}})).inner == Inner(old=5, new=0.3)
+    assert Outer.model_validate(completed(Outer, {"name": "b"})).inner.new == 1.0, "a section may be missing as a whole"
+    assert from_flat(Outer, {"inner.old": "3"}).inner == Inner(old=3, new=1.0)
+    assert from_flat(Outer, {"inner.old": "3", "inner.new": "0.5"}).inner == Inner(old=3, new=0.5)
+
+
+class NewerTrain(TrainConfig):
+    anneal: float = newer_knob(0.2, before=1.0)
+
+
+class NewerSweep(SweepConfig):
+    train: NewerTrain = NewerTrain()
+
+
+def saved(settings: dict[str, Any], folder: Any) -> str:
+    (folder / "s").mkdir()
+    (folder / "s" / "config.yaml").write_text(yaml.safe_dump(settings))
+    return str(folder)
+
+
+def test_a_study_is_resumed_that_lacks_a_newer_knob(tmp_path, monkeypatch):
+    output = saved(SweepConfig(study="s").model_dump(), tmp_path)
+    monkeypatch.setattr(place, "SweepConfig", NewerSweep)
+    assert saved_config(output, "s").train.anneal == 1.0
+
+
+def test_a_study_that_lacks_an_older_knob_is_damaged(tmp_path):
+    settings = SweepConfig(study="s").model_dump()
+    del settings["train"]["warmup"]
+    with pytest.raises(UserError, match="train.warmup is not in it"):
+        saved_config(saved(settings, tmp_path), "s")
+
+
+def test_a_checkpoint_without_the_knob_goes_on_where_it_has_the_earlier_value(monkeypatch):
+    monkeypatch.setattr(checkpoint, "TrainConfig", NewerTrain)
+    check_fingerprint("it", {"train.batch": 8}, {"train.batch": 8, "train.anneal": 1.0}, set())
+    with pytest.raises(UserError, match=r"train.anneal \(was 1.0, is 0.2\)"):
+        check_fingerprint("it", {"train.batch": 8}, {"train.batch": 8, "train.anneal": 0.2}, set())
+    with pytest.raises(UserError, match=r"train.batch \(was None, is 8\)"):
+        check_fingerprint("it", {}, {"train.batch": 8, "train.anneal": 1.0}, set())
