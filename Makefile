@@ -33,7 +33,7 @@ bench: $(VENV)/.installed $(VENV)-peers/.installed  ## Measure raysae against it
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 lint: $(VENV)/.installed  ## Check style, and which room imports which (the contracts in pyproject.toml)
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-timer
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 clean:  ## Remove the environments and build products. Results (runs/, mlflow.db) stay
 	rm -rf $(VENV) $(VENV)-peers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -168,14 +168,15 @@ class FusedCodes:
     def residual(self, target: Tensor, weight: Tensor) -> Tensor:
         features = self.codes.features if self.latents is None else self.latents[self.codes.features]
         self._weight = weight.detach().to(self.precision)
-        found, self._rounded = residual(self.codes._replace(features=features), target, self._weight)
-        return found
+        self._residual, self._rounded = residual(self.codes._replace(features=features), target, self._weight)
+        return self._residual
 
     def backward(
-        self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
+        self, scale: float | Tensor, gradient: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
     ) -> None:
+        rounded = self._rounded if gradient is self._residual else gradient.to(self.precision)
         by_feature = ByFeature(self.codes, self.n)
-        products = by_feature.outer_(W_dec, self.codes.values * scale, self._rounded, self.latents, self._weight)
+        products = by_feature.outer_(W_dec, self.codes.values * scale, rounded, self.latents, self._weight)
         grad_codes = products.mul_(scale).mul_(self.codes.values > 0)
         by_feature.outer_(W_enc, grad_codes, x.to(self.precision), self.latents)
         by_feature.sum_(b_enc, grad_codes, self.latents)

@@ -127,6 +127,29 @@ def _residuals(features, values, rows, starts, target, weight, found, products, 
         products_of(weight, features[begin:end], row, products[begin:end])
 
 
+def products_at(codes: Nonzeros, rows: Tensor, weight: Tensor) -> Tensor:
+    """rows[row] · weight[feature] for each nonzero, (N,), where `rows` is (b, d) and `weight` (n, d)."""
+    if rows.device.type != "cpu" or rows.dtype not in COMPILED:
+        leaf = codes.values.detach().requires_grad_()
+        with torch.enable_grad():
+            decoded = embedding_bag(codes.features, weight.detach(), codes.starts, mode="sum", per_sample_weights=leaf)
+        return torch.autograd.grad(decoded, leaf, rows)[0]
+    products = torch.empty_like(codes.values)
+    operands = (
+        tensor.numpy() for tensor in (codes.features, codes.starts, rows.contiguous(), weight.detach(), products)
+    )
+    in_parts(_products_at, len(rows), 1, *operands)
+    return products
+
+
+@compiled(fastmath=SUMS)
+def _products_at(features, starts, rows, weight, products, first, last):
+    """Writes the products of rows `first` to `last`."""
+    for i in range(first, last):
+        begin, end = starts[i], starts[i + 1] if i + 1 < len(starts) else len(features)
+        products_of(weight, features[begin:end], rows[i], products[begin:end])
+
+
 @compiled(fastmath=SUMS)
 def products_of(weight, latents, row, products):
     """Writes weight[latents] · row into `products`, for `weight` (n, d) and `row` (d,)."""
@@ -162,26 +185,29 @@ class SparseCodes:
     def residual(self, target: Tensor, weight: Tensor) -> Tensor:
         """`target` (b, d) minus the codes times the latents' rows of `weight` (·, d)."""
         features = self.codes.features if self.latents is None else self.latents[self.codes.features]
-        residual, self._products = residuals(self.codes._replace(features=features), target, weight)
-        return residual
+        self._active, self._weight = self.codes._replace(features=features), weight
+        self._residual, self._products = residuals(self._active, target, weight)
+        return self._residual
 
     def backward(
-        self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
+        self, scale: float | Tensor, gradient: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
     ) -> None:
         """Writes the gradients of weights. With `latents` it adds them to these rows instead.
 
         Args:
-            scale: The loss's gradient at the decoder output, codes · weight, is scale · residual.
-            residual: (b, d), as `residual` returned it last.
+            scale: The loss's gradient at the decoder output, codes · weight, is scale · gradient.
+            gradient: (b, d). What `residual` returned last costs no further products.
             x: The encoder's input, (b, d).
             W_enc: Gradient (n, d), or larger with `latents`.
             b_enc: Gradient (n,), or larger with `latents`.
             W_dec: Gradient (n, d), or larger with `latents`.
         """
-        grad_codes = self._products.mul_(scale).mul_(self.codes.values > 0)
+        known = gradient is self._residual
+        products = self._products if known else products_at(self._active, gradient, self._weight)
+        grad_codes = products.mul_(scale).mul_(self.codes.values > 0)
         by_feature = ByFeature(self.codes, self.n)
-        by_feature.outer_(W_dec, self.codes.values * scale, residual, self.latents)
-        by_feature.outer_(W_enc, grad_codes, x.to(residual), self.latents)
+        by_feature.outer_(W_dec, self.codes.values * scale, gradient, self.latents)
+        by_feature.outer_(W_enc, grad_codes, x.to(gradient), self.latents)
         by_feature.sum_(b_enc, grad_codes, self.latents)
 
 
@@ -206,19 +232,19 @@ class DenseCodes:
         return target - product(self.matrix, self._weight, self.precision)
 
     def backward(
-        self, scale: float | Tensor, residual: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
+        self, scale: float | Tensor, gradient: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
     ) -> None:
         grad_codes = product(
-            residual, self._weight.T, self.precision, out=self.workspace.take("grad_codes", self.matrix.shape, residual)
+            gradient, self._weight.T, self.precision, out=self.workspace.take("grad_codes", self.matrix.shape, gradient)
         )
         grad_codes.mul_(scale).mul_(self.matrix > 0)
         codes = self.matrix.mul_(scale)
         if self.latents is None:
-            product(codes.T, residual, self.precision, out=W_dec)
+            product(codes.T, gradient, self.precision, out=W_dec)
             product(grad_codes.T, x, self.precision, out=W_enc)
             torch.sum(grad_codes, 0, out=b_enc)
         else:
-            add_rows_(W_dec, self.latents, product(codes.T, residual, self.precision))
+            add_rows_(W_dec, self.latents, product(codes.T, gradient, self.precision))
             add_rows_(W_enc, self.latents, product(grad_codes.T, x, self.precision))
             add_rows_(b_enc.unsqueeze(1), self.latents, grad_codes.sum(0).unsqueeze(1))
 

@@ -132,9 +132,14 @@ class SAE(nn.Module):
         width = max(self.code_width, self.d_in)
         return chunk_rows(width, self.W_enc.element_size(), self.W_enc.device.type)
 
+    @property
+    def bias(self) -> Tensor:
+        """The bias (n,) of pre-activations."""
+        return self.b_enc
+
     def pre_activations(self, x: Tensor) -> Tensor:
-        """W_enc (x − b_dec) + b_enc, latent-major (n, b) as in `products.pre_activation_chunks`."""
-        return torch.addmm(self.b_enc.unsqueeze(1), self.encoder(), (x - self.b_dec).T)
+        """W_enc (x − b_dec) + bias, latent-major (n, b) as in `products.pre_activation_chunks`."""
+        return torch.addmm(self.bias.unsqueeze(1), self.encoder(), (x - self.b_dec).T)
 
     # ---------------------------------------------------------------- training
 

@@ -35,11 +35,6 @@ class DenseSAE(SAE):
 
     error_weight: float = 1.0
 
-    @property
-    def bias(self) -> Tensor:
-        """The bias (n,) that `loss_and_grads` adds to pre-activations."""
-        return self.b_enc
-
     def encode(self, x: Tensor) -> Tensor:
         return self._activate(self.pre_activations(x), All(self._workspace)).T
 

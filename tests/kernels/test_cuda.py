@@ -67,7 +67,8 @@ def test_top_pre_activations_in_chunks_of_rows(monkeypatch):
 @pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-6), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("d", [9, 300])
 @pytest.mark.parametrize("part", [False, True])  # Whether the codes use only some latents of a larger dictionary
-def test_products_with_codes(precision, tolerance, d, part):
+@pytest.mark.parametrize("own", [True, False])  # Whether the gradient is the residual found last
+def test_products_with_codes(precision, tolerance, d, part, own):
     """Products with codes equal dense products in float64.
 
     Rows and features have no nonzero, one, or more than a Triton program takes at a time.
@@ -88,6 +89,9 @@ def test_products_with_codes(precision, tolerance, d, part):
         torch.full(shape, 1.0 if part else torch.nan, device=DEVICE)
         for shape in (weight.shape, weight.shape[:1], weight.shape)
     ]
+    if not own:
+        right = torch.randn(b, d).double()
+        residual = right.float().to(DEVICE)
     fused.backward(-0.3, residual, x.to(DEVICE), *grads)
     grad_codes = -0.3 * (right @ weight[latents].double().T) * (matrix > 0)
     expected = grad_codes.T @ x.double(), grad_codes.sum(0), -0.3 * matrix.double().T @ right

@@ -46,7 +46,8 @@ def test_products_with_nonzeros(block_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize("form", ["sparse", "dense"])
-def test_code_matrices(form, monkeypatch):
+@pytest.mark.parametrize("pulled_by", ["the residual", "another gradient"])
+def test_code_matrices(form, pulled_by, monkeypatch):
     """Forward and backward equal autograd through a dense matrix.
 
     A place without an active latent gets no gradient.
@@ -62,7 +63,9 @@ def test_code_matrices(form, monkeypatch):
     on = torch.zeros(b, n).double().scatter(1, indices, (values > 0).double())
     dense = torch.zeros(b, n).double().scatter(1, indices, values)
     left = target - dense @ weight
-    (((dense + on * (x @ encoder.T + bias)) @ (weight + decoder)) * (0.3 * left)).sum().backward()
+    other = torch.randn(b, d).double()
+    gradient = left if pulled_by == "the residual" else other
+    (((dense + on * (x @ encoder.T + bias)) @ (weight + decoder)) * (0.3 * gradient)).sum().backward()
 
     codes = code_matrix(Nonzeros.of_rows(indices, values), n, Workspace())
     assert isinstance(codes, {"sparse": SparseCodes, "dense": DenseCodes}[form])
@@ -73,7 +76,8 @@ def test_code_matrices(form, monkeypatch):
         torch.full((n,), 9.0).double(),
         torch.full((n, d), 9.0).double(),
     )
-    codes.backward(0.3, residual, x, W_enc, b_enc, W_dec)
+    gradient = residual if pulled_by == "the residual" else other
+    codes.backward(0.3, gradient, x, W_enc, b_enc, W_dec)
     expected = (encoder.grad, bias.grad, decoder.grad)
     for found, right in zip((W_enc, b_enc, W_dec), expected, strict=True):
         torch.testing.assert_close(found, right)
@@ -82,7 +86,7 @@ def test_code_matrices(form, monkeypatch):
     whole = torch.full((n + 5, d), torch.nan).double().index_copy(0, latents, weight)
     torch.testing.assert_close(part.residual(target, whole), left)
     larger = torch.ones(n + 5, d).double(), torch.ones(n + 5).double(), torch.ones(n + 5, d).double()
-    part.backward(torch.tensor(0.3).double(), residual, x, *larger)
+    part.backward(torch.tensor(0.3).double(), gradient, x, *larger)
     for found, right in zip(larger, expected, strict=True):
         torch.testing.assert_close(found[latents], 1 + right)
         assert (found.sum() - found[latents].sum()).item() == pytest.approx(found[0].numel() * 5)
