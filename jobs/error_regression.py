@@ -1,4 +1,4 @@
-"""Predict SAEs' error linearly from the activation, and see how it falls with width (analyses 1 and 2).
+"""Predict SAEs' error and its squared norm from the activation by linear maps (analyses 1 and 2).
 
 python jobs/error_regression.py                               the latest sweep in MLflow
 python jobs/error_regression.py --sweep STUDY                 another, by its name or run id

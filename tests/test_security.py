@@ -55,7 +55,7 @@ FORBIDDEN_ARGUMENTS = {"allow_pickle": True, "trust_remote_code": True, "shell":
 EXCEPTIONS = {
     # The reference came through Ray, which runs whatever code it is sent anyway
     ("raysae/stream/producer.py", "ray.cloudpickle.loads"),
-    # The file is an analysis's own unfinished work, in its own folder
+    # The file is the result of an analysis's task, in the study's own folder
     ("raysae/analysis/lab/tasks.py", "pickle.loads"),
 }
 

@@ -1,1 +1,1 @@
-"""The analyses of the papers in docs: functions over activations and loaded SAEs, and their figures. They know nothing of Ray or MLflow."""
+"""Takes SAEs apart: the analyses of a study, their figures, their claims and their reports."""

@@ -68,6 +68,8 @@ def test_the_numbers_agree_with_the_sweep_and_among_themselves(analysed: Path) -
     assert (regressions["nonlinear_fvu"] < regressions["fvu"]).all()
     assert regressions["r2_error_weighted"].between(0, 1).all()
     pursuit = pd.read_parquet(results / "pursuit/pursuit.parquet").set_index("sae")
+    breakdown = pd.read_parquet(results / "breakdown/breakdown.parquet").set_index("width")
+    assert breakdown["encoder"].to_dict() == pytest.approx(pursuit.set_index("width")["encoder_error"].to_dict())
     assert (pursuit["fvu"] - regressions["fvu"].reindex(pursuit.index)).abs().max() < 1e-6
     assert (pursuit["nonlinear_fvu"] - regressions["nonlinear_fvu"].reindex(pursuit.index)).abs().max() < 1e-6
     downstream = pd.read_parquet(results / "downstream_loss/downstream.parquet").set_index("sae")
@@ -98,6 +100,7 @@ def test_mlflow_has_a_run_per_analysis_and_one_per_sae_it_read(analysed: Path) -
     parents = {run.data.params["analysis"]: run for run in runs if run.data.tags["raysae.kind"] == "analysis"}
     names = {
         "error_regression",
+        "breakdown",
         "per_token_scaling",
         "introduced_error",
         "downstream_loss",
@@ -114,18 +117,21 @@ def test_mlflow_has_a_run_per_analysis_and_one_per_sae_it_read(analysed: Path) -
     assert {"fvu", "l0", "nonlinear_fvu", "r2_error", "r2_error_norm"} <= set(below[0].data.metrics)
     assert below[0].data.params["width"] in ("96", "128", "192", "256")
     assert below[0].data.tags["raysae.source_run"] in regression.data.tags["raysae.saes"]
-    figures = {artifact.path for artifact in client.list_artifacts(regression.info.run_id, "figures")}
-    assert "figures/breakdown.png" in figures
+    breakdown = parents["breakdown"]
+    assert {"fit/c", "fit/m", "level/value", "level/slope"} <= set(breakdown.data.metrics)
+    for parent, figure in ((regression, "norms"), (breakdown, "breakdown")):
+        figures = {artifact.path for artifact in client.list_artifacts(parent.info.run_id, "figures")}
+        assert f"figures/{figure}.png" in figures
     assert [artifact.path for artifact in client.list_artifacts(parents["dark_matter"].info.run_id)] == ["report.html"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_another_job_reads_what_is_there_and_the_latest_sweep_is_the_users(analysed: Path) -> None:
-    parts = analysed / "runs/test/analysis/parts"
-    before = {file: file.stat().st_mtime_ns for file in parts.iterdir()}
+    tasks = analysed / "runs/test/analysis/tasks"
+    before = {file: file.stat().st_mtime_ns for file in tasks.iterdir()}
     more = ["--tokens", "45000", "--predicted_tokens", "2000", "--target_l0", "16", "--replicates", "30"]
     done = analyse("downstream_loss", analysed, *more)
     assert done.returncode == 0, done.stderr
     assert "Study test:" in done.stdout, "a sweep that an analysis trained is not the user's"
-    assert {file: file.stat().st_mtime_ns for file in parts.iterdir()} == before
+    assert {file: file.stat().st_mtime_ns for file in tasks.iterdir()} == before

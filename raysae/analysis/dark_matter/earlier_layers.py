@@ -1,4 +1,7 @@
-"""The figures of analyses 5, 7 and 8, from their tables, in the style of `figures`: every function returns a Figure."""
+"""What other hook points know of the error (analysis 8): the experiment, its task and its figure.
+
+It needs SAEs at the hook points before that of the central SAE. Where the sweep has none there, it has them trained.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,15 @@ from collections.abc import Mapping
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from raysae.analysis.dark_matter.error_regression import r2_per_layer
 from raysae.analysis.dark_matter.measures.earlier_layers import earlier_layers
-from raysae.analysis.dark_matter.probes import model_name, regression_table, regressions, shown, topk_like
-from raysae.analysis.instruments.plots import (
-    PAPER_WIDTH,
-    SOURCE_PARTS,
-    STYLE,
-    headed,
-)
+from raysae.analysis.dark_matter.probes import Shown, model_name, regression_table, regressions, shown, topk_like
+from raysae.analysis.instruments import columns as col
+from raysae.analysis.instruments.plots import PAPER_WIDTH, SOURCE_PARTS, STYLE, headed
 from raysae.analysis.lab.lab import Lab
 from raysae.analysis.lab.recording import Recorded
 from raysae.analysis.lab.results import Findings
@@ -26,118 +26,144 @@ from raysae.analysis.lab.subjects import Subject
 from raysae.analysis.lab.tasks import Task
 
 TARGET_TITLES = {"e": "error e", "ê": "linear error ê", "ε": "nonlinear error ε"}
+TARGET_METRICS = {"e": col.ERROR, "ê": col.LINEAR, "ε": col.NONLINEAR}  # Names of metrics are plain ASCII.
+GAP = 0.8  # Between the bars of two sources, in bars.
 
 
-def earlier_layer_bars(table: pd.DataFrame, column: str = "r2", title: str = "") -> Figure:
-    """Bars of R² per source and part, a panel per target; `table` is that of `earlier_layers`, `column` "r2" or "r2_weighted"."""
-    sources = list(dict.fromkeys(table["source"]))
-    parts = [part for part in SOURCE_PARTS if part in set(table["part"])]
-    rows = [(source, part) for source in sources for part in parts if ((table["source"] == source) & (table["part"] == part)).any()]
-    place = np.arange(len(rows)) + 0.8 * np.array([sources.index(source) for source, _ in rows])
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(PAPER_WIDTH, 0.9 + 0.16 * place.max()))
-        panels = figure.subplots(1, len(TARGET_TITLES), sharey=True, sharex=True)
-        for ax, (target, label) in zip(panels, TARGET_TITLES.items(), strict=True):
-            of_target = table[table["target"] == target].set_index(["source", "part"])
-            for y, (source, part) in zip(place, rows, strict=True):
-                row = of_target.loc[(source, part)]
-                color = SOURCE_PARTS[part][1]
-                known = bool(row["by_definition"])
-                ax.barh(
-                    y,
-                    max(row[column], 0),
-                    0.85,
-                    color="white" if known else color,
-                    edgecolor=color if known else "none",
-                    hatch="/////" * known,
-                    linewidth=0.6,
-                )
-                if not known and np.isfinite(row[column]):
-                    ax.plot([row[f"{column}_low"], row[f"{column}_high"]], [y, y], color="black", linewidth=0.8)
-                    ax.text(max(row[f"{column}_high"], 0) + 0.015, y, f"{row[column]:.2f}", va="center", fontsize=5.5)
-            ax.set_title(f"predicting the {label}")
-            ax.set_xlabel("R² (mean over dimensions)" if column == "r2" else "R² (variance-weighted)")
-            ax.grid(True, axis="x")
-            ax.grid(False, axis="y")
-        panels[0].set_xlim(0, 1.12)
-        panels[0].set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-        centres = [np.mean([y for y, (s, _) in zip(place, rows, strict=True) if s == source]) for source in sources]
-        panels[0].set_yticks(centres, sources)
-        panels[0].set_ylim(place.max() + 0.8, -0.8)
-        for ax in panels:
-            ax.tick_params(axis="y", length=0)
-        handles = [Patch(facecolor=color, label=label) for part, (label, color) in SOURCE_PARTS.items() if part in parts]
-        if table["by_definition"].any():
-            handles.append(Patch(facecolor="white", edgecolor="0.4", hatch="/////", linewidth=0.6, label="1 by definition"))
-        figure.legend(
-            handles=handles,
-            loc="outside lower center",
-            ncols=len(handles),
-            title="predicted from",
-            title_fontsize=7,
-            columnspacing=1,
-            handlelength=1.2,
-        )
-        figure.suptitle(headed("What other hook points know of the error", title))
-    return figure
-
-
-# ---------------------------------------------------------------- 8
+# ---------------------------------------------------------------- the experiment
 
 
 def run(lab: Lab) -> Findings:
-    """Analysis 8: the central SAE's error from what is known at the same residual, the previous one and this layer's MLP and attention.
+    """Predicts the central SAE's error from the same residual, the previous one, and this layer's MLP and attention.
 
-    SAEs that the sweep lacks there are trained, TopK with the central SAE's width and L0, all on one pass of the language model.
+    One pass of the language model trains the SAEs that the sweep lacks there. They are TopK SAEs with the central SAE's
+    width and L0.
     """
     chosen = shown(lab)
     sae = chosen.central
     hooks = earlier_hook_points(lab, chosen.hook_point)
-    with_saes = [hook for hook in hooks if not hook.startswith("attn_z")]  # its activation alone: attn_out is a linear function of it
-    there = {chosen.hook_point: sae} | {hook: _alike(lab, hook, sae) for hook in with_saes if lab.of(hook)}
-    lacking = [hook for hook in with_saes if hook not in there]
-    if lacking:
-        made = lab.train("earlier", lacking, [sae.width], topk_like(lab, chosen, sae), lab.train_tokens)
-        there |= {subject.hook_point: subject for subject in made.values()}
+    there = _saes_at(lab, chosen, hooks)
     recorded = lab.record([chosen.hook_point, *hooks])
-    part = Task("earlier_layers", lab.key(*there.values(), hooks=hooks), _predict, (recorded, chosen.hook_point, there, lab.replicates, lab.seed))
-    table = lab.run([part])[0].assign(hook_point=chosen.hook_point)
-    findings = Findings("earlier_layers", part.key, pd.DataFrame({"sae": [sae.name]}), tables={"earlier_layers": table})
-    free = table[~table["by_definition"]]
-    for row in free[free["part"] == "reconstruction"].itertuples():
-        findings.numbers[f"r2_{_ascii(row.target)}_from_reconstruction/{row.source}"] = row.r2
-    residuals = {chosen.hook_point: {sae.name: chosen.results[sae.name]}}
-    for hook, other in there.items():
-        if hook.startswith("resid_post") and hook != chosen.hook_point:
-            residuals[hook] = regressions(lab, hook, {other.name: other})
-    subjects = {subject.name: subject for subject in there.values()}
-    findings.tables["layers"] = pd.concat([regression_table(lab, subjects, found) for found in residuals.values()], ignore_index=True)
-    if findings.tables["layers"]["layer"].nunique() > 1:
-        findings.figures["layers"] = r2_per_layer(findings.tables["layers"], f"{model_name(lab)} · width {sae.width:,}")
+    arguments = (recorded, chosen.hook_point, there, lab.replicates, lab.seed)
+    task = Task("earlier_layers", lab.key(*there.values(), hooks=hooks), _predict, arguments)
+    table = lab.run([task])[0].assign(hook_point=chosen.hook_point)
+    findings = Findings("earlier_layers", task.key, pd.DataFrame({"sae": [sae.name]}))
+    free = table[~table[col.BY_DEFINITION]]
+    for _, row in free[free[col.PART] == "reconstruction"].iterrows():
+        metric = f"{col.R2}_{TARGET_METRICS[row[col.TARGET]]}_from_reconstruction/{row[col.SOURCE]}"
+        findings.numbers[metric] = float(row[col.R2])
+    layers = _layers(lab, chosen, there)
+    findings.tables = {"earlier_layers": table, "layers": layers}
+    if layers["layer"].nunique() > 1:
+        findings.figures["layers"] = r2_per_layer(layers, f"{model_name(lab)} · width {sae.width:,}")
     findings.figures["earlier_layers"] = earlier_layer_bars(table, title=f"{model_name(lab)} · {sae.name}")
     return findings
 
 
 def earlier_hook_points(lab: Lab, hook_point: str) -> list[str]:
-    """The previous residual, and this layer's MLP and attention output and the attention's own, as far as the model has them."""
+    """The previous residual, and this layer's mlp_out, attn_out and attn_z, where the model has them."""
     kinds, layer = lab.plan.facts.kinds, int(hook_point.split(".")[1])
     previous = f"resid_post.{layer - 1}" if layer else "resid_pre.0"
     hooks = [previous] + [f"{kind}.{layer}" for kind in ("mlp_out", "attn_out", "attn_z") if kind in kinds]
     return [hook for hook in hooks if hook != hook_point]
 
 
+def _saes_at(lab: Lab, chosen: Shown, hooks: list[str]) -> dict[str, Subject]:
+    """The central SAE and one SAE per hook point of `hooks`, by hook point. Trains those that the sweep lacks.
+
+    attn_z gets none: attn_out is a linear function of it, so its activation says enough.
+    """
+    sae = chosen.central
+    hooks = [hook for hook in hooks if not hook.startswith("attn_z")]
+    there = {chosen.hook_point: sae} | {hook: _alike(lab, hook, sae) for hook in hooks if lab.of(hook)}
+    lacking = [hook for hook in hooks if hook not in there]
+    if lacking:
+        made = lab.train("earlier", lacking, [sae.width], topk_like(lab, chosen, sae), lab.train_tokens)
+        there |= {subject.hook_point: subject for subject in made.values()}
+    return there
+
+
 def _alike(lab: Lab, hook_point: str, sae: Subject) -> Subject:
     """The study's SAE at `hook_point` that is most like `sae` in width, then in L0."""
-    l0 = float(sae.metrics.get("l0", 1))
-    return min(lab.of(hook_point).values(), key=lambda other: (abs(np.log(other.width / sae.width)), abs(float(other.metrics.get("l0", 1)) - l0)))
+
+    def l0(of: Subject) -> float:
+        return float(of.metrics.get(col.L0, 1))
+
+    def distance(other: Subject) -> tuple[float, float]:
+        return abs(np.log(other.width / sae.width)), abs(l0(other) - l0(sae))
+
+    return min(lab.of(hook_point).values(), key=distance)
+
+
+def _layers(lab: Lab, chosen: Shown, there: Mapping[str, Subject]) -> pd.DataFrame:
+    """The regressions of the central SAE and of those at other residuals, a row each."""
+    central = chosen.central.name
+    residuals = {chosen.hook_point: {central: chosen.results[central]}}
+    for hook, other in there.items():
+        if hook.startswith("resid_post") and hook != chosen.hook_point:
+            residuals[hook] = regressions(lab, hook, {other.name: other})
+    subjects = {subject.name: subject for subject in there.values()}
+    return pd.concat([regression_table(lab, subjects, found) for found in residuals.values()], ignore_index=True)
 
 
 def _predict(recorded: Recorded, target: str, saes: Mapping[str, Subject], replicates: int, seed: int) -> pd.DataFrame:
-    return earlier_layers(recorded.open(), target, {hook: sae.load() for hook, sae in saes.items()}, None, replicates, seed)
+    loaded = {hook: sae.load() for hook, sae in saes.items()}
+    return earlier_layers(recorded.open(), target, loaded, None, replicates, seed)
 
 
-# ---------------------------------------------------------------- small parts
+# ---------------------------------------------------------------- the figure
 
 
-def _ascii(target: str) -> str:
-    return {"e": "error", "ê": "linear", "ε": "nonlinear"}[target]
+def earlier_layer_bars(table: pd.DataFrame, column: str = col.R2, title: str = "") -> Figure:
+    """Bars of R² per source and what of it is read, a panel per target.
+
+    Args:
+        table: that of `measures.earlier_layers`.
+        column: "r2" or "r2_weighted".
+        title: the second line of the title.
+    """
+    sources = list(dict.fromkeys(table[col.SOURCE]))
+    parts = [part for part in SOURCE_PARTS if part in set(table[col.PART])]
+    there = set(zip(table[col.SOURCE], table[col.PART], strict=True))
+    rows = [(source, part) for source in sources for part in parts if (source, part) in there]
+    place = np.arange(len(rows)) + GAP * np.array([sources.index(source) for source, _ in rows])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(PAPER_WIDTH, 0.9 + 0.16 * place.max()))
+        panels = figure.subplots(1, len(TARGET_TITLES), sharey=True, sharex=True)
+        for ax, (target, label) in zip(panels, TARGET_TITLES.items(), strict=True):
+            of_target = table[table[col.TARGET] == target].set_index([col.SOURCE, col.PART])
+            for y, row in zip(place, rows, strict=True):
+                _bar(ax, y, of_target.loc[row], column, SOURCE_PARTS[row[1]][1])
+            ax.set_title(f"predicting the {label}")
+            ax.set_xlabel("R² (mean over dimensions)" if column == col.R2 else "R² (variance-weighted)")
+            ax.grid(True, axis="x")
+            ax.grid(False, axis="y")
+            ax.tick_params(axis="y", length=0)
+        panels[0].set_xlim(0, 1.12)
+        panels[0].set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+        centres = [np.mean([y for y, row in zip(place, rows, strict=True) if row[0] == source]) for source in sources]
+        panels[0].set_yticks(centres, sources)
+        panels[0].set_ylim(place.max() + GAP, -GAP)
+        handles = [
+            Patch(facecolor=color, label=label) for part, (label, color) in SOURCE_PARTS.items() if part in parts
+        ]
+        if table[col.BY_DEFINITION].any():
+            hatched = {"facecolor": "white", "edgecolor": "0.4", "hatch": "/////", "linewidth": 0.6}
+            handles.append(Patch(label="1 by definition", **hatched))
+        below = {"loc": "outside lower center", "ncols": len(handles), "columnspacing": 1, "handlelength": 1.2}
+        figure.legend(handles=handles, title="predicted from", title_fontsize=7, **below)
+        figure.suptitle(headed("What other hook points know of the error", title))
+    return figure
+
+
+def _bar(ax: Axes, y: float, row: pd.Series, column: str, color: str) -> None:
+    """One bar with its interval and its number. A hatched one stands for what is so by definition."""
+    known = bool(row[col.BY_DEFINITION])
+    look = {"color": color, "edgecolor": "none", "hatch": ""}
+    if known:
+        look = {"color": "white", "edgecolor": color, "hatch": "/////"}
+    ax.barh(y, max(row[column], 0), 0.85, linewidth=0.6, **look)
+    if not known and np.isfinite(row[column]):
+        low, high = row[col.low(column)], row[col.high(column)]
+        ax.plot([low, high], [y, y], color="black", linewidth=0.8)
+        ax.text(max(high, 0) + 0.015, y, f"{row[column]:.2f}", va="center", fontsize=5.5)

@@ -1,27 +1,22 @@
-"""TODO docstring."""
+"""Error regression and norm prediction (analyses 1 and 2): the experiment and its figures. Its tasks are in `probes`.
+
+It asks how well linear maps of the activation predict the error and its norm. Its control for undertraining trains the
+SAEs of the figures anew, on half the tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from raysae.analysis.dark_matter.breakdown import breakdown_figure
-from raysae.analysis.dark_matter.measures import breakdown
 from raysae.analysis.dark_matter.measures.error_regression import BASELINES, NORMS, ErrorRegression
-from raysae.analysis.dark_matter.probes import (
-    Shown,
-    described,
-    model_name,
-    per_hook_point,
-    regression_table,
-    regressions,
-    shown,
-)
-from raysae.analysis.dark_matter.pursuit import pursuit_tasks
+from raysae.analysis.dark_matter.probes import Shown, model_name, per_hook_point, regression_table, regressions, shown
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.plots import (
     BLUE,
     GREEN,
@@ -42,94 +37,110 @@ from raysae.analysis.lab.results import Findings
 from raysae.analysis.lab.subjects import Subject
 from raysae.config import SAEConfig, UserError
 
-FEWEST_WIDTHS = 3  # for a fit against width
-OFF_LINE = 0.1  # doublings of width or L0 off a common line from which on SAEs span a plane
+HEADLINES = (
+    col.R2_ERROR, col.R2_ERROR_WEIGHTED, col.R2_ERROR_NORM, col.R2_NORM_NONLINEAR, col.NONLINEAR_FVU, col.FVU, col.L0,
+)  # fmt: skip
+COMPARED = (  # Numbers of SAEs trained on half the tokens, to compare with those of the whole ones.
+    col.FVU, col.L0, col.NONLINEAR_FVU, col.R2_ERROR, col.R2_ERROR_WEIGHTED, col.R2_ERROR_NORM,
+    col.R2_ERROR + col.RESCALED, col.R2_ERROR_NORM + col.RESCALED,
+)  # fmt: skip
+OFF_LINE = 0.1  # SAEs span a plane when one lies this far off a common line, in doublings of width or L0.
+
+
+# ---------------------------------------------------------------- the experiment
 
 
 def run(lab: Lab) -> Findings:
-    """Analyses 1 and 2: R² of e and of norms for every SAE, the breakdown of the error over widths, and the controls for undertraining."""
+    """R² of e and of squared norms for every SAE, and the control for undertraining."""
     results = {hook: regressions(lab, hook, lab.of(hook)) for hook in lab.hook_points}
     table = pd.concat([regression_table(lab, lab.saes, found) for found in results.values()], ignore_index=True)
     chosen = shown(lab)
-    findings = Findings("error_regression", lab.key(*lab.saes.values()), table, tables={"regressions": table})
-    where = described(lab, chosen)
-    for column in ("r2_error", "r2_error_weighted", "r2_error_norm", "r2_norm_nonlinear", "nonlinear_fvu", "fvu", "l0"):
-        findings.numbers[f"median/{column}"] = float(table[column].median())
+    key = lab.key(*lab.saes.values())
+    findings = Findings("error_regression", key, table, tables={"regressions": table})
+    findings.numbers = {f"median/{column}": float(table[column].median()) for column in HEADLINES}
     trained = _half_trained(lab, chosen, findings) if lab.config.half_trained else None
     if trained is not None:
         findings.tables["half_trained"] = trained
-
-    against = chosen.table.copy()
-    pursued = lab.kept(pursuit_tasks(lab, chosen))
-    if pursued is not None:
-        found = pd.concat(pursued).set_index("sae")["nonlinear_fvu_pursuit"]
-        against["pursuit_nonlinear_fvu"] = found.reindex(against["sae"]).to_numpy()
-    if against["width"].nunique() >= FEWEST_WIDTHS:
-        law = breakdown.fit_power_law(against["width"], against["fvu"])
-        level = breakdown.nonlinear_level(against["width"], against["nonlinear_fvu"], against["fvu"])
-        parts = breakdown.breakdown(against, law)
-        findings.tables |= {"breakdown": parts, "fit": pd.DataFrame([{**vars(law), **{f"level_{k}": v for k, v in vars(level).items()}}])}
-        findings.numbers |= {"fit/c": law.c, "fit/m": law.m, "fit/c_low": law.c_low, "fit/c_high": law.c_high}
-        findings.numbers |= {"level/value": level.value, "level/slope": level.slope, "level/share_of_fall": level.share_of_fall}
-        findings.figures["breakdown"] = breakdown_figure(parts, law, level, where)
-    else:
-        findings.notes.append(f"a fit against width needs {FEWEST_WIDTHS} widths, there are {against['width'].nunique()}")
     for hook, found in results.items():
-        part = table[table["hook_point"] == hook]
-        findings.draw(per_hook_point("contours", hook, lab), contours, part, f"{model_name(lab)} · {hook} · {len(part)} SAEs")
-        findings.figures[per_hook_point("norms", hook, lab)] = norm_prediction(part, f"{model_name(lab)} · {hook}")
+        here = table[table["hook_point"] == hook]
+        where = f"{model_name(lab)} · {hook}"
+        findings.draw(per_hook_point("contours", hook, lab), contours, here, f"{where} · {len(here)} SAEs")
+        findings.figures[per_hook_point("norms", hook, lab)] = norm_prediction(here, where)
         some = list(chosen.saes if hook == chosen.hook_point else found)
-        some = some[:: max(1, (len(some) - 1) // 2)]  # the narrowest, the central and the widest
+        some = some[:: max(1, (len(some) - 1) // 2)]  # The narrowest, the central and the widest.
         findings.draw(per_hook_point("loadings", hook, lab), loadings, {name: found[name] for name in some}, hook)
     if table["layer"].nunique() > 1:
         findings.figures["layers"] = r2_per_layer(table, model_name(lab))
     else:
-        findings.notes.append("R² per layer needs SAEs at several layers: train them with --hook_points resid_post.1,resid_post.3,…")
+        how = "train them with --hook_points resid_post.1,resid_post.3,…"
+        findings.notes.append(f"R² per layer needs SAEs at several layers: {how}")
+    _save_probes(lab, results)
+    return findings
+
+
+def _save_probes(lab: Lab, results: Mapping[str, Mapping[str, ErrorRegression]]) -> None:
+    """Writes the map x → ê of every SAE, for whoever trains SAEs on its error."""
     folder = lab.folder / "probes"
     folder.mkdir(parents=True, exist_ok=True)
     for found in results.values():
         for name, result in found.items():
             save_linear({"probe": result.probe}, folder / f"{name}.safetensors")
-    return findings
 
 
 def _half_trained(lab: Lab, chosen: Shown, findings: Findings) -> pd.DataFrame | None:
-    """The SAEs of the figure trained anew on half the tokens, with all else as it was, beside the whole ones."""
-    configs = [sae.config for sae in chosen.saes.values() if sae.metrics.get("tokens", 0) >= lab.sweep.train.tokens]
+    """The numbers of the figures' SAEs beside those of the same SAEs trained on half the tokens.
+
+    None, and a note in `findings`, where an SAE cannot be trained like that.
+    """
+    whole_training = lab.sweep.train.tokens
+    configs = [sae.config for sae in chosen.saes.values() if sae.metrics.get("tokens", 0) >= whole_training]
     if len(configs) < len(chosen.saes):
         findings.notes.append(
-            "the control with half the training tokens was left out: it trains SAEs anew, and some of these are no sweep's, or were stopped early"
+            "the control with half the training tokens was left out: it trains SAEs anew, and some of these are no "
+            "sweep's, or were stopped early"
         )
         return None
-    alike: dict[tuple, list[SAEConfig]] = {}  # one sweep for all that differ in width alone
+    alike: dict[tuple, list[SAEConfig]] = {}  # SAEs that differ in width alone. One sweep trains them.
     for config in configs:
         alike.setdefault(tuple(config.model_dump(exclude={"width"}).values()), []).append(config)
     made: dict[str, Subject] = {}
     for group in alike.values():
-        made |= lab.train("half", [chosen.hook_point], [config.width for config in group], group[0], lab.sweep.train.tokens // 2)
-    table = regression_table(lab, made, regressions(lab, chosen.hook_point, made)).set_index("width")
+        widths = [config.width for config in group]
+        made |= lab.train("half", [chosen.hook_point], widths, group[0], whole_training // 2)
+    half = regression_table(lab, made, regressions(lab, chosen.hook_point, made)).set_index("width")
     whole = chosen.table.set_index("width")
-    columns = ["fvu", "l0", "nonlinear_fvu", "r2_error", "r2_error_weighted", "r2_error_norm", "r2_error_rescaled", "r2_error_norm_rescaled"]
-    ends = {f"{column}{end}": f"{column}_half{end}" for column in columns for end in ("", "_low", "_high")}
-    both = whole[columns].join(table[list(ends)].rename(columns=ends), how="inner").reset_index()
-    findings.numbers["median/r2_error_half_trained"] = float(both["r2_error_half"].median())
-    findings.numbers["median/r2_error_rescaled"] = float(both["r2_error_rescaled"].median())
+    ends = {f"{column}{end}": f"{column}{col.HALF}{end}" for column, end in product(COMPARED, ("", col.LOW, col.HIGH))}
+    both = whole[list(COMPARED)].join(half[list(ends)].rename(columns=ends), how="inner").reset_index()
+    findings.numbers["median/r2_error_half_trained"] = float(both[col.R2_ERROR + col.HALF].median())
+    rescaled = col.R2_ERROR + col.RESCALED
+    findings.numbers[f"median/{rescaled}"] = float(both[rescaled].median())
     return both
+
+
+# ---------------------------------------------------------------- the figures
 
 
 @styled
 def contours(table: pd.DataFrame, title: str = "") -> Figure:
-    """Nonlinear FVU and both R² over width × L0; `table` has width, l0, nonlinear_fvu, r2_error and r2_error_norm, a row per SAE. SAEs that are never
-    active, or lack one of the numbers, are left out.
+    """Nonlinear FVU and both R² over width × L0.
+
+    `table` has a row per SAE. The figure leaves out SAEs that are never active or lack one of the numbers.
 
     Raises:
-        UserError: fewer than three SAEs, or all of them on a line.
+        UserError: there are fewer than three SAEs, or all lie on a line.
     """
-    panels = {"nonlinear_fvu": "nonlinear FVU", "r2_error": "R² of e (mean over dimensions)", "r2_error_norm": "R² of ‖e‖²"}
-    table = table[np.isfinite(table[["l0", *panels]]).all(axis=1) & (table["l0"] > 0)]
-    points = np.log2(table[["width", "l0"]].to_numpy(float))
+    panels = {
+        col.NONLINEAR_FVU: "nonlinear FVU",
+        col.R2_ERROR: "R² of e (mean over dimensions)",
+        col.R2_ERROR_NORM: "R² of ‖e‖²",
+    }
+    table = table[np.isfinite(table[[col.L0, *panels]]).all(axis=1) & (table[col.L0] > 0)]
+    points = np.log2(table[["width", col.L0]].to_numpy(float))
     if len(points) < 3 or np.linalg.matrix_rank(points - points.mean(0), tol=OFF_LINE) < 2:
-        raise UserError("contours over width × L0 need three SAEs, of at least two widths and two levels of L0, that do not lie on a line")
+        raise UserError(
+            "contours over width × L0 need three SAEs that do not lie on a line, of at least two widths and two "
+            "levels of L0"
+        )
     x, y = points.T
     figure = Figure(figsize=(PAPER_WIDTH, 2.6))
     for i, (ax, (column, label)) in enumerate(zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True)):
@@ -137,7 +148,8 @@ def contours(table: pd.DataFrame, title: str = "") -> Figure:
         ax.tricontour(x, y, table[column], levels=filled.levels[1:-1], colors="white", linewidths=0.4)
         ax.plot(x, y, "o", color="white", markersize=2.5, markeredgecolor="black", markeredgewidth=0.5, clip_on=False)
         ticks = filled.levels[:: max(1, len(filled.levels) // 4)]
-        figure.colorbar(filled, ax=ax, location="top", shrink=0.9, aspect=22, label=label, ticks=ticks, format=lambda v, _: f"{v:.3g}")
+        bar = {"location": "top", "shrink": 0.9, "aspect": 22, "format": lambda v, _: f"{v:.3g}"}
+        figure.colorbar(filled, ax=ax, label=label, ticks=ticks, **bar)
         ax.set_xlabel(WIDTH_LABEL)
         if i == 0:
             ax.set_ylabel(L0_LABEL)
@@ -151,16 +163,20 @@ def contours(table: pd.DataFrame, title: str = "") -> Figure:
 
 @styled
 def r2_per_layer(table: pd.DataFrame, title: str = "") -> Figure:
-    """Both R² against the layer: every SAE a point, a line through the means; `table` has layer, r2_error, r2_error_norm (and their _low, _high)."""
+    """Both R² against the layer: a point per SAE, its interval where `table` has it, and a line through the means."""
     figure = Figure(figsize=(PAPER_WIDTH * 0.62, 2.6))
     ax = figure.subplots()
-    shown = {"r2_error_norm": ("R² of ‖e‖² from x", BLUE, "o"), "r2_error": ("R² of e from x (mean over dimensions)", VERMILION, "s")}
+    shown = {
+        col.R2_ERROR_NORM: ("R² of ‖e‖² from x", BLUE, "o"),
+        col.R2_ERROR: ("R² of e from x (mean over dimensions)", VERMILION, "s"),
+    }
     for column, (label, color, marker) in shown.items():
         means = table.groupby("layer")[column].mean()
         ax.plot(means.index, means, color=color, marker=marker, label=label)
         ax.plot(table["layer"], table[column], marker, color=color, alpha=0.35, markersize=3, markeredgewidth=0)
-        if f"{column}_low" in table:
-            ax.vlines(table["layer"], table[f"{column}_low"], table[f"{column}_high"], color=color, linewidth=1, alpha=0.6)
+        if col.low(column) in table:
+            ends = table[col.low(column)], table[col.high(column)]
+            ax.vlines(table["layer"], *ends, color=color, linewidth=1, alpha=0.6)
     ax.set(xlabel="layer", ylabel="R² on held-out tokens", ylim=(min(0, ax.get_ylim()[0]), 1))
     ax.set_xticks(sorted(table["layer"].unique()))
     ax.grid(axis="y")
@@ -169,16 +185,17 @@ def r2_per_layer(table: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------- analysis 2
-
-
 @styled
 def norm_prediction(table: pd.DataFrame, title: str = "") -> Figure:
-    """R² of predicting ‖v‖² from x for each v, and ‖e‖² from other things, over all SAEs of `table` (columns of NORMS and BASELINES)."""
+    """R² of ‖v‖² predicted from x for each v of NORMS, and of ‖e‖² predicted from each of BASELINES.
+
+    A point is an SAE of `table`.
+    """
     figure = Figure(figsize=(PAPER_WIDTH, 2.8))
     left, right = figure.subplots(1, 2, sharey=True)
     for ax, names, xlabel in ((left, NORMS, "vector v"), (right, BASELINES, "predictor of ‖e‖²")):
-        shown = {label: table[column].dropna().to_numpy() for label, column in names.items() if column in table and table[column].notna().any()}
+        known = {label: column for label, column in names.items() if column in table and table[column].notna().any()}
+        shown = {label: table[column].dropna().to_numpy() for label, column in known.items()}
         colors = [BLUE, SKY, VERMILION, ORANGE, GREEN, PURPLE]
         for place, (values, color) in enumerate(zip(shown.values(), colors, strict=False)):
             _violin(ax, place, values, color)
@@ -194,7 +211,7 @@ def norm_prediction(table: pd.DataFrame, title: str = "") -> Figure:
 
 
 def _violin(ax: Axes, place: int, values: np.ndarray, color: str) -> None:
-    """Points spread sideways, a violin behind them where there are enough to have a shape, and the median."""
+    """Points spread sideways and their median. Behind five or more stands a violin."""
     if len(values) >= 5 and np.ptp(values) > 1e-9:
         body = ax.violinplot(values, [place], widths=0.8, showextrema=False)["bodies"][0]
         body.set(facecolor=color, alpha=0.3, edgecolor=color)
@@ -205,8 +222,9 @@ def _violin(ax: Axes, place: int, values: np.ndarray, color: str) -> None:
 
 @styled
 def loadings(results: Mapping[str, ErrorRegression], title: str = "") -> Figure:
-    """a*·decoder row against the mean value when active, a point per latent, for up to three SAEs that have active latents; a* is the probe
-    x → ‖Sae(x) − b_dec‖².
+    """a*·decoder row against the latent's mean value when active, for up to three SAEs that have active latents.
+
+    A point is a latent. a* is the probe x → ‖Sae(x) − b_dec‖².
 
     Raises:
         UserError: no SAE has an active latent.
@@ -215,10 +233,12 @@ def loadings(results: Mapping[str, ErrorRegression], title: str = "") -> Figure:
     if not shown:
         raise UserError("the norm probe along latents needs SAEs that are active, none of these ever is")
     figure = Figure(figsize=(PAPER_WIDTH, 2.6))
-    for i, (ax, (name, result)) in enumerate(zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True)):
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for i, (ax, (name, result)) in enumerate(zip(axes, shown.items(), strict=True)):
         active = (result.active_rows > 0).numpy()
         x, y = result.mean_active.numpy()[active], result.loading.numpy()[active]
-        ax.scatter(x, y, s=4 + 20 * np.sqrt(result.active_rows.numpy()[active] / result.fit.rows), color=BLUE, alpha=0.4, linewidth=0)
+        often = result.active_rows.numpy()[active] / result.fit.rows
+        ax.scatter(x, y, s=4 + 20 * np.sqrt(often), color=BLUE, alpha=0.4, linewidth=0)
         line = np.array([0, x.max()])
         ax.plot(line, line, color="0.4", linewidth=0.8, linestyle="--", label="equal")
         ax.set_title(f"{name}\ncorrelation {result.loading_correlation:.2f}", fontsize=6)

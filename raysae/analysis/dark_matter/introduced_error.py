@@ -1,17 +1,22 @@
-"""TODO docstring."""
+"""Errors put in on purpose (analysis 4): the experiment, its tasks and its figure.
+
+It asks whether the estimates tell them apart. One task adds errors to a real SAE's reconstructions. The other adds them
+to a synthetic model, where every error is known.
+"""
 
 from __future__ import annotations
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from raysae.analysis.dark_matter.measures.introduced_error import (
     ABLATED,
     LEVELS,
+    IntroducedError,
     SyntheticModel,
     correlation_table,
     introduced_error,
@@ -19,6 +24,7 @@ from raysae.analysis.dark_matter.measures.introduced_error import (
     noise_unit,
 )
 from raysae.analysis.dark_matter.probes import model_name, shown
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.plots import PAPER_WIDTH, decimals, heat_map, styled, titled
 from raysae.analysis.lab.lab import Lab
 from raysae.analysis.lab.recording import Recorded
@@ -26,99 +32,127 @@ from raysae.analysis.lab.results import Findings
 from raysae.analysis.lab.subjects import Subject
 from raysae.analysis.lab.tasks import Task
 
-SYNTHETIC = {"d": 32, "features": 96, "rows": 400_000}  # the fully synthetic model of introduced_error; rows to fit, and as many to measure
-SIGMA_X, SIGMA_R = r"$\sigma_x$", r"$\sigma_r$"
+# The synthetic model. Its estimates are fitted on so many rows, and measured on as many others.
+SYNTHETIC = {"d": 32, "features": 96, "rows": 400_000}
+SYMBOLS = {col.SIGMA_X: r"$\sigma_x$", col.SIGMA_R: r"$\sigma_r$"}
 
 
-# ---------------------------------------------------------------- 4
+# ---------------------------------------------------------------- the experiment
 
 
 def run(lab: Lab) -> Findings:
-    """Analysis 4: what the regression makes of errors put in on purpose, on the central SAE and on the fully synthetic model."""
+    """What the regression makes of errors put in on purpose, on the central SAE and on the synthetic model."""
     chosen = shown(lab)
     recorded, sae = lab.record([chosen.hook_point]), chosen.central
-    parts = [
+    tasks = [
         Task("introduced_error", lab.key(sae), _introduce, (recorded, sae, lab.seed)),
         Task("introduced_error", [SYNTHETIC, lab.seed], _synthetic, (lab.seed,)),
     ]
-    found, (grid, table, compared, unit) = lab.run(parts)
+    found, (grid, table, compared, unit) = lab.run(tasks)
     findings = Findings("introduced_error", lab.key(sae), pd.DataFrame({"sae": [sae.name]}))
-    findings.tables = {"grid": found.grid, "correlations": _with_index(found.table), "closed_form": found.closed_form}
-    findings.tables |= {"synthetic_grid": grid, "synthetic_correlations": _with_index(table), "synthetic_closed_form": compared}
+    findings.tables = {
+        "grid": found.grid,
+        "correlations": _with_index(found.table),
+        "closed_form": found.closed_form,
+        "synthetic_grid": grid,
+        "synthetic_correlations": _with_index(table),
+        "synthetic_closed_form": compared,
+    }
     for prefix, correlations in (("", found.table), ("synthetic/", table)):
         for sigma in correlations.index:
             for estimate in correlations.columns:
                 findings.numbers[f"{prefix}correlation_{sigma}_{estimate}"] = float(correlations.loc[sigma, estimate])
     findings.numbers["reencoding_fvu"] = found.reencoding_fvu
-    findings.numbers["synthetic/largest_deviation"] = float(compared["deviation"].max())
-    findings.figures["grid"] = introduced_error_figure(found.grid, found.table, found.unit, f"{model_name(lab)} · {sae.name}")
-    findings.figures["synthetic"] = introduced_error_figure(grid, table, unit, "fully synthetic model: known dictionary and dense part")
+    findings.numbers["synthetic/largest_deviation"] = float(compared[col.DEVIATION].max())
+    where, known = f"{model_name(lab)} · {sae.name}", "fully synthetic model: known dictionary and dense part"
+    findings.figures["grid"] = introduced_error_figure(found.grid, found.table, found.unit, where)
+    findings.figures["synthetic"] = introduced_error_figure(grid, table, unit, known)
     return findings
 
 
-def _introduce(recorded: Recorded, sae: Subject, seed: int):
+def _introduce(recorded: Recorded, sae: Subject, seed: int) -> IntroducedError:
     return introduced_error(recorded.open(), sae.hook_point, sae.load(), seed=seed)
 
 
 def _synthetic(seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, float]:
-    """Of the synthetic model: grid, correlations, estimates beside their closed forms, and the unit of noise."""
+    """The synthetic model's grid, its correlations, its estimates beside their closed forms, and the unit of noise."""
     model = SyntheticModel.random(SYNTHETIC["d"], SYNTHETIC["features"], seed)
     rows = SYNTHETIC["rows"]
     unit = noise_unit(model.covariance())
-    grid = noise_grid(model.sample(rows, ABLATED, seed), model.sample(rows, ABLATED, seed + 1), ABLATED, LEVELS, unit)
+    fit, evaluate = (model.sample(rows, ABLATED, seed + i) for i in range(2))
+    grid = noise_grid(fit, evaluate, ABLATED, LEVELS, unit)
     return grid, correlation_table(grid), model.compare(grid, unit), unit
 
 
 def _with_index(table: pd.DataFrame) -> pd.DataFrame:
-    return table.rename_axis("noise").reset_index()
+    return table.rename_axis(col.NOISE).reset_index()
 
 
-# ---------------------------------------------------------------- analysis 4
+# ---------------------------------------------------------------- the figure
 
 
 @styled
 def introduced_error_figure(grid: pd.DataFrame, table: pd.DataFrame, unit: float, title: str = "") -> Figure:
-    """Estimates over ablated latents; heat maps over (σ_x, σ_r) at no ablation; the correlation table. Arguments: see `introduced_error`."""
+    """Heat maps of both estimates over (σ_x, σ_r) at no ablation, and the correlation table.
+
+    Below them stand both estimates over ablated latents. One noise is 0, and each value of the other has a line.
+
+    Args:
+        grid: the table of `measures.introduced_error.noise_grid`.
+        table: that of `correlation_table` there.
+        unit: the σ that is one unit of noise.
+        title: the second line of the title.
+    """
     figure = Figure(figsize=(PAPER_WIDTH, 5.0))
     axes = figure.subplots(2, 3, gridspec_kw={"width_ratios": [1, 1, 0.75], "height_ratios": [1.35, 1]})
-    names = {"linear": "estimated linear error", "nonlinear": "estimated nonlinear error"}
-    levels = sorted(grid["sigma_x"].unique())
-    none = grid[grid["ablated"] == 0]
+    names = {col.LINEAR: "estimated linear error", col.NONLINEAR: "estimated nonlinear error"}
+    none = grid[grid[col.ABLATED] == 0]
     most = none[list(names)].max().max()
     for ax, (column, label) in zip(axes[0], names.items(), strict=False):
-        values = none.pivot(index="sigma_r", columns="sigma_x", values=column)
-        heat_map(figure, ax, values.to_numpy(), [f"{v:g}" for v in values.columns], [f"{v:g}" for v in values.index], f"{label} (FVU)", (0, most))
+        values = none.pivot(index=col.SIGMA_R, columns=col.SIGMA_X, values=column)
+        labels = [f"{v:g}" for v in values.columns], [f"{v:g}" for v in values.index]
+        heat_map(figure, ax, values.to_numpy(), *labels, f"{label} (FVU)", (0, most))
         ax.invert_yaxis()
-        ax.set(xlabel=f"{SIGMA_X}, noise in x (× {unit:.3g})", ylabel=f"{SIGMA_R}, noise in Sae(x) (× {unit:.3g})")
+        xlabel = f"{SYMBOLS[col.SIGMA_X]}, noise in x (× {unit:.3g})"
+        ax.set(xlabel=xlabel, ylabel=f"{SYMBOLS[col.SIGMA_R]}, noise in Sae(x) (× {unit:.3g})")
     _correlations(axes[0, 2], table)
-    for ax, (fixed, moving) in zip(axes[1], (("sigma_r", "sigma_x"), ("sigma_x", "sigma_r")), strict=False):
-        part = grid[grid[fixed] == 0]
-        for i, value in enumerate(levels):
-            one = part[part[moving] == value].sort_values("ablated")
-            color = colormaps["viridis"](0.9 * i / max(1, len(levels) - 1))
-            ax.plot(100 * one["ablated"], one["linear"], color=color, marker="o", markersize=3, label=f"{value:g}")
-            ax.plot(100 * one["ablated"], one["nonlinear"], color=color, linestyle="--", marker="s", markersize=3)
-        symbol = {"sigma_x": SIGMA_X, "sigma_r": SIGMA_R}
-        ax.set(xlabel="ablated latents (%)", ylabel="estimate (FVU)", ylim=(0, None))
-        ax.legend(title=symbol[moving], loc="upper left", ncols=2, columnspacing=0.8, handlelength=1.2)
-        ax.set_title(f"{symbol[moving]} varies, {symbol[fixed]} = 0")
-        ax.set_ylim(0, 1.75 * ax.get_ylim()[1])
-        ax.grid(axis="y")
+    _over_ablated(axes[1, 0], grid, col.SIGMA_X, col.SIGMA_R)
+    _over_ablated(axes[1, 1], grid, col.SIGMA_R, col.SIGMA_X)
     axes[1, 2].axis("off")
     solid, dashed = (
-        matplotlib.lines.Line2D([], [], color="0.2", linestyle=style, marker=marker, markersize=3) for style, marker in (("-", "o"), ("--", "s"))
+        Line2D([], [], color="0.2", linestyle=style, marker=marker, markersize=3)
+        for style, marker in (("-", "o"), ("--", "s"))
     )
-    axes[1, 2].legend([solid, dashed], ["estimated linear error", "estimated nonlinear error"], loc="center left")
+    axes[1, 2].legend([solid, dashed], list(names.values()), loc="center left")
     titled(figure, "What the estimates make of errors put in on purpose", title)
     return figure
 
 
+def _over_ablated(ax: Axes, grid: pd.DataFrame, moving: str, fixed: str) -> None:
+    """Both estimates over ablated latents. The noise `fixed` is 0, each value of the noise `moving` has a line."""
+    levels = sorted(grid[col.SIGMA_X].unique())
+    here = grid[grid[fixed] == 0]
+    for i, value in enumerate(levels):
+        one = here[here[moving] == value].sort_values(col.ABLATED)
+        ablated = 100 * one[col.ABLATED]
+        color = colormaps["viridis"](0.9 * i / max(1, len(levels) - 1))
+        ax.plot(ablated, one[col.LINEAR], color=color, marker="o", markersize=3, label=f"{value:g}")
+        ax.plot(ablated, one[col.NONLINEAR], color=color, linestyle="--", marker="s", markersize=3)
+    ax.set(xlabel="ablated latents (%)", ylabel="estimate (FVU)", ylim=(0, None))
+    ax.legend(title=SYMBOLS[moving], loc="upper left", ncols=2, columnspacing=0.8, handlelength=1.2)
+    ax.set_title(f"{SYMBOLS[moving]} varies, {SYMBOLS[fixed]} = 0")
+    ax.set_ylim(0, 1.75 * ax.get_ylim()[1])
+    ax.grid(axis="y")
+
+
 def _correlations(ax: Axes, table: pd.DataFrame) -> None:
+    """The correlation of each noise with each estimate."""
     ax.imshow(table.to_numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="equal")
     for (row, column), value in np.ndenumerate(table.to_numpy()):
-        ax.text(column, row, decimals(value, 2), ha="center", va="center", fontsize=9, color="white" if abs(value) > 0.6 else "black")
+        color = "white" if abs(value) > 0.6 else "black"
+        ax.text(column, row, decimals(value, 2), ha="center", va="center", fontsize=9, color=color)
     ax.set_xticks(range(2), table.columns)
-    ax.set_yticks(range(2), [SIGMA_X, SIGMA_R])
+    ax.set_yticks(range(2), list(SYMBOLS.values()))
     ax.set_title("correlation\n(no ablation)")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

@@ -1,4 +1,7 @@
-"""TODO docstring."""
+"""How much of the nonlinear error is the encoder's (analysis 7): the experiment, its tasks and its figure.
+
+The slowest analysis by far, so it reads a part of the recorded rows. Its intervals are narrow all the same.
+"""
 
 from __future__ import annotations
 
@@ -9,66 +12,74 @@ from matplotlib.figure import Figure
 
 from raysae.analysis.dark_matter.measures.pursuit import pursuit
 from raysae.analysis.dark_matter.probes import Shown, described, shown
-from raysae.analysis.instruments.plots import (
-    AXES,
-    BLUE,
-    FVU_LABEL,
-    PAPER_WIDTH,
-    SKY,
-    STYLE,
-    bars,
-    headed,
-    ticks,
-)
+from raysae.analysis.instruments import columns as col
+from raysae.analysis.instruments.plots import AXES, BLUE, FVU_LABEL, PAPER_WIDTH, SKY, STYLE, bars, headed, ticks
 from raysae.analysis.lab.lab import Lab
 from raysae.analysis.lab.recording import Recorded
 from raysae.analysis.lab.results import Findings
 from raysae.analysis.lab.subjects import Subject
 from raysae.analysis.lab.tasks import Task
 
-PURSUIT_ROWS = 32_768  # to fit, and as many to measure: by far the slowest analysis, and its intervals are narrow
-BEFORE_AFTER = {"": ("codes of the encoder", SKY), "_pursuit": ("codes of pursuit", BLUE)}
+PURSUIT_ROWS = 32_768  # Rows to fit, and as many to measure.
+BEFORE_AFTER = {"": ("codes of the encoder", SKY), col.PURSUIT: ("codes of pursuit", BLUE)}
 
 
-# ---------------------------------------------------------------- 7
-
-
-def pursuit_tasks(lab: Lab, chosen: Shown) -> list[Task]:
-    recorded = lab.record([chosen.hook_point])
-    saes = sorted(chosen.saes.values(), key=lambda sae: -sae.width)  # the longest first
-    return [Task("pursuit", lab.key(sae, rows=PURSUIT_ROWS), _pursue, (recorded, sae, lab.replicates, lab.seed)) for sae in saes]
+# ---------------------------------------------------------------- the experiment
 
 
 def run(lab: Lab) -> Findings:
-    """Analysis 7: how much of the nonlinear error a better choice of latents removes, for the SAEs of the figure."""
+    """How much of the nonlinear error a better choice of latents removes, for the SAEs of the figures."""
     chosen = shown(lab)
-    parts = pursuit_tasks(lab, chosen)
-    table = pd.concat(lab.run(parts)).sort_values("width", ignore_index=True)
+    table = pd.concat(lab.run(pursuit_tasks(lab, chosen))).sort_values("width", ignore_index=True)
     findings = Findings("pursuit", lab.key(*chosen.saes.values()), table, tables={"pursuit": table})
-    share = table["encoder_error"] / table["nonlinear_fvu"]
-    findings.numbers = {"median/encoder_error": float(table["encoder_error"].median()), "median/encoder_share": float(share.median())}
+    encoder_error = table[col.ENCODER_ERROR]
+    share = encoder_error / table[col.NONLINEAR_FVU]
+    findings.numbers[f"median/{col.ENCODER_ERROR}"] = float(encoder_error.median())
+    findings.numbers["median/encoder_share"] = float(share.median())
     findings.figures["pursuit"] = pursuit_bars(table, title=described(lab, chosen))
     return findings
+
+
+def pursuit_tasks(lab: Lab, chosen: Shown) -> list[Task]:
+    """A task per SAE that the figures show, the longest first. Each gives a row of `measures.pursuit.pursuit`."""
+    recorded = lab.record([chosen.hook_point])
+    saes = sorted(chosen.saes.values(), key=lambda sae: -sae.width)
+    return [
+        Task("pursuit", lab.key(sae, rows=PURSUIT_ROWS), _pursue, (recorded, sae, lab.replicates, lab.seed))
+        for sae in saes
+    ]
 
 
 def _pursue(recorded: Recorded, sae: Subject, replicates: int, seed: int) -> pd.DataFrame:
     return pursuit(recorded.open(), sae.hook_point, {sae.name: sae.load()}, replicates, seed, PURSUIT_ROWS)
 
 
+# ---------------------------------------------------------------- the figure
+
+
 def pursuit_bars(table: pd.DataFrame, along: str = "width", title: str = "") -> Figure:
-    """FVU and nonlinear FVU with the encoder's codes and with as many steps of pursuit; `table` is that of `pursuit`, `along` "width" or "l0"."""
+    """FVU and nonlinear FVU, with the encoder's codes and with as many steps of pursuit.
+
+    Args:
+        table: that of `measures.pursuit.pursuit`.
+        along: "width" or "l0", what the SAEs differ in.
+        title: the second line of the title.
+    """
     table = table.sort_values(along)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(PAPER_WIDTH, 2.7))
         panels = figure.subplots(1, 2)
         place = np.arange(len(table))
-        for ax, (column, heading) in zip(panels, {"fvu": "FVU", "nonlinear_fvu": "nonlinear FVU"}.items(), strict=True):
+        headings = {col.FVU: "FVU", col.NONLINEAR_FVU: "nonlinear FVU"}
+        for ax, (column, heading) in zip(panels, headings.items(), strict=True):
+            pursued = column + col.PURSUIT
             for shift, (suffix, (label, color)) in zip((-0.2, 0.2), BEFORE_AFTER.items(), strict=True):
                 bars(ax, place + shift, table, f"{column}{suffix}", 0.38, color, 1, label)
-            for x, (_, row) in zip(place, table.iterrows(), strict=True):
-                change = 100 * (row[f"{column}_pursuit"] / row[column] - 1)
-                ax.text(x, max(row[f"{column}_high"], row[f"{column}_pursuit_high"]), f"{change:+.0f} %", ha="center", va="bottom", fontsize=6.5)
-            ax.set(xlabel=AXES[along], ylim=(0, 1.3 * max(table[f"{column}_high"].max(), table[f"{column}_pursuit_high"].max())))
+            tops = np.maximum(table[col.high(column)], table[col.high(pursued)])
+            changes = 100 * (table[pursued] / table[column] - 1)
+            for x, top, change in zip(place, tops, changes, strict=True):
+                ax.text(x, top, f"{change:+.0f} %", ha="center", va="bottom", fontsize=6.5)
+            ax.set(xlabel=AXES[along], ylim=(0, 1.3 * tops.max()))
             ax.set_title(heading)
             ticks(ax, place, table[along])
             ax.grid(True, axis="y")

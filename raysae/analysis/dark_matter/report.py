@@ -1,4 +1,7 @@
-"""TODO docstring."""
+"""The report on "Decomposing the dark matter of sparse autoencoders": its words, and the job that makes it.
+
+The page itself is `report/page.py`, which takes the words as a `Paper`.
+"""
 
 from __future__ import annotations
 
@@ -11,135 +14,217 @@ import pandas as pd
 from raysae.analysis.dark_matter.claims import decide
 from raysae.analysis.dark_matter.earlier_layers import earlier_hook_points
 from raysae.analysis.dark_matter.probes import main_hook_point, model_name
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.lab.lab import Lab
-from raysae.analysis.lab.results import Findings, carry_out
-from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD
+from raysae.analysis.lab.results import Findings, carry_out, track
+from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD, Claim
 from raysae.analysis.report.page import Paper, write_report
 from raysae.config import AnalysisConfig
 
-SECTIONS = {  # analysis: heading, what it asks
+SECTIONS = {  # Analysis: heading, and what it asks.
     "error_regression": (
         "1 and 2. Error regression and norm prediction",
-        "How much of the error e = x − Sae(x) a linear map of the activation x predicts (ê, the linear error; ε = e − ê is the nonlinear one), how "
-        "both change with width, and how well the squared norms of e and of its parts are predicted.",
+        "How much of the error e = x − Sae(x) a linear map of the activation x predicts, and how well it predicts the "
+        "squared norms of e and of its parts. ê is what it predicts, the linear error. ε = e − ê is the nonlinear one.",
+    ),
+    "breakdown": (
+        "1, continued. Breakdown",
+        "How the error falls with width, and how much of it is absent features, linear error and nonlinear error. "
+        "How much of the nonlinear error is the encoder's.",
     ),
     "per_token_scaling": ("3. Per-token scaling", "Whether SAEs of different widths fail on the same tokens."),
     "introduced_error": (
         "4. Introduced error",
-        "Whether the linear and the nonlinear error tell what was put in on purpose: noise of the activation (σ_x), noise of the output (σ_r), "
-        "absent features (ablated latents).",
+        "Whether the linear and the nonlinear error tell what was put in on purpose: noise of the activation (σ_x), "
+        "noise of the output (σ_r), absent features (ablated latents).",
     ),
-    "downstream_loss": ("5. Downstream loss", "How much of the language model's lost cross-entropy returns when a part of the error is put back."),
+    "downstream_loss": (
+        "5. Downstream loss",
+        "How much of the language model's lost cross-entropy returns when a part of the error is put back.",
+    ),
     "error_saes": ("6. SAEs on the error", "Whether SAEs of equal size can decompose e, ê and ε equally well."),
-    "pursuit": ("7. Pursuit", "How much of the nonlinear error is the encoder's: what gradient pursuit with the same dictionary and L0 removes."),
-    "earlier_layers": ("8. Earlier layers", "How well linear maps of what SAEs see at earlier places predict the error and its parts."),
+    "pursuit": (
+        "7. Pursuit",
+        "How much of the nonlinear error is the encoder's: what gradient pursuit with the same dictionary and L0 "
+        "removes.",
+    ),
+    "earlier_layers": (
+        "8. Earlier layers",
+        "How well linear maps of what SAEs see at earlier places predict the error and its parts.",
+    ),
 }
-CAPTIONS = {  # figure: what it shows, by the beginning of its name
-    "breakdown": "Left: FVU and nonlinear FVU against width with their fits. Right: what the error consists of; hatched where c lies below the "
-    "nonlinear FVU, so that the fit cannot tell linear error from absent features.",
-    "contours": "Nonlinear FVU and both R² over width and L0; circles are the SAEs.",
-    "norms": "R² of squared norms predicted from x (left), and of ‖e‖² predicted from other things (right); a point per SAE.",
-    "loadings": "What the probe for ‖Sae(x) − b_dec‖² makes of each decoder row, against the latent's mean value when active.",
+CAPTIONS = {  # Beginning of a figure's name: what the figure shows.
+    "breakdown": "Left: FVU and nonlinear FVU against width with their fits. Right: what the error consists of. Where "
+    "a bar is hatched, c lies below the nonlinear FVU, and the fit cannot tell linear error from absent features.",
+    "contours": "Nonlinear FVU and both R² over width and L0. Circles are the SAEs.",
+    "norms": "R² of squared norms predicted from x (left), and of ‖e‖² predicted from other things (right). A point is "
+    "an SAE.",
+    "loadings": "What the probe for ‖Sae(x) − b_dec‖² makes of each decoder row, against the latent's mean value when "
+    "active.",
     "layers": "Both R² against the layer.",
     "pairs": "R² of the wider SAE's error norm from the narrower one's, and what ‖ε‖ adds.",
-    "lines": "Error norms along the first held-out context, and a part of it with its tokens.",
+    "lines": "Error norms along the first held-out context, and a stretch of it with its tokens.",
     "grid": "Estimates under introduced errors, on the central SAE.",
     "synthetic": "The same on a fully synthetic model, where every error is known.",
     "widths": "Cross-entropy recovered by each part of the error, beside its shares of norm and variance, over widths.",
     "sparsities": "The same over L0 at one width.",
     "error_saes": "SAEs of equal width and k, trained on e, ê and ε.",
     "pursuit": "FVU and nonlinear FVU before and after pursuit.",
-    "earlier_layers": "R² of e, ê and ε from each source; hatched bars are 1 by definition.",
+    "earlier_layers": "R² of e, ê and ε from each source. Hatched bars are 1 by definition.",
 }
-PAPER = (  # number, analysis, table, column, the paper's value
-    ("R² of e, mean over dimensions", "error_regression", "regressions", "r2_error", "about 0.5"),
-    ("R² of e, variance-weighted", "error_regression", "regressions", "r2_error_weighted", "–"),
-    ("R² of e after the best rescaling", "error_regression", "regressions", "r2_error_rescaled", "–"),
-    ("R² of e, SAEs on half the tokens", "error_regression", "half_trained", "r2_error_half", "–"),
-    ("R² of ‖e‖²", "error_regression", "regressions", "r2_error_norm", "0.86 to 0.95"),
-    ("R² of ‖ε‖²", "error_regression", "regressions", "r2_norm_nonlinear", "lower than ‖e‖²"),
-    ("FVU", "error_regression", "regressions", "fvu", "–"),
-    ("nonlinear FVU", "error_regression", "regressions", "nonlinear_fvu", "flat in width"),
-    ("R² of ‖e_large‖ from ‖e_small‖", "per_token_scaling", "pairs", "r2", "high for all pairs"),
-    ("cross-entropy recovered by ê", "downstream_loss", "downstream", "recovered_linear", "–"),
-    ("cross-entropy recovered by ε", "downstream_loss", "downstream", "recovered_nonlinear", "about ε's share of the norm"),
-    ("ε's share of the error's variance", "downstream_loss", "downstream", "variance_share_nonlinear", "–"),
-    ("ε's share of the error's norm", "downstream_loss", "downstream", "norm_share_nonlinear", "–"),
-    ("encoder error (FVU)", "pursuit", "pursuit", "encoder_error", "a few % of the nonlinear FVU"),
+PAPER = (  # Label, analysis, table, column, the paper's value.
+    ("R² of e, mean over dimensions", "error_regression", "regressions", col.R2_ERROR, "about 0.5"),
+    ("R² of e, variance-weighted", "error_regression", "regressions", col.R2_ERROR_WEIGHTED, "–"),
+    ("R² of e after the best rescaling", "error_regression", "regressions", col.R2_ERROR + col.RESCALED, "–"),
+    ("R² of e, SAEs on half the tokens", "error_regression", "half_trained", col.R2_ERROR + col.HALF, "–"),
+    ("R² of ‖e‖²", "error_regression", "regressions", col.R2_ERROR_NORM, "0.86 to 0.95"),
+    ("R² of ‖ε‖²", "error_regression", "regressions", col.R2_NORM_NONLINEAR, "lower than ‖e‖²"),
+    ("FVU", "error_regression", "regressions", col.FVU, "–"),
+    ("nonlinear FVU", "error_regression", "regressions", col.NONLINEAR_FVU, "flat in width"),
+    ("R² of ‖e_large‖ from ‖e_small‖", "per_token_scaling", "pairs", col.R2, "high for all pairs"),
+    ("cross-entropy recovered by ê", "downstream_loss", "downstream", col.recovered(col.LINEAR), "–"),
+    (
+        "cross-entropy recovered by ε",
+        "downstream_loss",
+        "downstream",
+        col.recovered(col.NONLINEAR),
+        "about ε's share of the norm",
+    ),
+    ("ε's share of the error's variance", "downstream_loss", "downstream", col.variance_share(col.NONLINEAR), "–"),
+    ("ε's share of the error's norm", "downstream_loss", "downstream", col.norm_share(col.NONLINEAR), "–"),
+    ("encoder error (FVU)", "pursuit", "pursuit", col.ENCODER_ERROR, "a few % of the nonlinear FVU"),
 )
 
 
+# ---------------------------------------------------------------- the job
+
+
 def run_all(config: AnalysisConfig, given: Mapping[str, Any], analyses: Mapping[str, Callable[[Lab], Findings]]) -> int:
-    """The job of all analyses and their report; the exit code."""
+    """The job of all analyses and their report, from its settings to its exit code.
+
+    Args:
+        config: the settings.
+        given: the knobs that the user has set.
+        analyses: the experiments, by name.
+    """
     began = time.monotonic()
     lab = Lab(config, given)
     print(f"Study {lab.study}: {len(lab.saes)} SAEs at {', '.join(lab.hook_points)}", flush=True)
-    lab.record(
-        list(dict.fromkeys([*lab.hook_points, *earlier_hook_points(lab, main_hook_point(lab))]))
-    )  # one pass of the language model for all of them
+    hooks = [*lab.hook_points, *earlier_hook_points(lab, main_hook_point(lab))]
+    lab.record(list(dict.fromkeys(hooks)))  # One pass of the language model serves all analyses.
     found: dict[str, Findings] = {}
     for analysis, experiment in analyses.items():
         started = time.monotonic()
         found[analysis] = carry_out(lab, analysis, experiment)
         print(f"{analysis}: {time.monotonic() - started:.0f} s", flush=True)
+    findings, claims = _report(lab, found)
+    track(lab, findings)
+    for claim in claims:
+        print(f"  {claim.verdict:<20} {claim.text}")
+    minutes = (time.monotonic() - began) / 60
+    print(f"Report: {findings.files[0]}")
+    print(f"MLflow: experiment '{config.tracking.experiment}' at {lab.sweep.tracking.uri}")
+    print(f"{minutes:.1f} minutes in all")
+    return 0
+
+
+def _report(lab: Lab, found: Mapping[str, Findings]) -> tuple[Findings, list[Claim]]:
+    """Decides the claims and writes the report. The findings are what MLflow gets of it."""
     tables = {analysis: findings.tables for analysis, findings in found.items()}
     claims = decide(tables)
     spec = lab.plan.evaluation
     facts = [
-        f"study {lab.study}", f"model {model_name(lab)}", f"text {lab.plan.config.text.source}", f"{len(lab.saes)} SAEs at {', '.join(lab.hook_points)}",
-        f"{lab.shards * spec.rows_per_shard:,} held-out tokens for A, B and C", f"context {spec.context_length}, first {spec.skip_positions} skipped",
-    ]  # fmt: skip
-    report = write_report(
-        lab.folder / "report.html", DARK_MATTER, facts, claims, tables,
-        {analysis: [file for file in findings.files if file.suffix == ".png"] for analysis, findings in found.items()},
-        {analysis: findings.notes for analysis, findings in found.items()}, lab.warning,
-    )  # fmt: skip
-    numbers = {f"claims/{verdict.replace(' ', '_')}": float(sum(claim.verdict == verdict for claim in claims)) for verdict in (HOLDS, FAILS, UNTOLD)}
-    keys = [findings.key for findings in found.values()]
-    lab.track("dark_matter", keys, numbers, pd.DataFrame({"sae": []}), [report])
-    for claim in claims:
-        print(f"  {claim.verdict:<20} {claim.text}")
-    minutes = (time.monotonic() - began) / 60
-    print(f"Report: {report}\nMLflow: experiment '{config.tracking.experiment}' at {lab.sweep.tracking.uri}\n{minutes:.1f} minutes in all")
-    return 0
+        f"study {lab.study}",
+        f"model {model_name(lab)}",
+        f"text {lab.plan.config.text.source}",
+        f"{len(lab.saes)} SAEs at {', '.join(lab.hook_points)}",
+        f"{lab.shards * spec.rows_per_shard:,} held-out tokens for A, B and C",
+        f"context {spec.context_length}, first {spec.skip_positions} skipped",
+    ]
+    figures = {analysis: [file for file in each.files if file.suffix == ".png"] for analysis, each in found.items()}
+    notes = {analysis: each.notes for analysis, each in found.items()}
+    path = lab.folder / "report.html"
+    report = write_report(path, DARK_MATTER, facts, claims, tables, figures, notes, lab.warning)
+    findings = Findings("dark_matter", [each.key for each in found.values()], pd.DataFrame({"sae": []}), files=[report])
+    for verdict in (HOLDS, FAILS, UNTOLD):
+        count = sum(claim.verdict == verdict for claim in claims)
+        findings.numbers[f"claims/{verdict.replace(' ', '_')}"] = float(count)
+    return findings, claims
+
+
+# ---------------------------------------------------------------- tables in the report
 
 
 def shown_tables(analysis: str, tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
-    """The tables of an analysis that are in the report, with captions; all of them lie beside it as CSV and Parquet."""
-    if analysis == "error_regression":
-        columns = ["hook_point", "architecture", "width", "l0", "fvu", "nonlinear_fvu", "r2_error", "r2_error_weighted", "r2_error_rescaled"]
-        columns += ["r2_error_norm", "r2_norm_nonlinear"]
-        shown = [("Every SAE", tables["regressions"][columns].sort_values(["hook_point", "width", "l0"]))]
-        if "half_trained" in tables:
-            columns = ["width", "fvu", "fvu_half", "r2_error", "r2_error_half", "r2_error_rescaled", "r2_error_rescaled_half", "r2_error_norm"]
-            shown.append(
-                ("Undertraining: the same SAEs trained on half the tokens (…_half)", tables["half_trained"][[*columns, "r2_error_norm_half"]])
-            )
-        return shown
-    if analysis == "introduced_error":
+    """The captions and tables of an analysis in the report. All its tables lie beside it as CSV and Parquet."""
+    shown = {
+        "error_regression": _regressions,
+        "breakdown": _breakdown,
+        "introduced_error": _introduced,
+        "downstream_loss": _downstream,
+        "error_saes": _error_saes,
+        "pursuit": _pursuit,
+    }
+    return shown[analysis](tables) if analysis in shown else []
 
-        def some(name: str) -> pd.DataFrame:
-            return tables[name][(tables[name]["sigma_x"] % 2 == 0) & (tables[name]["sigma_r"] % 2 == 0)]
 
-        synthetic = some("synthetic_closed_form")
-        return [
-            ("Estimates on the SAE beside the closed form for a perfect re-encoding", some("closed_form")),
-            (
-                "Estimates on the synthetic model beside their closed form; deviation: relative, where the closed form is not below 0.01",
-                synthetic[synthetic["ablated"].isin((0, 0.5))],
-            ),
-        ]
-    if analysis == "downstream_loss":
-        columns = ["width", "l0", "fvu", "ce_clean", "ce_sae", "ce_linear", "ce_nonlinear", "recovered_linear", "recovered_nonlinear"]
-        return [("Cross-entropy in nats per token", tables["downstream"][columns].sort_values("fvu"))]
-    if analysis == "pursuit":
-        columns = ["width", "l0", "l0_pursuit", "fvu", "fvu_pursuit", "nonlinear_fvu", "nonlinear_fvu_pursuit", "encoder_error"]
-        return [("Before and after pursuit", tables["pursuit"][columns])]
-    if analysis == "error_saes":
-        columns = ["kind", "width", "l0", "fvu", "fvu_low", "fvu_high", "worse", "worse_low", "worse_high", "share", "dead_fraction"]
-        caption = "SAEs on the parts of the error; worse: FVU/FVU of the linear part − 1; share: the part's variance over e's"
-        return [(caption, tables["error_saes"][columns])]
-    return []
+def _regressions(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
+    columns = ["hook_point", "architecture", "width", col.L0, col.FVU, col.NONLINEAR_FVU, col.R2_ERROR]
+    columns += [col.R2_ERROR_WEIGHTED, col.R2_ERROR + col.RESCALED, col.R2_ERROR_NORM, col.R2_NORM_NONLINEAR]
+    shown = [("Every SAE", tables["regressions"][columns].sort_values(["hook_point", "width", col.L0]))]
+    if "half_trained" in tables:
+        compared = (col.FVU, col.R2_ERROR, col.R2_ERROR + col.RESCALED, col.R2_ERROR_NORM)
+        columns = ["width", *(name for column in compared for name in (column, column + col.HALF))]
+        caption = "Undertraining: the same SAEs trained on half the tokens (…_half)"
+        shown.append((caption, tables["half_trained"][columns]))
+    return shown
+
+
+def _breakdown(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
+    if "breakdown" not in tables:
+        return []
+    columns = ["width", col.FVU, col.NONLINEAR_FVU, col.ABSENT, col.LINEAR, col.NONLINEAR, col.ENCODER]
+    caption = (
+        "What the error consists of, as FVU; linear below 0: the fit cannot tell linear error from absent features"
+    )
+    return [(caption, tables["breakdown"][columns])]
+
+
+def _introduced(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
+    def some(name: str) -> pd.DataFrame:
+        table = tables[name]
+        return table[(table[col.SIGMA_X] % 2 == 0) & (table[col.SIGMA_R] % 2 == 0)]
+
+    synthetic = some("synthetic_closed_form")
+    caption = (
+        "Estimates on the synthetic model beside their closed form; deviation: relative, where the closed form is "
+    )
+    return [
+        ("Estimates on the SAE beside the closed form for a perfect re-encoding", some("closed_form")),
+        (f"{caption}not below 0.01", synthetic[synthetic[col.ABLATED].isin((0, 0.5))]),
+    ]
+
+
+def _downstream(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
+    parts = (col.LINEAR, col.NONLINEAR)
+    columns = ["width", col.L0, col.FVU, col.CE_CLEAN, col.CE_SAE]
+    columns += [*map(col.ce, parts), *map(col.recovered, parts)]
+    return [("Cross-entropy in nats per token", tables["downstream"][columns].sort_values(col.FVU))]
+
+
+def _error_saes(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
+    columns = [col.KIND, "width", col.L0, col.FVU, col.low(col.FVU), col.high(col.FVU)]
+    columns += [col.WORSE, col.low(col.WORSE), col.high(col.WORSE), col.SHARE, col.DEAD_FRACTION]
+    caption = (
+        "SAEs on the parts of the error; worse: FVU/FVU of the linear part − 1; share: the part's variance over e's"
+    )
+    return [(caption, tables["error_saes"][columns])]
+
+
+def _pursuit(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
+    columns = ["width", col.L0, col.L0_PURSUIT, col.FVU, col.FVU_PURSUIT]
+    columns += [col.NONLINEAR_FVU, col.NONLINEAR_FVU_PURSUIT, col.ENCODER_ERROR]
+    return [("Before and after pursuit", tables["pursuit"][columns])]
 
 
 DARK_MATTER = Paper(
@@ -148,9 +233,9 @@ DARK_MATTER = Paper(
     captions=CAPTIONS,
     numbers=PAPER,
     shown=shown_tables,
-    reading="R² is measured on contexts of other documents than those it was fitted on; intervals are 95 %, from resampled "
-    "contexts. The mean over dimensions is the paper's figure; the variance-weighted R² weighs each dimension by its variance. FVU is the "
-    "fraction of variance unexplained. Paper: Engels, Riggs, Tegmark, Decomposing the dark matter of sparse autoencoders (arXiv 2410.14670), on "
-    "Gemma 2 with Gemma Scope SAEs. The accuracy of explanations per activation decile (part of analysis 6) is left out: it needs "
-    "interpretability scores.",
+    reading="R² is measured on contexts of other documents than those it was fitted on. Intervals are 95 %, from "
+    "resampled contexts. The mean over dimensions is the paper's figure. The variance-weighted R² weighs each "
+    "dimension by its variance. FVU is the fraction of variance unexplained. Paper: Engels, Riggs, Tegmark, Decomposing the dark "
+    "matter of sparse autoencoders (arXiv 2410.14670), on Gemma 2 with Gemma Scope SAEs. The accuracy of explanations "
+    "per activation decile, which belongs to analysis 6, is left out: it needs interpretability scores.",
 )

@@ -61,7 +61,6 @@ class ArrayActivations:
         context: (n,) int64. Rows of a context need not lie together.
         token, position, token_loss: (n,). token defaults to 0, position to the row's place in its context.
         document: (n,) the document of each row, constant within a context.
-        fractions: shares of the rows in A, B and C. They are met as closely as whole documents (or contexts) allow.
         seed: draws the order in which documents (or contexts) of equal size are assigned.
         chunk_rows: rows after which a chunk ends with its context.
 
@@ -77,7 +76,6 @@ class ArrayActivations:
         position: Tensor | None = None,
         token_loss: Tensor | None = None,
         document: Tensor | None = None,
-        fractions: Sequence[float] = THIRDS,
         seed: int = 0,
         chunk_rows: int = CHUNK_ROWS,
     ) -> None:
@@ -94,7 +92,7 @@ class ArrayActivations:
         unit = (self._context if document is None else document[order])[self._edges[:-1]]
         units, of_context = torch.unique(unit, return_inverse=True)
         sizes = torch.zeros(len(units)).index_add_(0, of_context, lengths.float())
-        self._split = _assign(sizes.numpy(), fractions, seed)[of_context.numpy()]
+        self._split = _assign(sizes.numpy(), THIRDS, seed)[of_context.numpy()]
         self._chunk_rows = chunk_rows
 
     def chunks(self, split: str) -> Iterator[Chunk]:

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from raysae.analysis.instruments import columns as col
+
 PAPER_WIDTH = 6.75  # Inches, the width of two columns
 DPI = 200
 # Okabe and Ito's palette
@@ -52,8 +54,8 @@ STYLE = {
 WIDTH_LABEL = "latents (width)"
 L0_LABEL = "active latents per token (L0)"
 FVU_LABEL = "fraction of variance unexplained"
-AXES = {"width": WIDTH_LABEL, "l0": L0_LABEL}
-ERROR_PARTS = {"linear": ("linear error ê", ORANGE), "nonlinear": ("nonlinear error ε", VERMILION)}
+AXES = {"width": WIDTH_LABEL, col.L0: L0_LABEL}
+ERROR_PARTS = {col.LINEAR: ("linear error ê", ORANGE), col.NONLINEAR: ("nonlinear error ε", VERMILION)}
 SOURCE_PARTS = {
     "reconstruction": ("reconstruction", BLUE),
     "activation": ("activation", SKY),
@@ -160,7 +162,7 @@ def bars(
     label: str | None = None,
 ) -> None:
     """Bars of `column` times `unit`, with their intervals."""
-    value, low, high = (unit * table[f"{column}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
+    value, low, high = (unit * table[f"{column}{end}"].to_numpy(float) for end in ("", col.LOW, col.HIGH))
     ax.bar(place, value, width, color=color, label=label)
     ax.vlines(place, low, high, color="0.25", linewidth=1)
 

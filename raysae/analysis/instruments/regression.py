@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from raysae.analysis.instruments import columns as col
+
 RIDGE = 1e-12  # Added to the diagonal of the predictors' correlation matrix
 # Least squared pivot for Cholesky. Below it the eigen-decomposition takes over. A squared pivot is the share of a
 # predictor's variance that the predictors before it leave unexplained.
@@ -287,5 +289,5 @@ def with_intervals(values: Mapping[str, Tensor]) -> dict[str, float]:
     row: dict[str, float] = {}
     for name, replicates in values.items():
         estimate = Estimate.of(replicates)
-        row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        row |= {name: estimate.value, col.low(name): estimate.low, col.high(name): estimate.high}
     return row

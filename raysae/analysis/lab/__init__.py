@@ -1,0 +1,1 @@
+"""What the analyses of a study share. See `lab.py`."""

@@ -1,4 +1,8 @@
-"""TODO docstring."""
+"""Activations of held-out text, recorded once on disk and read by every analysis.
+
+Recording costs disk: 4 bytes × dimensions × tokens per hook point. For it the language model runs once per study, and
+tasks on the cluster map the files instead of being sent activations.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +11,32 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from raysae.analysis.instruments.activations import CHUNK_ROWS, SPLITS, THIRDS, Chunk, split_contexts
-from raysae.analysis.lab.tasks import language_model
-from raysae.config import ModelConfig, UserError, digest
+from raysae.analysis.instruments.activations import CHUNK_ROWS, SPLITS, Chunk, split_contexts
+from raysae.analysis.lab.tasks import Task, language_model
+from raysae.config import SweepConfig, UserError, digest
 from raysae.stream.blocks import as_tensor
 from raysae.stream.shard import ShardMaker
 from raysae.stream.spec import ActivationSpec
 from raysae.text.contexts import Contexts
 
-if TYPE_CHECKING:
-    from raysae.stream.shard import ShardMaker
-    from raysae.text.contexts import Contexts
-
-DEFINITION = 1  # of the recorded files; raising it makes them anew
+RECORDING_DEFINITION = 1  # Raise it when the recorded files change. They are then recorded anew.
 
 
-# ---------------------------------------------------------------- on disk
+# ---------------------------------------------------------------- reading
 
 
 class StreamActivations:
-    """Activations in files that `collect` recorded, memory-mapped: a chunk is read when it is asked for.
+    """Activations in files that `collect` recorded. They are memory-mapped: a chunk is read when it is asked for.
 
-    The folder has per hook point `HOOK.npy` (c, t, d) float32, and `token.npy`, `token_loss.npy` (c, t), `context.npy`, `split.npy` (c,), with c the
-    contexts that belong to a split and t the positions from `first_position` on.
+    The folder has `HOOK.npy` (c, t, d) float32 per hook point, `token.npy` and `token_loss.npy` (c, t), `context.npy`
+    and `split.npy` (c,). c counts the contexts that belong to a split, t the positions from `first_position` on.
     """
 
     def __init__(self, folder: Path, hook_points: Sequence[str], first_position: int, token_loss: bool) -> None:
@@ -48,26 +48,98 @@ class StreamActivations:
         self.widths = {hook: x.shape[2] for hook, x in self._x.items()}
 
     def select(self, hook_points: Sequence[str]) -> StreamActivations:
-        """The same rows at fewer hook points, so that the others are not read."""
+        """The same rows at fewer hook points. Nothing reads the files of the others."""
         return StreamActivations(self.folder, hook_points, self.first_position, self._loss is not None)
 
     def rows(self, split: str) -> int:
-        """Rows of a split."""
+        """The number of rows of a split."""
         return int((self._split == SPLITS.index(split)).sum()) * self._token.shape[1]
 
     def chunks(self, split: str) -> Iterator[Chunk]:
+        """The rows of a split, chunk by chunk, always in the same order."""
         positions = self._token.shape[1]
         at_once = max(1, CHUNK_ROWS // positions)
         wanted = np.flatnonzero(self._split == SPLITS.index(split))
         for begin in range(0, len(wanted), at_once):
-            part = wanted[begin : begin + at_once]
+            contexts = wanted[begin : begin + at_once]
             yield Chunk(
-                x={hook: torch.from_numpy(x[part]).flatten(0, 1) for hook, x in self._x.items()},
-                token=torch.from_numpy(self._token[part]).flatten().long(),
-                position=torch.arange(self.first_position, self.first_position + positions).repeat(len(part)),
-                context=torch.from_numpy(self._context[part]).repeat_interleave(positions),
-                token_loss=None if self._loss is None else torch.from_numpy(self._loss[part]).flatten(),
+                x={hook: torch.from_numpy(x[contexts]).flatten(0, 1) for hook, x in self._x.items()},
+                token=torch.from_numpy(self._token[contexts]).flatten().long(),
+                position=torch.arange(self.first_position, self.first_position + positions).repeat(len(contexts)),
+                context=torch.from_numpy(self._context[contexts]).repeat_interleave(positions),
+                token_loss=None if self._loss is None else torch.from_numpy(self._loss[contexts]).flatten(),
             )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Where recorded activations lie. A task gets this in place of activations, and maps the files itself."""
+
+    folder: Path
+    hook_points: tuple[str, ...]
+    first_position: int
+
+    def open(self) -> StreamActivations:
+        """The activations, with the language model's losses."""
+        return StreamActivations(self.folder, self.hook_points, self.first_position, token_loss=True)
+
+    def contexts(self, split: str) -> np.ndarray:
+        """Indices of the contexts of a split, in the order of its chunks."""
+        return np.load(self.folder / "context.npy")[np.load(self.folder / "split.npy") == SPLITS.index(split)]
+
+
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
+
+
+# ---------------------------------------------------------------- recording
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Activations that an analysis wants: `shards` held-out shards at some hook points, recorded under `folder`.
+
+    `seed` draws the splits A, B and C.
+    """
+
+    folder: Path
+    spec: ActivationSpec
+    hook_points: tuple[str, ...]
+    shards: int
+    seed: int
+
+    def find(self, contexts: Contexts) -> Recorded | None:
+        """The recorded activations, or None where a file is missing."""
+        with suppress(_AbsentError):
+            return self.make(contexts, _absent)
+        return None
+
+    def make(self, contexts: Contexts, load: Callable[[list[str]], ShardMaker]) -> Recorded:
+        """Records what is missing, see `collect`."""
+        made = collect(self.folder, self.spec, contexts, self.hook_points, load, self.shards, self.seed)
+        return Recorded(made.folder, self.hook_points, self.spec.skip_positions)
+
+    def task(self, config: SweepConfig) -> Task:
+        """The task that loads the language model and records what is missing. Its result is a `Recorded`."""
+        key = [self.spec.hash, self.shards, self.seed, *sorted(self.hook_points)]
+        gpus = config.resources.producer_gpus
+        return Task("activations", key, _record_task, (self, config), whole_machine=True, gpus=gpus, contexts=True)
+
+
+class _AbsentError(Exception):
+    """Activations are not recorded yet."""
+
+
+def _absent(missing: list[str]) -> ShardMaker:
+    raise _AbsentError
+
+
+def _record_task(contexts: Contexts, recording: Recording, config: SweepConfig) -> Recorded:
+    def load(missing: list[str]) -> ShardMaker:
+        lm = language_model(config.model)
+        return ShardMaker(lm, contexts, recording.spec, missing, config.stream.block_mib)
+
+    return recording.make(contexts, load)
 
 
 def collect(
@@ -77,40 +149,49 @@ def collect(
     hook_points: Sequence[str],
     load: Callable[[list[str]], ShardMaker],
     shards: int | None = None,
-    fractions: Sequence[float] = THIRDS,
     seed: int = 0,
-    token_loss: bool = True,
 ) -> StreamActivations:
-    """The activations of the first `shards` shards of `spec` (all by default), recorded under `folder` where they are not there yet.
+    """Activations and token losses of the first `shards` shards of `spec`. What is missing under `folder` is recorded.
 
-    `load(missing hook points)` gives the maker of their shards; it is called only where something is missing, so that a second analysis of the same
-    spec loads no language model. The place is named by its content (spec, shards, splits). A file appears whole or not at all, hook points and losses
-    independently: two processes may record at the same time. What else bits depend on (threads, device) is not in the name: it is rounding, which no
-    result here depends on. Contexts that `split_contexts` drops are not recorded.
+    The folder's name is a digest of spec, shards and splits. Threads and device are not in it: they change rounding,
+    and no result here depends on rounding. A file appears whole or not at all, and hook points and losses
+    independently. So two processes may record at the same time. Contexts that `split_contexts` drops are left out.
+
+    Args:
+        folder: recordings of any spec lie in it.
+        spec: the stream.
+        contexts: the held-out contexts that the spec draws from.
+        hook_points: where activations are read.
+        load: makes the maker of shards at the missing hook points. Only missing files make this call, so a second
+            analysis of the same spec loads no language model.
+        shards: all of the spec's by default.
+        seed: draws the splits.
 
     Raises:
         UserError: too few documents, an activation is not finite, or the folder cannot be written to.
     """
     shards = min(shards or spec.shards_per_epoch, spec.shards_per_epoch)
     hook_points = list(dict.fromkeys(hook_points))
-    split = split_contexts(contexts, fractions, seed)
-    key = [DEFINITION, spec.hash, shards, hashlib.sha256(split).hexdigest()]
+    split = split_contexts(contexts, seed=seed)
+    key = [RECORDING_DEFINITION, spec.hash, shards, hashlib.sha256(split).hexdigest()]
     place = Path(folder).expanduser() / digest(key)
-    wanted = hook_points + ["token_loss"] * token_loss + ["token", "context", "split"]
+    wanted = [*hook_points, "token_loss", "token", "context", "split"]
     missing = [name for name in wanted if not (place / f"{name}.npy").exists()]
     if missing:
         try:
             place.mkdir(parents=True, exist_ok=True)
-            _record(place, load([name for name in missing if name in hook_points]), split, shards, missing, {"key": key, "spec": spec.model_dump()})
+            maker = load([name for name in missing if name in hook_points])
+            _record(place, maker, split, shards, missing, {"key": key, "spec": spec.model_dump()})
         except OSError as error:
             raise UserError(
-                f"activations cannot be recorded in {folder} ({error.strerror}): name a folder with room that can be written to"
+                f"activations cannot be recorded in {folder} ({error.strerror}). "
+                "Name a folder with room that can be written to."
             ) from error
-    return StreamActivations(place, hook_points, spec.skip_positions, token_loss)
+    return StreamActivations(place, hook_points, spec.skip_positions, token_loss=True)
 
 
 def _record(place: Path, maker: ShardMaker, split: np.ndarray, shards: int, names: list[str], facts: dict) -> None:
-    """Writes the files `names`, one forward pass per shard (one more for losses)."""
+    """Writes the files `names`, with one forward pass per shard. Losses take another."""
     spec = maker.spec
     order = np.concatenate([spec.contexts_of(shard) for shard in range(shards)])
     kept = int((split[order] >= 0).sum())
@@ -152,50 +233,15 @@ def _record(place: Path, maker: ShardMaker, split: np.ndarray, shards: int, name
 
 
 def _unpermuted(maker: ShardMaker, shard: int) -> dict[str, np.ndarray]:
-    """The shard's rows per hook point, float32, contexts laid end to end."""
+    """The shard's rows per hook point, float32, in the order of contexts and positions."""
     meta, made = maker.make(shard)
     if meta["nonfinite"]:
-        raise UserError(f"hook point {meta['nonfinite'][0]} has activations that are not finite in shard {shard}: try model.dtype float32")
+        raise UserError(
+            f"hook point {meta['nonfinite'][0]} has activations that are not finite in shard {shard}. "
+            "Try --model.dtype float32."
+        )
     place = np.argsort(maker.spec.permutation_of(shard))
-    return {hook: torch.cat([as_tensor(block, maker.spec.dtype).float() for block in blocks]).numpy()[place] for hook, blocks in made.items()}
-
-
-def _mapped(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
-
-
-# ---------------------------------------------------------------- what is analysed
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """Recorded activations as a task can be told of them: files that it maps itself."""
-
-    folder: Path
-    hook_points: tuple[str, ...]
-    first_position: int
-
-    def open(self) -> StreamActivations:
-        return StreamActivations(self.folder, self.hook_points, self.first_position, token_loss=True)
-
-    def contexts(self, split: str) -> np.ndarray:
-        """Indices of the contexts of a split, in the order of its chunks."""
-        return np.load(self.folder / "context.npy")[np.load(self.folder / "split.npy") == "ABC".index(split)]
-
-
-# ---------------------------------------------------------------- the lab
-
-
-class _AbsentError(Exception):
-    """Activations are not recorded yet."""
-
-
-def record_task(
-    contexts: Contexts, folder: Path, spec: ActivationSpec, hook_points: list[str], shards: int, seed: int, model: ModelConfig, block_mib: float
-) -> Path:
-    """Records activations; the folder they are in."""
-
-    def load(missing: list[str]) -> ShardMaker:
-        return ShardMaker(language_model(model), contexts, spec, missing, block_mib)
-
-    return collect(folder, spec, contexts, hook_points, load, shards, seed=seed).folder
+    return {
+        hook: torch.cat([as_tensor(block, maker.spec.dtype).float() for block in blocks]).numpy()[place]
+        for hook, blocks in made.items()
+    }

@@ -1,4 +1,4 @@
-"""The SAEs under analysis: a sweep's, found by MLflow, or any that are named, in whatever format."""
+"""The SAEs under analysis: those of a sweep, which MLflow finds, or any that the user names, in any known format."""
 
 from __future__ import annotations
 
@@ -19,20 +19,31 @@ from raysae.tracking.find import TrackedSAE, find_saes
 
 @dataclass(frozen=True)
 class Subject:
-    """An SAE under analysis. `where` is its folder, file or URL; `run_id`, `params` and `metrics` are MLflow's, where it has them."""
+    """An SAE under analysis.
+
+    Args:
+        name: differs from the names of the lab's other SAEs.
+        where: its folder, file or URL.
+        hook_point: what it was trained on.
+        width: latents.
+        content: a digest of its files.
+        run_id: its run in MLflow. None for an SAE that MLflow does not know.
+        params: the run's parameters, or hook point, width and place.
+        metrics: the run's metrics.
+    """
 
     name: str
     where: str
     hook_point: str
     width: int
-    content: str  # digest
+    content: str
     run_id: str | None
     params: Mapping[str, str]
     metrics: Mapping[str, float]
 
     @property
     def config(self) -> SAEConfig:
-        """What a sweep trained it as."""
+        """The knobs that a sweep trained it with."""
         return from_flat(SAEConfig, self.params)
 
     def load(self) -> SAE:
@@ -41,7 +52,11 @@ class Subject:
 
 
 def find(config: AnalysisConfig) -> list[tuple[str, TrackedSAE | None]]:
-    """Where the SAEs are, and what MLflow knows of them."""
+    """Where the SAEs are, and what MLflow knows of them.
+
+    Raises:
+        UserError: there is no such sweep or SAE.
+    """
     if not config.sae:
         return [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, config.sweep)]
     found: list[tuple[str, TrackedSAE | None]] = []
@@ -57,7 +72,7 @@ def find(config: AnalysisConfig) -> list[tuple[str, TrackedSAE | None]]:
 
 
 def _loaded(where: str, given: str | None) -> NamedSAE:
-    """The SAE at the hook point that its files say, or at the one given where they say nothing: it does not go before what they say."""
+    """The SAE at the hook point that its files name. The hook point `given` counts where they name none."""
     try:
         return load_any(where)
     except UserError:
@@ -67,6 +82,11 @@ def _loaded(where: str, given: str | None) -> NamedSAE:
 
 
 def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | None]]) -> tuple[Subject, ...]:
+    """The SAEs found that are of the hook points in `config`, each with a name of its own.
+
+    Raises:
+        UserError: an SAE was trained on an error, or none is of these hook points.
+    """
     subjects: dict[str, Subject] = {}
     known: set[str] = set()
     given = config.hook_points[0] if len(config.hook_points) == 1 and config.sae else None
@@ -80,7 +100,10 @@ def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | 
         if config.hook_points and hook_point not in config.hook_points:
             continue
         if error_kind(hook_point)[0]:
-            raise UserError(f"{name} was trained on an error, {hook_point}: analyses take SAEs of activations; error_saes.py compares such SAEs")
+            raise UserError(
+                f"{name} was trained on an error, {hook_point}, and analyses take SAEs of activations. "
+                "Compare such SAEs with jobs/error_saes.py."
+            )
         while name in subjects:
             name += "+"
         params = tracked.params if tracked else {"hook_point": hook_point, "width": str(width), "where": where}
@@ -94,7 +117,10 @@ def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | 
 
 
 def content_of(where: str) -> str:
-    """What tells an SAE's files from others: our description of them, which has their checksums, or their names, sizes and times."""
+    """A digest that tells an SAE's files from others.
+
+    It is that of our own description, which has the files' checksums. Files without one count by name, size and time.
+    """
     files, path = file_system(where)
     folder = path if files.isdir(path) else path.rpartition("/")[0]
     if files.exists(f"{folder}/{OWN}"):

@@ -1,0 +1,1 @@
+"""An HTML page and claims as machinery, which know no paper."""

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Claims of a paper and the verdicts on them: what a claim is, and how an interval decides one. Knows no paper."""
 
 from __future__ import annotations
 
@@ -9,22 +9,38 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-Tables = Mapping[str, Mapping[str, pd.DataFrame]]  # analysis → name → table
+Tables = Mapping[str, Mapping[str, pd.DataFrame]]  # Tables by analysis, then by name.
 Verdict = Literal["holds", "does not hold", "cannot be told here"]
+Rule = Callable[[Tables], tuple[Verdict, str]]
 HOLDS, FAILS, UNTOLD = "holds", "does not hold", "cannot be told here"
 
 
 @dataclass(frozen=True)
 class Claim:
+    """A claim that has been decided.
+
+    Args:
+        analysis: the analysis that it belongs to.
+        text: the claim.
+        paper: what the paper found.
+        verdict: whether it holds here.
+        evidence: the numbers that the verdict rests on.
+    """
+
     analysis: str
     text: str
-    paper: str  # what it found
+    paper: str
     verdict: Verdict
     evidence: str
 
 
-def claim_of(analysis: str, text: str, paper: str) -> Callable[[Callable[[Tables], tuple[Verdict, str]]], Callable[[Tables], Claim]]:
-    def decorated(rule: Callable[[Tables], tuple[Verdict, str]]) -> Callable[[Tables], Claim]:
+def claim_of(analysis: str, text: str, paper: str) -> Callable[[Rule], Callable[[Tables], Claim]]:
+    """Makes a claim of a rule, a function from tables to verdict and evidence.
+
+    A rule may raise a KeyError for a table or column that is missing. The claim then cannot be told.
+    """
+
+    def decorated(rule: Rule) -> Callable[[Tables], Claim]:
         def decided(tables: Tables) -> Claim:
             try:
                 verdict, evidence = rule(tables)
@@ -38,7 +54,7 @@ def claim_of(analysis: str, text: str, paper: str) -> Callable[[Callable[[Tables
 
 
 def between(low: float, high: float, border: float, above: bool = True) -> Verdict:
-    """Whether a number with the interval [low, high] lies above (or below) a border."""
+    """Whether a number with the interval [low, high] lies above a border, or below it where not `above`."""
     if not (np.isfinite(low) and np.isfinite(high)):
         return UNTOLD
     if low > border:
@@ -56,4 +72,5 @@ def within(low: float, high: float, borders: tuple[float, float]) -> Verdict:
 
 
 def unanimous(verdicts: Collection[Verdict]) -> Verdict:
+    """The verdict that all agree on. It cannot be told where they differ, or where there is none."""
     return next(iter(verdicts)) if len(set(verdicts)) == 1 else UNTOLD

@@ -33,12 +33,8 @@ def scaling(nonlinear: np.ndarray, fvu: np.ndarray | None = None) -> dict:
         fit_power_law(table["width"], table["fvu"]),
         nonlinear_level(table["width"], table["nonlinear_fvu"], table["fvu"]),
     )
-    return {
-        "error_regression": {
-            "breakdown": breakdown(table, law),
-            "fit": pd.DataFrame([{f"level_{k}": v for k, v in vars(level).items()}]),
-        }
-    }
+    fit = pd.DataFrame([{f"level_{name}": value for name, value in vars(level).items()}])
+    return {"breakdown": {"breakdown": breakdown(table, law), "fit": fit}}
 
 
 def test_without_any_analysis_nothing_can_be_told() -> None:

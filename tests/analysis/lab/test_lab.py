@@ -210,7 +210,7 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[SweepConfig]:
         return 0
 
     monkeypatch.setattr("raysae.sweep.run.run_sweep", run_sweep)
-    monkeypatch.setattr("raysae.analysis.lab.lab.ensure_ray", lambda lab: None)
+    monkeypatch.setattr("raysae.analysis.lab.lab.ensure_ray", lambda settled: None)
     return configs
 
 
@@ -308,24 +308,49 @@ def noted(folder: Path, name: str, fail_unless: Path | None = None) -> str:
     return name
 
 
-def test_a_job_goes_on_with_the_parts_it_lacks(settings: dict, tmp_path: Path, cluster: None) -> None:
+def test_a_job_goes_on_with_the_tasks_it_lacks(settings: dict, tmp_path: Path, cluster: None) -> None:
     folder = saved(tmp_path, 96)
     signal = tmp_path / "signal"
-    parts = [Task("test", name, noted, (tmp_path, name, signal if name == "b" else None)) for name in "ac"]
+    tasks = [Task("test", name, noted, (tmp_path, name, signal if name == "b" else None)) for name in "ac"]
     last = Task("test", "b", noted, (tmp_path, "b", signal))
-    assert lab_of(settings, sae=[folder]).run(parts) == ["a", "c"]
+    assert lab_of(settings, sae=[folder]).run(tasks) == ["a", "c"]
     with pytest.raises(UserError, match="is not there yet"):
-        lab_of(settings, sae=[folder]).run([*parts, last])
-    assert lab_of(settings, sae=[folder]).kept([*parts, last]) is None
+        lab_of(settings, sae=[folder]).run([*tasks, last])
     signal.touch()
     lab = lab_of(settings, sae=[folder])
-    assert lab.run([*parts, last]) == ["a", "c", "b"]
-    assert lab.kept([*parts, last]) == ["a", "c", "b"]
+    assert lab.run([*tasks, last]) == ["a", "c", "b"]
+    assert lab.run([*tasks, last]) == ["a", "c", "b"]
     assert sorted((tmp_path / "worked").read_text().split()) == ["a", "b", "b", "c"]
-    assert not list((lab.folder / "parts").glob("*.part"))
+    assert not list((lab.folder / "tasks").glob("*.part"))
 
 
-def test_activations_are_recorded_once_and_parts_depend_on_the_saes(
+MOVED = b"craysae.analysis.parts\nFound\n."  # A pickle of a class whose module is gone.
+
+
+def test_results_that_cannot_be_read_are_worked_out_again(
+    settings: dict, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture
+) -> None:
+    lab = lab_of(settings, sae=[saved(tmp_path, 96)])
+    tasks = [Task("test", name, noted, (tmp_path, name)) for name in "abcd"]
+    stale = lab.folder / "parts" / tasks[0].file  # Where older versions kept results.
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(MOVED)
+    assert lab.run(tasks) == ["a", "b", "c", "d"]
+    assert "cannot be read" not in capsys.readouterr().err
+    moved, damaged, empty, whole = (lab.folder / "tasks" / task.file for task in tasks)
+    moved.write_bytes(MOVED)
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    empty.write_bytes(b"")
+    before = whole.stat().st_mtime_ns
+    assert lab.run(tasks) == ["a", "b", "c", "d"]
+    told = capsys.readouterr().err
+    assert all(f"{path} cannot be read" in told for path in (moved, damaged, empty))
+    assert "Traceback" not in told
+    assert whole.stat().st_mtime_ns == before
+    assert sorted((tmp_path / "worked").read_text().split()) == sorted("abcd" + "abc")
+
+
+def test_activations_are_recorded_once_and_tasks_depend_on_the_saes(
     settings: dict, tmp_path: Path, cluster: None
 ) -> None:
     lab = lab_of(settings, sae=[saved(tmp_path, 96)])
@@ -348,8 +373,8 @@ def test_activations_are_recorded_once_and_parts_depend_on_the_saes(
     )
 
     (first,) = regressions(lab, HOOK, lab.saes).values()
-    count = len(list((lab.folder / "parts").glob("error_regression-*")))
+    count = len(list((lab.folder / "tasks").glob("error_regression-*")))
     again = lab_of(settings, sae=[saved(tmp_path, 96)])  # The same SAE, written anew
     (second,) = regressions(again, HOOK, again.saes).values()
     assert first.row() == second.row()
-    assert len(list((lab.folder / "parts").glob("error_regression-*"))) == count == 1
+    assert len(list((lab.folder / "tasks").glob("error_regression-*"))) == count == 1

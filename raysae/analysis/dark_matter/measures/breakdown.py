@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.regression import LEVEL
 from raysae.config import UserError
 
@@ -176,14 +177,14 @@ def breakdown(table: pd.DataFrame, law: PowerLaw) -> pd.DataFrame:
         linear_gap: fvu − nonlinear_fvu, which needs no fit.
         stacks: False where c < nonlinear_fvu. Absent and linear are then no parts of a whole.
     """
-    parts = table[["width", "fvu", "nonlinear_fvu"]].sort_values("width", kind="stable").copy()
-    parts["absent"] = parts["fvu"] - law.c
-    parts["linear"] = law.c - parts["nonlinear_fvu"]
-    parts["nonlinear"] = parts["nonlinear_fvu"]
-    parts["linear_gap"] = parts["fvu"] - parts["nonlinear_fvu"]
-    parts["stacks"] = parts["linear"] >= 0
-    if "pursuit_nonlinear_fvu" in table:
-        parts["encoder"] = parts["nonlinear_fvu"] - table["pursuit_nonlinear_fvu"].loc[parts.index]
+    parts = table[["width", col.FVU, col.NONLINEAR_FVU]].sort_values("width", kind="stable").copy()
+    parts[col.ABSENT] = parts[col.FVU] - law.c
+    parts[col.LINEAR] = law.c - parts[col.NONLINEAR_FVU]
+    parts[col.NONLINEAR] = parts[col.NONLINEAR_FVU]
+    parts[col.LINEAR_GAP] = parts[col.FVU] - parts[col.NONLINEAR_FVU]
+    parts[col.STACKS] = parts[col.LINEAR] >= 0
+    if col.PURSUIT_NONLINEAR_FVU in table:
+        parts[col.ENCODER] = parts[col.NONLINEAR_FVU] - table[col.PURSUIT_NONLINEAR_FVU].loc[parts.index]
     return parts
 
 
@@ -192,5 +193,5 @@ def at_nearest_l0(table: pd.DataFrame, target: float) -> pd.DataFrame:
 
     Distance is logarithmic. `table` has the columns width, l0 and any others.
     """
-    distance = np.abs(np.log(table["l0"].clip(lower=1e-6) / target))
+    distance = np.abs(np.log(table[col.L0].clip(lower=1e-6) / target))
     return table.loc[distance.groupby(table["width"]).idxmin()].sort_values("width")

@@ -22,13 +22,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import reconstruct
 from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, with_intervals
 from raysae.lm.model import LanguageModel, Prefix, next_token_loss
 from raysae.lm.patched_loss import LEAST_DENOMINATOR, ROWS_AT_ONCE
 from raysae.sae.base import SAE
 
-PARTS = ("linear", "nonlinear")
+PARTS = (col.LINEAR, col.NONLINEAR)
 
 
 @torch.no_grad()
@@ -76,17 +77,17 @@ def downstream_loss(
         x = prefix.activation[:, skip:].flatten(0, 1).float()  # (rows, d)
         of_row, of_prediction = context.repeat_interleave(length - skip), context.repeat_interleave(length - 1 - skip)
         common.add(of_row, x=x.cpu(), x_squared=x.cpu().double().square())
-        common.add(of_prediction, ce_clean=_loss(lm, prefix, x, skip))
+        common.add(of_prediction, **{col.CE_CLEAN: _loss(lm, prefix, x, skip)})
         for name, sae in saes.items():
             reconstruction, l0 = reconstruct(sae, x)
             e = x - reconstruction
             linear = probes[name](x.cpu()).to(e)
-            parts = {"linear": linear, "nonlinear": e - linear}
-            sums[name].add(of_row, l0=l0.cpu(), **_sizes("e", e))
-            sums[name].add(of_prediction, ce_sae=_loss(lm, prefix, reconstruction, skip))
+            parts = {col.LINEAR: linear, col.NONLINEAR: e - linear}
+            sums[name].add(of_row, **{col.L0: l0.cpu()}, **_sizes("e", e))
+            sums[name].add(of_prediction, **{col.CE_SAE: _loss(lm, prefix, reconstruction, skip)})
             for part, v in parts.items():
                 sums[name].add(of_row, **_sizes(part, v))
-                sums[name].add(of_prediction, **{f"ce_{part}": _loss(lm, prefix, reconstruction + v, skip)})
+                sums[name].add(of_prediction, **{col.ce(part): _loss(lm, prefix, reconstruction + v, skip)})
     return pd.DataFrame([{"sae": name, "width": sae.n, **_numbers(common, sums[name])} for name, sae in saes.items()])
 
 
@@ -106,12 +107,15 @@ def _sizes(name: str, v: Tensor) -> dict[str, Tensor]:
 
 
 def _numbers(common: ContextSums, sums: ContextSums) -> dict[str, float]:
-    clean, damaged = common.mean("ce_clean"), sums.mean("ce_sae")
-    numbers = {"l0": sums.mean("l0"), "fvu": sums["e_squared"].sum(1) / common.variation("x").sum(1), "ce_clean": clean, "ce_sae": damaged}
+    clean, damaged = common.mean(col.CE_CLEAN), sums.mean(col.CE_SAE)
+    fvu = sums["e_squared"].sum(1) / common.variation("x").sum(1)
+    numbers = {col.L0: sums.mean(col.L0), col.FVU: fvu, col.CE_CLEAN: clean, col.CE_SAE: damaged}
     for part in PARTS:
-        ce = sums.mean(f"ce_{part}")
-        numbers[f"ce_{part}"] = ce
-        numbers[f"recovered_{part}"] = torch.where(damaged - clean >= LEAST_DENOMINATOR, (damaged - ce) / (damaged - clean), torch.nan)
-        numbers[f"variance_share_{part}"] = sums.variation(part).sum(1) / sums.variation("e").sum(1)
-        numbers[f"norm_share_{part}"] = sums.mean(f"{part}_norm") / sums.mean("e_norm")
+        ce = sums.mean(col.ce(part))
+        numbers[col.ce(part)] = ce
+        numbers[col.recovered(part)] = torch.where(
+            damaged - clean >= LEAST_DENOMINATOR, (damaged - ce) / (damaged - clean), torch.nan
+        )
+        numbers[col.variance_share(part)] = sums.variation(part).sum(1) / sums.variation("e").sum(1)
+        numbers[col.norm_share(part)] = sums.mean(f"{part}_norm") / sums.mean("e_norm")
     return with_intervals(numbers)

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
 from raysae.analysis.instruments.regression import (
     REPLICATES,
@@ -73,13 +74,7 @@ def earlier_layers(
             raise UserError(f"there are no activations at {hook_point}: name one of {', '.join(activations.widths)}")
     used = {hook_point: sae for hook_point, sae in saes.items() if hook_point in {target, *sources}}
 
-    errors = {hook_point: Moments() for hook_point in used}
-    for chunk in activations.chunks("A"):
-        for hook_point, sae in used.items():
-            x = chunk.x[hook_point]
-            errors[hook_point].add(x, {"e": x.double() - reconstruct(sae, x)[0]})
-    probes = {hook_point: moments.solve().maps["e"] for hook_point, moments in errors.items()}
-
+    probes = _probes(activations, used)
     moments: dict[tuple[str, str], Moments] = {}
     for chunk in activations.chunks("B"):
         targets = _targets(chunk, target, used, probes)
@@ -101,9 +96,19 @@ def earlier_layers(
         for name in TARGETS:
             mean, weighted = r2(sums, name, f"{hook_point}/{part}")
             known = hook_point == target and (part, name) in BY_DEFINITION
-            numbers = with_intervals({"r2": mean, "r2_weighted": weighted})
-            rows.append({"source": hook_point, "part": part, "target": name, "by_definition": known, **numbers})
+            numbers = with_intervals({col.R2: mean, col.R2_WEIGHTED: weighted})
+            rows.append({col.SOURCE: hook_point, col.PART: part, col.TARGET: name, col.BY_DEFINITION: known, **numbers})
     return pd.DataFrame(rows)
+
+
+def _probes(activations: Activations, saes: Mapping[str, SAE]) -> dict[str, Linear]:
+    """The map x → ê of each SAE, by hook point, fitted on A."""
+    errors = {hook_point: Moments() for hook_point in saes}
+    for chunk in activations.chunks("A"):
+        for hook_point, sae in saes.items():
+            x = chunk.x[hook_point]
+            errors[hook_point].add(x, {"e": x.double() - reconstruct(sae, x)[0]})
+    return {hook_point: moments.solve().maps["e"] for hook_point, moments in errors.items()}
 
 
 def _parts(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear]) -> dict[str, Tensor]:
@@ -113,7 +118,13 @@ def _parts(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], probes: Mappi
         return {"activation": x}
     reconstruction = reconstruct(saes[hook_point], chunk.x[hook_point])[0].double()
     e, linear = x - reconstruction, probes[hook_point](x)
-    return {"activation": x, "reconstruction": reconstruction, "error": e, "linear error": linear, "nonlinear error": e - linear}
+    return {
+        "activation": x,
+        "reconstruction": reconstruction,
+        "error": e,
+        "linear error": linear,
+        "nonlinear error": e - linear,
+    }
 
 
 def _targets(chunk: Chunk, target: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Activity, Chunk, reconstruct
 from raysae.analysis.instruments.regression import (
     REPLICATES,
@@ -43,20 +44,20 @@ from raysae.sae.base import SAE
 
 # v → name of the R² with which x predicts ‖v‖²
 NORMS = {
-    "x": "r2_norm_x",
-    "Sae(x)": "r2_norm_reconstruction",
-    "e": "r2_error_norm",
-    "ε": "r2_norm_nonlinear",
-    "Sae(x) + ε": "r2_norm_reconstruction_plus_nonlinear",
-    "ê": "r2_norm_linear",
+    "x": col.R2_NORM_X,
+    "Sae(x)": col.R2_NORM_RECONSTRUCTION,
+    "e": col.R2_ERROR_NORM,
+    "ε": col.R2_NORM_NONLINEAR,
+    "Sae(x) + ε": col.R2_NORM_RECONSTRUCTION_PLUS_NONLINEAR,
+    "ê": col.R2_NORM_LINEAR,
 }
 # Predictor of ‖e‖² → name of its R²
 BASELINES = {
-    "x": "r2_error_norm",
-    "token": "r2_error_norm_from_token",
-    "token loss": "r2_error_norm_from_token_loss",
-    "L0": "r2_error_norm_from_l0",
-    "‖x‖²": "r2_error_norm_from_x_norm",
+    "x": col.R2_ERROR_NORM,
+    "token": col.R2_ERROR_NORM_FROM_TOKEN,
+    "token loss": col.R2_ERROR_NORM_FROM_TOKEN_LOSS,
+    "L0": col.R2_ERROR_NORM_FROM_L0,
+    "‖x‖²": col.R2_ERROR_NORM_FROM_X_NORM,
 }
 FEWEST_ACTIVE = 30  # Rows of A. A latent active on fewer has no reliable mean value
 
@@ -101,7 +102,7 @@ class ErrorRegression:
         """Every number in one flat mapping, with `_low` and `_high` for the ends of its interval."""
         flat: dict[str, float] = {}
         for name, estimate in self.numbers.items():
-            flat |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+            flat |= {name: estimate.value, col.low(name): estimate.low, col.high(name): estimate.high}
         return flat | {
             "rescale": self.rescale,
             "loading_correlation": self.loading_correlation,
@@ -206,25 +207,25 @@ class _PassA:
         variance = common.variation("x").sum(1)
         missed = sums["e_missed_x"].sum(1)
         values = {
-            "fvu": sums["fvu"].squeeze(1) / variance,
-            "nonlinear_fvu": missed / variance,
-            "linear_gap": (sums["fvu"].squeeze(1) - missed) / variance,
-            "l0": sums.mean("l0"),
-            "r2_norm_x": r2(common, "x_norm", "x")[0],
+            col.FVU: sums["fvu"].squeeze(1) / variance,
+            col.NONLINEAR_FVU: missed / variance,
+            col.LINEAR_GAP: (sums["fvu"].squeeze(1) - missed) / variance,
+            col.L0: sums.mean("l0"),
+            col.R2_NORM_X: r2(common, "x_norm", "x")[0],
         }
         pairs = {
-            "r2_error": r2(sums, "e", "x"),
-            "r2_error_half_fit": r2(sums, "e", "half"),
-            "r2_error_rescaled": r2(sums, "e_rescaled", "", residual=self.rescale**2 * sums["e_missed_x"]),
+            col.R2_ERROR: r2(sums, "e", "x"),
+            col.R2_ERROR + col.HALF_FIT: r2(sums, "e", "half"),
+            col.R2_ERROR + col.RESCALED: r2(sums, "e_rescaled", "", residual=self.rescale**2 * sums["e_missed_x"]),
         }
         for name, (mean, weighted) in pairs.items():
-            values |= {name: mean, name.replace("r2_error", "r2_error_weighted"): weighted}
+            values |= {name: mean, name.replace(col.R2_ERROR, col.R2_ERROR_WEIGHTED): weighted}
         for name, target, by in _NORM_NUMBERS:
             if f"{target}_missed_{by}" in sums.sums:
                 values[name] = r2(sums, target, by)[0]
-        others = [values[name] for name in BASELINES.values() if name in values and name != "r2_error_norm"]
-        values["r2_error_norm_lead"] = values["r2_error_norm"] - torch.stack(others).amax(0)
-        values["r2_norm_nonlinear_lack"] = values["r2_error_norm"] - values["r2_norm_nonlinear"]
+        others = [values[name] for name in BASELINES.values() if name in values and name != col.R2_ERROR_NORM]
+        values[col.R2_ERROR_NORM_LEAD] = values[col.R2_ERROR_NORM] - torch.stack(others).amax(0)
+        values[col.R2_NORM_NONLINEAR_LACK] = values[col.R2_ERROR_NORM] - values[col.R2_NORM_NONLINEAR]
         return ErrorRegression(
             numbers={name: Estimate.of(replicates) for name, replicates in values.items()},
             probe=self.probe,
@@ -238,17 +239,17 @@ class _PassA:
 
 # Number, target and prediction of each scalar regression
 _NORM_NUMBERS = (
-    ("r2_norm_reconstruction", "reconstruction_norm", "x"),
-    ("r2_norm_nonlinear", "nonlinear_norm", "x"),
-    ("r2_norm_reconstruction_plus_nonlinear", "reconstruction_plus_nonlinear_norm", "x"),
-    ("r2_norm_linear", "linear_norm", "x"),
-    ("r2_error_norm", "e_norm", "x"),
-    ("r2_error_norm_half_fit", "e_norm", "half"),
-    ("r2_error_norm_rescaled", "e_rescaled_norm", "x"),
-    ("r2_error_norm_from_token", "e_norm", "token"),
-    ("r2_error_norm_from_token_loss", "e_norm", "token_loss"),
-    ("r2_error_norm_from_l0", "e_norm", "l0"),
-    ("r2_error_norm_from_x_norm", "e_norm", "x_norm"),
+    (col.R2_NORM_RECONSTRUCTION, "reconstruction_norm", "x"),
+    (col.R2_NORM_NONLINEAR, "nonlinear_norm", "x"),
+    (col.R2_NORM_RECONSTRUCTION_PLUS_NONLINEAR, "reconstruction_plus_nonlinear_norm", "x"),
+    (col.R2_NORM_LINEAR, "linear_norm", "x"),
+    (col.R2_ERROR_NORM, "e_norm", "x"),
+    (col.R2_ERROR_NORM + col.HALF_FIT, "e_norm", "half"),
+    (col.R2_ERROR_NORM + col.RESCALED, "e_rescaled_norm", "x"),
+    (col.R2_ERROR_NORM_FROM_TOKEN, "e_norm", "token"),
+    (col.R2_ERROR_NORM_FROM_TOKEN_LOSS, "e_norm", "token_loss"),
+    (col.R2_ERROR_NORM_FROM_L0, "e_norm", "l0"),
+    (col.R2_ERROR_NORM_FROM_X_NORM, "e_norm", "x_norm"),
 )
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Activity, reconstruct
 from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, with_intervals
 from raysae.sae.base import SAE
@@ -55,13 +56,13 @@ def error_saes(
     fvu = {kind: sums[kind]["missed"].squeeze(1) / variance[kind] for kind in trained}
     rows = []
     for kind, made in trained.items():
-        numbers = {"fvu": fvu[kind], "l0": sums[kind].mean("l0")}
-        if "linear" in trained:
-            numbers["worse"] = fvu[kind] / fvu["linear"] - 1
-        if "error" in trained:
-            numbers["share"] = variance[kind] / variance["error"]
+        numbers = {col.FVU: fvu[kind], col.L0: sums[kind].mean("l0")}
+        if col.LINEAR in trained:
+            numbers[col.WORSE] = fvu[kind] / fvu[col.LINEAR] - 1
+        if col.ERROR in trained:
+            numbers[col.SHARE] = variance[kind] / variance[col.ERROR]
         dead = float((activity[kind].count == 0).double().mean())
-        rows.append({"kind": kind, "width": made.n, **with_intervals(numbers), "dead_fraction": dead})
+        rows.append({col.KIND: kind, "width": made.n, **with_intervals(numbers), col.DEAD_FRACTION: dead})
     return pd.DataFrame(rows)
 
 
@@ -69,4 +70,4 @@ def error_parts(x: Tensor, sae: SAE, probe: Linear) -> dict[str, Tensor]:
     """e, ê and ε of the rows `x` (b, d), as "error", "linear" and "nonlinear", (b, d) float32 each."""
     e = x.double() - reconstruct(sae, x)[0].double()
     linear = probe(x)
-    return {"error": e.float(), "linear": linear.float(), "nonlinear": (e - linear).float()}
+    return {col.ERROR: e.float(), col.LINEAR: linear.float(), col.NONLINEAR: (e - linear).float()}

@@ -26,12 +26,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Activity, encoded, reconstruct
 from raysae.analysis.instruments.regression import Moments
 from raysae.config import UserError
 from raysae.sae.base import SAE, Codes
 
 LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0)  # σ_x and σ_r, in units of `noise_unit`
+CLOSED_FORMS = [col.LINEAR + col.CLOSED_FORM, col.NONLINEAR + col.CLOSED_FORM]
 ABLATED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 # Share of the variance. A smaller expected error is not compared, because its estimate is as small as its own noise.
 NEGLIGIBLE = 0.01
@@ -85,10 +87,10 @@ def noise_grid(
                 weight = fitted.regress(f, scales["x"], scales["r"])
                 total, error, missed = measured.residual(f, scales["x"], scales["r"], weight, fitted)
                 truth = measured.truth(f, scales["x"], scales["r"]) / total
-                row = {"ablated": share, "sigma_x": sigma_x, "sigma_r": sigma_r}
-                row |= {"fvu": error / total, "linear": (error - missed) / total, "nonlinear": missed / total}
-                rows.append(row | dict(zip(("absent", "dense", "introduced"), truth.tolist(), strict=True)))
-    return pd.DataFrame(rows).sort_values(["ablated", "sigma_x", "sigma_r"], ignore_index=True)
+                row = {col.ABLATED: share, col.SIGMA_X: sigma_x, col.SIGMA_R: sigma_r}
+                row |= {col.FVU: error / total, col.LINEAR: (error - missed) / total, col.NONLINEAR: missed / total}
+                rows.append(row | dict(zip((col.ABSENT, col.DENSE, col.INTRODUCED), truth.tolist(), strict=True)))
+    return pd.DataFrame(rows).sort_values([col.ABLATED, col.SIGMA_X, col.SIGMA_R], ignore_index=True)
 
 
 def correlation_table(grid: pd.DataFrame, ablated: float = 0.0) -> pd.DataFrame:
@@ -96,8 +98,9 @@ def correlation_table(grid: pd.DataFrame, ablated: float = 0.0) -> pd.DataFrame:
 
     Rows are σ_x and σ_r. Columns are the estimated linear and nonlinear error.
     """
-    part = grid[grid["ablated"] == ablated]
-    return pd.DataFrame({column: {sigma: part[sigma].corr(part[column]) for sigma in ("sigma_x", "sigma_r")} for column in ("linear", "nonlinear")})
+    part, sigmas = grid[grid[col.ABLATED] == ablated], (col.SIGMA_X, col.SIGMA_R)
+    estimates = (col.LINEAR, col.NONLINEAR)
+    return pd.DataFrame({column: {sigma: part[sigma].corr(part[column]) for sigma in sigmas} for column in estimates})
 
 
 def closed_form(covariance: Tensor, sigma_x: float, sigma_r: float) -> tuple[float, float]:
@@ -185,18 +188,14 @@ def introduced_error(
             yield Parts(truth.double(), [torch.cat(pieces).to(truth.device) for pieces in reconstructions], *noise)
 
     grid = noise_grid(parts("A"), parts("C"), ablated, levels, unit)
-    compared = grid[grid["ablated"] == 0][["sigma_x", "sigma_r", "linear", "nonlinear"]].reset_index(drop=True)
-    expected = [closed_form(covariance, x * unit, r * unit) for x, r in zip(compared["sigma_x"], compared["sigma_r"], strict=True)]
-    compared[["linear_closed_form", "nonlinear_closed_form"]] = np.array(expected)
-    own = grid[(grid["ablated"] == 0) & (grid["sigma_x"] == 0) & (grid["sigma_r"] == 0)]
-    return IntroducedError(
-        grid,
-        correlation_table(grid),
-        compared,
-        covariance,
-        unit,
-        float(own["fvu"].iloc[0]) if len(own) else float("nan"),
-    )
+    none = grid[grid[col.ABLATED] == 0]
+    compared = none[[col.SIGMA_X, col.SIGMA_R, col.LINEAR, col.NONLINEAR]].reset_index(drop=True)
+    noises = zip(compared[col.SIGMA_X], compared[col.SIGMA_R], strict=True)
+    expected = [closed_form(covariance, x * unit, r * unit) for x, r in noises]
+    compared[CLOSED_FORMS] = np.array(expected)
+    own = none[(none[col.SIGMA_X] == 0) & (none[col.SIGMA_R] == 0)]
+    reencoding_fvu = float(own[col.FVU].iloc[0]) if len(own) else float("nan")
+    return IntroducedError(grid, correlation_table(grid), compared, covariance, unit, reencoding_fvu)
 
 
 def noise_unit(covariance: Tensor) -> float:
@@ -319,13 +318,12 @@ class SyntheticModel:
             deviation: larger of the two deviations, each as a share of its closed form. A closed form of at most
                 `NEGLIGIBLE` does not count. NaN where neither counts.
         """
-        compared = grid[["ablated", "sigma_x", "sigma_r", "linear", "nonlinear"]].copy()
-        truth = np.array(
-            [self.expected(row.ablated, row.sigma_x * unit, row.sigma_r * unit) for row in compared.itertuples()]
-        )
-        compared[["linear_closed_form", "nonlinear_closed_form"]] = truth
-        apart = (compared[["linear", "nonlinear"]] / np.maximum(truth, NEGLIGIBLE) - 1).abs()
-        compared["deviation"] = apart.where(truth > NEGLIGIBLE).max(axis=1)
+        compared = grid[[col.ABLATED, col.SIGMA_X, col.SIGMA_R, col.LINEAR, col.NONLINEAR]].copy()
+        introduced = zip(compared[col.ABLATED], compared[col.SIGMA_X] * unit, compared[col.SIGMA_R] * unit, strict=True)
+        truth = np.array([self.expected(*errors) for errors in introduced])
+        compared[CLOSED_FORMS] = truth
+        apart = (compared[[col.LINEAR, col.NONLINEAR]] / np.maximum(truth, NEGLIGIBLE) - 1).abs()
+        compared[col.DEVIATION] = apart.where(truth > NEGLIGIBLE).max(axis=1)
         return compared
 
 

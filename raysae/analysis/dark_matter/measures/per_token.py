@@ -85,7 +85,11 @@ def _table(chunk: Chunk, hook_point: str, sae: SAE, probe: Linear, latents: bool
     l0 = np.concatenate(counts)
     e = x.double() - torch.cat(reconstruction)
     linear = probe(x)
-    columns: dict[str, object] = {"token": chunk.token.int(), "position": chunk.position.int(), "context": chunk.context.int()}
+    columns: dict[str, object] = {
+        "token": chunk.token.int(),
+        "position": chunk.position.int(),
+        "context": chunk.context.int(),
+    }
     if chunk.token_loss is not None:
         columns["token_loss"] = chunk.token_loss
     for name, part in (("x", x.double()), ("error", e), ("linear", linear), ("nonlinear", e - linear)):

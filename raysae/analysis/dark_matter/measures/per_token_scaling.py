@@ -14,8 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Estimate, Linear, Moments
+from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, Moments, with_intervals
 from raysae.config import UserError
 from raysae.sae.base import SAE
 
@@ -66,12 +67,10 @@ def per_token_scaling(
             both = _r2(fitted, products, [i, len(names) + i], j)
             covariance = products - products[:, :, -1:] * products[:, -1:, :] / products[:, -1:, -1:]
             correlation = covariance[:, i, j].square() / (covariance[:, i, i] * covariance[:, j, j])
-            row: dict[str, object] = {"small": small, "large": names[j], "small_width": saes[small].n, "large_width": saes[names[j]].n}
-            numbers = {"r2": alone, "squared_correlation": correlation, "r2_with_nonlinear": both, "gain": (both - alone) / (1 - alone)}
-            for name, values in numbers.items():
-                estimate = Estimate.of(values)
-                row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-            rows.append(row)
+            large, gain = names[j], (both - alone) / (1 - alone)
+            pair = {col.SMALL: small, col.LARGE: large, col.SMALL_WIDTH: saes[small].n, col.LARGE_WIDTH: saes[large].n}
+            numbers = {col.R2: alone, col.SQUARED_CORRELATION: correlation, col.R2_WITH_NONLINEAR: both, col.GAIN: gain}
+            rows.append(pair | with_intervals(numbers))
     return pd.DataFrame(rows)
 
 
@@ -104,9 +103,11 @@ def token_lines(
         frames = []
         for name, sae in sorted(saes.items(), key=lambda item: item[1].n):
             e, linear = _error(x, sae, probes[name])
-            columns = {"position": chunk.position[rows], "token": chunk.token[rows]}
-            columns |= {"error": e.norm(dim=1), "linear": linear.norm(dim=1), "nonlinear": (e - linear).norm(dim=1)}
-            frames.append(pd.DataFrame({"sae": name, "width": sae.n} | {key: values.numpy() for key, values in columns.items()}))
+            columns = {col.POSITION: chunk.position[rows], col.TOKEN: chunk.token[rows], col.ERROR: e.norm(dim=1)}
+            columns |= {col.LINEAR: linear.norm(dim=1), col.NONLINEAR: (e - linear).norm(dim=1)}
+            frames.append(
+                pd.DataFrame({"sae": name, "width": sae.n} | {key: values.numpy() for key, values in columns.items()})
+            )
         return pd.concat(frames, ignore_index=True)
     raise UserError(f"there is no context number {context} to draw: the evaluation split has {seen}")
 

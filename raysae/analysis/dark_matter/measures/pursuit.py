@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
 from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, Moments, with_intervals
 from raysae.kernels.buffers import chunk_rows
@@ -125,13 +126,13 @@ def _numbers(sums: ContextSums) -> dict[str, float]:
         for name in ("before_error", "before_nonlinear", "after_error", "after_nonlinear")
     }
     numbers = {
-        "fvu": fvu["before_error"],
-        "nonlinear_fvu": fvu["before_nonlinear"],
-        "fvu_pursuit": fvu["after_error"],
-        "nonlinear_fvu_pursuit": fvu["after_nonlinear"],
-        "encoder_error": fvu["before_nonlinear"] - fvu["after_nonlinear"],
-        "l0": sums.mean("before_l0"),
-        "l0_pursuit": sums.mean("after_l0"),
+        col.FVU: fvu["before_error"],
+        col.NONLINEAR_FVU: fvu["before_nonlinear"],
+        col.FVU_PURSUIT: fvu["after_error"],
+        col.NONLINEAR_FVU_PURSUIT: fvu["after_nonlinear"],
+        col.ENCODER_ERROR: fvu["before_nonlinear"] - fvu["after_nonlinear"],
+        col.L0: sums.mean("before_l0"),
+        col.L0_PURSUIT: sums.mean("after_l0"),
     }
     return with_intervals(numbers)
 
