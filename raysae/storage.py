@@ -114,7 +114,9 @@ def file_system(where: str) -> tuple[AbstractFileSystem, str]:
     try:
         there = files.exists(path)
     except Exception as error:  # every kind of storage has errors of its own
-        raise UserError(f"{where} cannot be reached ({' '.join(str(error).split())[:200]}): name a folder, file or URL that can be") from error
+        raise UserError(
+            f"{where} cannot be reached ({' '.join(str(error).split())[:200]}): name a folder, file or URL that can be"
+        ) from error
     if not there:
         raise UserError(f"{where}: there is no such file or folder")
     return files, path

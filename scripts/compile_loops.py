@@ -2,8 +2,8 @@
 
     python scripts/compile_loops.py
 
-See `raysae.kernels.compiled`. `make` runs it after an installation. Otherwise the first sweep would compile the loops, for
-some seconds before its first step. It takes a few training steps of every architecture on random rows, with dead
+See `raysae.kernels.compiled`. `make` runs it after an installation. Otherwise the first sweep would compile the loops,
+for some seconds before its first step. It takes a few training steps of every architecture on random rows, with dead
 latents too, and evaluates.
 """
 

@@ -53,19 +53,19 @@ class StepInfo:
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder with n latents: x̂ = W_decᵀ c + b_dec with c = activation(W_enc (x − b_dec) + b_enc).
+    """A sparse autoencoder with n latents: x̂ = W_decᵀ c + b_dec, c = activation(W_enc (x − b_dec) + b_enc).
 
-    Weights are latent-major, W_enc (n, d_in) and W_dec (n, d_out). Every architecture so far reconstructs its input, so
-    that both widths are d. Every architecture but the tied one keeps decoder rows at norm 1 and starts with W_enc = W_dec,
-    rows of random directions. A subclass gives the activation (`encode`) and the loss with its gradients.
+    Weights are latent-major, W_enc (n, d_in) and W_dec (n, d_out). Every architecture so far reconstructs its input,
+    so that both widths are d. Every architecture but the tied one keeps decoder rows at norm 1 and starts with W_enc =
+    W_dec, rows of random directions. A subclass gives the activation (`encode`) and the loss with its gradients.
 
     State that training needs is in buffers, which a checkpoint keeps. `SAVED` names what an SAE's file keeps.
 
     One instance may encode and decode in several threads at once, each with buffers of its own, and train in one.
 
-    On a GPU `precision` may be bfloat16. Operands of training's products are then rounded to it (see `products.product`),
-    and so are TopK's pre-activations before their bias is added. Parameters, other sums, losses and gradients stay
-    float32. `encode` always computes in float32.
+    On a GPU `precision` may be bfloat16. Operands of training's products are then rounded to it (see
+    `products.product`), and so are TopK's pre-activations before their bias is added. Parameters, other sums, losses
+    and gradients stay float32. `encode` always computes in float32.
     """
 
     precision: torch.dtype | None = None
@@ -144,7 +144,9 @@ class SAE(nn.Module):
     # ---------------------------------------------------------------- training
 
     def loss_and_grads(self, x: Tensor, target: Tensor, step: StepInfo) -> dict[str, Tensor]:
-        """Loss terms of a batch in normalised units, as scalars. Overwrites .grad of every parameter and what `fired` tells.
+        """Loss terms of a batch in normalised units, as scalars.
+
+        Overwrites .grad of every parameter and what `fired` tells.
 
         Args:
             x: input (b, d_in).
@@ -152,8 +154,8 @@ class SAE(nn.Module):
             step: where training stands.
 
         Returns:
-            `loss` is what is minimised. `squared_error` is the mean over rows of ‖target − x̂‖², a sum over d. `l0` is the
-            mean number of active latents per row. Further terms are the architecture's own.
+            `loss` is what is minimised. `squared_error` is the mean over rows of ‖target − x̂‖², a sum over d. `l0` is
+            the mean number of active latents per row. Further terms are the architecture's own.
         """
         raise NotImplementedError
 
@@ -190,8 +192,8 @@ class SAE(nn.Module):
     def folded(self) -> SAE:
         """The same autoencoder for raw activations, a copy for inference.
 
-        folded(x) = scale · self(x / scale), and its codes are self's times scale. Every activation function here commutes
-        with a positive factor. So biases and thresholds take the factor, and weights stay as they are.
+        folded(x) = scale · self(x / scale), and its codes are self's times scale. Every activation function here
+        commutes with a positive factor. So biases and thresholds take the factor, and weights stay as they are.
         """
         folded = copy.deepcopy(self).requires_grad_(False)
         for tensor in folded._in_activation_units():

@@ -28,7 +28,7 @@ class Rows:
 
 
 class DenseSAE(SAE):
-    """Loss = error_weight · mean over rows of ‖target − x̂‖² + sparsity · warm-up factor · mean over rows of the penalty.
+    """Loss = error_weight · mean of ‖target − x̂‖² + sparsity · warm-up factor · mean of the penalty, over rows.
 
     A subclass gives the activation, the penalty and their derivatives. The gradients of weights and biases follow here.
     """

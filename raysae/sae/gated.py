@@ -67,9 +67,7 @@ class Gated(DenseSAE):
     def _loss(self, squared_error: Tensor, further: dict[str, Tensor], step: StepInfo) -> Tensor:
         return super()._loss(squared_error, further, step) + further["aux"]
 
-    def _add_grads(
-        self, rows: Rows, elements: All | Few, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor
-    ) -> None:
+    def _add_grads(self, rows: Rows, elements: All | Few, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor) -> None:
         elements.add_outer_(self.W_dec.grad, codes, grad_x_hat)
         elements.add_outer_(self.W_enc.grad, grad_pre, rows.x)
 

@@ -99,7 +99,8 @@ def test_stops_with_a_sentence(sweep: Callable[..., Sweep]) -> None:
     assert ours.driver.wait(240) == 1, ours.log()
     words = " ".join(ours.log().split())
     found = re.search(
-        rf"at step \d+: shard {BAD} of the train stream .*?NaN or infinite in contexts 0\. Its contexts are \d+, .* and 248 more",
+        rf"at step \d+: shard {BAD} of the train stream .*?NaN or infinite in contexts 0\. "
+        r"Its contexts are \d+, .* and 248 more",
         words,
     )
     assert found, words[-3000:]

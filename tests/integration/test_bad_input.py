@@ -45,7 +45,8 @@ def test_a_study_goes_on_with_its_own_config_but_for_faults(tmp_path: Path) -> N
 
 def test_an_output_that_is_nowhere() -> None:
     assert (
-        run(["--output", "s3://"]).stderr == "error: output: 's3://' names no folder: give one, e.g. runs or s3://bucket/runs\n"
+        run(["--output", "s3://"]).stderr
+        == "error: output: 's3://' names no folder: give one, e.g. runs or s3://bucket/runs\n"
     )
 
 

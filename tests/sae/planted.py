@@ -16,7 +16,7 @@ class Planted:
     """
 
     def __init__(self, d: int = 32, n: int = 48, active: float = 3, offset: float = 0.0, seed: int = 0):
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(1000 + seed)  # Not the seed of an SAE, which would start there
         self.features = unit_rows(torch.randn(n, d, generator=self.generator))
         self.probability = active / n
         self.offset = offset * torch.randn(d, generator=self.generator)

@@ -164,7 +164,9 @@ def test_sparsity_warms_up_only_through_the_schedule():
     member = bank.members[wanted.name]
     factors = []
     inner = member.sae.loss_and_grads
-    member.sae.loss_and_grads = lambda x, target, step: (factors.append(step.sparsity_factor), inner(x, target, step))[1]
+    member.sae.loss_and_grads = lambda x, target, step: (factors.append(step.sparsity_factor), inner(x, target, step))[
+        1
+    ]
     train(bank, 0, 4)
     assert factors == [0, 0.5, 1, 1]  # sparsity_warmup is 0.1 of 20 steps
 

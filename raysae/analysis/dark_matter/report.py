@@ -235,7 +235,8 @@ DARK_MATTER = Paper(
     shown=shown_tables,
     reading="R² is measured on contexts of other documents than those it was fitted on. Intervals are 95 %, from "
     "resampled contexts. The mean over dimensions is the paper's figure. The variance-weighted R² weighs each "
-    "dimension by its variance. FVU is the fraction of variance unexplained. Paper: Engels, Riggs, Tegmark, Decomposing the dark "
-    "matter of sparse autoencoders (arXiv 2410.14670), on Gemma 2 with Gemma Scope SAEs. The accuracy of explanations "
+    "dimension by its variance. FVU is the fraction of variance unexplained. Paper: Engels, Riggs, Tegmark, "
+    "Decomposing the dark matter of sparse autoencoders (arXiv 2410.14670), on Gemma 2 with Gemma Scope SAEs. The "
+    "accuracy of explanations "
     "per activation decile, which belongs to analysis 6, is left out: it needs interpretability scores.",
 )
