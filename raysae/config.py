@@ -36,6 +36,7 @@ class ArchitectureFacts:
 ARCHITECTURES: dict[str, ArchitectureFacts] = {
     "topk": ArchitectureFacts("k", (8, 16, 32), "topk", searches=1),
     "batchtopk": ArchitectureFacts("k", (8, 16, 32), "jumprelu", native=False, searches=2),
+    "matryoshka": ArchitectureFacts("k", (8, 16, 32), "jumprelu", native=False, searches=2),
     "relu": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "standard"),
     "tied": ArchitectureFacts("sparsity", (1e-4, 1e-3, 1e-2), "standard", native=False),
     "jumprelu": ArchitectureFacts("sparsity", (0.03, 0.3, 3.0), "jumprelu"),
@@ -326,6 +327,9 @@ class SAEConfig(Strict):
         return f"{self.architecture}_w{self.width}_{level}_{self.hook_point}_lr{self.learning_rate:g}_s{self.seed}"
 
 
+GROUP_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)
+
+
 class TrainConfig(Strict):
     """The training of every SAE of a sweep."""
 
@@ -377,6 +381,13 @@ class TrainConfig(Strict):
         description="Width of jumprelu's straight-through window, in units of the normalised activation. Larger: "
         "thresholds learn from more rows, less exactly.",
     )
+    group_shares: list[Annotated[float, Field(gt=0)]] = newer_knob(
+        list(GROUP_SHARES),
+        before=list(GROUP_SHARES),
+        min_length=1,
+        description="Shares of the width that matryoshka's groups of latents have, from the first to the last. They "
+        "add up to 1. A larger first group makes the smallest nested SAE larger.",
+    )
     threads: int | None = Field(
         None,
         gt=0,
@@ -394,6 +405,13 @@ class TrainConfig(Strict):
         description="Seconds between a trainer's checkpoints, or more where writing them takes long. Larger writes "
         "less and repeats more steps after a fault.",
     )
+
+    @field_validator("group_shares")
+    @classmethod
+    def _whole(cls, shares: list[float]) -> list[float]:
+        if abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"the shares add up to {sum(shares):g}: they must add up to 1")
+        return shares
 
     @property
     def steps(self) -> int:
@@ -574,7 +592,8 @@ class SweepConfig(Strict):
     )
     k: list[Annotated[int, Field(gt=0)]] = Field(
         list(ARCHITECTURES["topk"].levels),
-        description=f"Active latents per token, or their mean ({_names('k')}). More reconstruct more and are less sparse.",
+        description=f"Active latents per token, or their mean ({_names('k')}). More reconstruct more and "
+        "are less sparse.",
     )
     sparsities: list[Annotated[float, Field(ge=0)]] = Field(
         default_factory=list,
@@ -656,7 +675,10 @@ class SweepConfig(Strict):
         return [{"sparsity": sparsity} for sparsity in self.sparsities or facts.levels]
 
     def saes(self) -> list[SAEConfig]:
-        """The sweep's SAEs, in a fixed order. `hook_points` must be resolved. Random search draws without replacement, seeded by stream.seed."""
+        """The sweep's SAEs, in a fixed order. `hook_points` must be resolved.
+
+        Random search draws without replacement, seeded by stream.seed.
+        """
         saes = []
         for hook, arch in itertools.product(self.hook_points, self.architectures):
             levels = self._levels(ARCHITECTURES[arch])

@@ -11,11 +11,20 @@ from raysae.sae.base import SAE
 from raysae.sae.batchtopk import BatchTopK
 from raysae.sae.gated import Gated
 from raysae.sae.jumprelu import JumpReLU
+from raysae.sae.matryoshka import Matryoshka
 from raysae.sae.relu import ReLU
 from raysae.sae.tied import Tied
 from raysae.sae.topk import TopK
 
-CLASSES: dict[str, type[SAE]] = {"topk": TopK, "batchtopk": BatchTopK, "relu": ReLU, "tied": Tied, "jumprelu": JumpReLU, "gated": Gated}
+CLASSES: dict[str, type[SAE]] = {
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+    "matryoshka": Matryoshka,
+    "relu": ReLU,
+    "tied": Tied,
+    "jumprelu": JumpReLU,
+    "gated": Gated,
+}
 
 
 def build(config: SAEConfig, d: int, train: TrainConfig) -> SAE:

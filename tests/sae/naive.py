@@ -230,6 +230,10 @@ def loss(sae, p: dict[str, Tensor], x: Tensor, factor: float, dead: Tensor | Non
             return topk(x, **p, k=config.k, dead=dead, k_aux=sae.k_aux, aux_coefficient=train.aux_coefficient)
         case "batchtopk":
             return batchtopk(x, **p, k=config.k, dead=dead, k_aux=sae.k_aux, aux_coefficient=train.aux_coefficient)
+        case "matryoshka":
+            prefixes = [group.stop for group in sae.groups]
+            aux = {"dead": dead, "k_aux": sae.k_aux, "aux_coefficient": train.aux_coefficient}
+            return matryoshka(x, **p, k=config.k, prefixes=prefixes, **aux)
         case "relu":
             return relu(x, **p, sparsity=config.sparsity * factor)
         case "tied":

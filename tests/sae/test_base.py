@@ -81,7 +81,7 @@ def test_codes_are_what_the_architecture_says(architecture):
         codes, pre = folded.encode(x), (x - folded.b_dec) @ folded.W_enc.T + folded.bias
         if architecture == "topk":
             expected = torch.zeros_like(pre).scatter(1, pre.topk(3).indices, pre.topk(3).values.relu())
-        elif architecture in ("batchtopk", "jumprelu"):
+        elif architecture in ("batchtopk", "matryoshka", "jumprelu"):
             expected = pre * (pre > folded.threshold)
             assert (folded.threshold > 0).all()
         elif architecture == "gated":
