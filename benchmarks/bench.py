@@ -31,6 +31,7 @@ Row = tuple[str, str, str]  # What, goal, found
 STEP_GOALS = {
     "topk-d256-n4096": 3, "topk-d256-n16384": 2.5, "topk-d768-n24576": 1.8,
     "batchtopk-d256-n4096": 3, "jumprelu-d256-n4096": 2, "relu-d256-n4096": 1.5,
+    "matryoshka-d256-n4096": 1.5, "gated-d256-n4096": 1.5, "gated-start-d256-n4096": 1,
 }  # fmt: skip
 BOUND_GOALS = {"topk-d256-n4096": 0.4, "topk-d256-n16384": 0.5, "topk-d768-n24576": 0.6}
 

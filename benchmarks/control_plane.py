@@ -47,6 +47,7 @@ from raysae.stream.queue import patiently, start_stream
 from raysae.stream.relay import CONSUMERS, Relay, start_relays
 from raysae.stream.spec import ActivationSpec
 from raysae.stream.state import StreamState
+from raysae.stream.task import Streaming
 
 GOAL = 10_000 / 60  # Blocks per second
 CAP = 8  # Shards in flight
@@ -196,13 +197,15 @@ def start(consumers: int, blocks: int) -> tuple[ray.actor.ActorHandle, str, list
     """Starts a queue. Returns it, its name, and the consumers that it expects."""
     name = f"queue-{time.time_ns()}"
     queue = start_stream(
-        model=ModelConfig(),
-        stream=StreamConfig(mib_in_flight=CAP * blocks * BLOCK_MIB, block_mib=BLOCK_MIB, cache="off"),
-        resources=ResourcesConfig(producer_cpus=0.01),
-        training=spec_of(blocks),
-        evaluation=spec_of(blocks),
-        contexts={"train": None, "evaluation": None},
-        widths={HOOK: WIDTH},
+        Streaming(
+            model=ModelConfig(),
+            stream=StreamConfig(mib_in_flight=CAP * blocks * BLOCK_MIB, block_mib=BLOCK_MIB, cache="off"),
+            resources=ResourcesConfig(producer_cpus=0.01),
+            training=spec_of(blocks),
+            evaluation=spec_of(blocks),
+            contexts={"train": None, "evaluation": None},
+            widths={HOOK: WIDTH},
+        ),
         producer_class=SmallProducer,
         name=name,
     )

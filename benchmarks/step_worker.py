@@ -28,6 +28,7 @@ its own for that.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -37,6 +38,7 @@ import torch
 
 BATCHES = 4  # Different batches, taken in turn
 STEPS = 10**6  # Length of the schedules
+GROUP_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 17 / 32)  # Shares of Matryoshka's groups, on all sides
 WARMUP = STEPS // 20  # Length of the learning rate's warm-up
 Step = Callable[[int, torch.Tensor], object]  # (number of the step, batch (b, d))
 
@@ -46,11 +48,17 @@ def level(pre_activations: torch.Tensor, k: int) -> float:
     return pre_activations.flatten().kthvalue(pre_activations.numel() - len(pre_activations) * k).values.item()
 
 
+def kind_of(row: str) -> tuple[str, bool]:
+    """Architecture of a row, and whether its biases leave k latents active. "-start": they do not."""
+    return row.removesuffix("-start"), not row.endswith("-start")
+
+
 def raysae(architecture: str, d: int, n: int, k: int, batch: int, device: str) -> tuple[Step, list[torch.nn.Parameter]]:
     from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig
     from raysae.determinism import be_deterministic
     from raysae.train.bank import Bank
 
+    architecture, trained = kind_of(architecture)
     sparsity = ARCHITECTURES[architecture].pick(k=k, sparsity=0.01)
     config = SAEConfig(
         architecture=architecture, width=n, hook_point="resid_post.0", learning_rate=2e-4, seed=0, **sparsity
@@ -68,6 +76,10 @@ def raysae(architecture: str, d: int, n: int, k: int, batch: int, device: str) -
             member.sae.log_threshold.copy_(member.sae.threshold.log())
         elif architecture in ("relu", "tied"):
             member.sae.b_enc.fill_(-level(member.sae.pre_activations(rows[:256] / member.scale).T, k))
+        elif architecture == "gated" and trained:
+            bias = -level(member.sae.pre_activations(rows[:256] / member.scale).T, k)
+            member.sae.b_gate.fill_(bias)
+            member.sae.b_mag.fill_(bias)
 
     def step(number: int, x: torch.Tensor) -> None:
         assert bank.step(x, number * batch) == [member], f"step {number} trained nothing"
@@ -112,8 +124,10 @@ def saelens(
 ) -> tuple[Step, list[torch.nn.Parameter]]:
     from sae_lens import (
         BatchTopKTrainingSAEConfig,
+        GatedTrainingSAEConfig,
         JumpReLUTrainingSAEConfig,
         LoggingConfig,
+        MatryoshkaBatchTopKTrainingSAEConfig,
         StandardTrainingSAEConfig,
         TopKTrainingSAEConfig,
     )
@@ -121,6 +135,7 @@ def saelens(
     from sae_lens.saes.sae import TrainingSAE
     from sae_lens.training.sae_trainer import SAETrainer
 
+    architecture, trained = kind_of(architecture)
     common = {"d_in": d, "d_sae": n, "dtype": "float32", "device": device}
     config = {
         "topk": lambda: TopKTrainingSAEConfig(
@@ -129,12 +144,20 @@ def saelens(
         "batchtopk": lambda: BatchTopKTrainingSAEConfig(k=k, **common),
         "jumprelu": lambda: JumpReLUTrainingSAEConfig(**common),
         "relu": lambda: StandardTrainingSAEConfig(**common),
+        "gated": lambda: GatedTrainingSAEConfig(**common),
+        "matryoshka": lambda: MatryoshkaBatchTopKTrainingSAEConfig(
+            k=k, matryoshka_widths=[int(n * share) for share in itertools.accumulate(GROUP_SHARES)], **common
+        ),
     }[architecture]()
     sae = TrainingSAE.from_dict(config.to_dict())
     if architecture == "jumprelu":
         sae.threshold.data.fill_(level(torch.randn(256, d, device=device) @ sae.W_enc.data, k))
     elif architecture == "relu":
         sae.b_enc.data.fill_(-level(torch.randn(256, d, device=device) @ sae.W_enc.data, k))
+    elif architecture == "gated" and trained:
+        bias = -level(torch.randn(256, d, device=device) @ sae.W_enc.data, k)
+        sae.b_gate.data.fill_(bias)
+        sae.b_mag.data.fill_(bias)
     trainer_config = SAETrainerConfig(
         n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=STEPS * batch,
         device=device, autocast=device == "cuda", lr=2e-4, lr_end=2e-5, lr_scheduler_name="constant",
@@ -159,15 +182,21 @@ def dictionary_learning(
     architecture: str, d: int, n: int, k: int, batch: int, device: str
 ) -> tuple[Step, list[torch.nn.Parameter]]:
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.gdm import GatedSAETrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
     from dictionary_learning.trainers.standard import StandardTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
 
-    kind = {"topk": TopKTrainer, "batchtopk": BatchTopKTrainer, "jumprelu": JumpReluTrainer, "relu": StandardTrainer}[
-        architecture
-    ]
-    sparse = {"k": k} if architecture in ("topk", "batchtopk") else {"sparsity_warmup_steps": None}
-    own = {"resample_steps": None} if architecture == "relu" else {}
+    architecture, trained = kind_of(architecture)
+    kind = {
+        "topk": TopKTrainer, "batchtopk": BatchTopKTrainer, "matryoshka": MatryoshkaBatchTopKTrainer,
+        "jumprelu": JumpReluTrainer, "relu": StandardTrainer, "gated": GatedSAETrainer,
+    }[architecture]  # fmt: skip
+    sparse = {"k": k} if architecture in ("topk", "batchtopk", "matryoshka") else {"sparsity_warmup_steps": None}
+    own = {"relu": {"resample_steps": None}, "matryoshka": {"group_fractions": list(GROUP_SHARES)}}.get(
+        architecture, {}
+    )
     trainer = kind(
         steps=STEPS,
         activation_dim=d,
@@ -187,6 +216,10 @@ def dictionary_learning(
         trainer.ae.encoder.bias.data.fill_(
             -level(torch.randn(256, d, device=device) @ trainer.ae.encoder.weight.data.T, k)
         )
+    elif architecture == "gated" and trained:
+        bias = -level(torch.randn(256, d, device=device) @ trainer.ae.encoder.weight.data.T, k)
+        trainer.ae.gate_bias.data.fill_(bias)
+        trainer.ae.mag_bias.data.fill_(bias)
     return trainer.update, list(trainer.ae.parameters())
 
 

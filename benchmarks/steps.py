@@ -38,7 +38,8 @@ ROWS = {  # Name → architecture, d, n
     f"{architecture}-d{d}-n{n}": (architecture, d, n)
     for architecture, d, n in [
         ("topk", 256, 4096), ("topk", 256, 16384), ("topk", 768, 24576), ("batchtopk", 256, 4096),
-        ("jumprelu", 256, 4096), ("relu", 256, 4096), ("tied", 256, 4096),
+        ("matryoshka", 256, 4096), ("jumprelu", 256, 4096), ("relu", 256, 4096), ("gated", 256, 4096),
+        ("gated-start", 256, 4096), ("tied", 256, 4096),
     ]
 }  # fmt: skip
 HAVE = {
@@ -46,6 +47,9 @@ HAVE = {
     "batchtopk": ("raysae", "saelens", "dictionary_learning"),
     "jumprelu": ("raysae", "saelens", "dictionary_learning"),
     "relu": ("raysae", "saelens", "dictionary_learning"),
+    "matryoshka": ("raysae", "saelens", "dictionary_learning"),
+    "gated": ("raysae", "saelens", "dictionary_learning"),
+    "gated-start": ("raysae", "saelens", "dictionary_learning"),
     "tied": ("raysae",),
 }
 NO_TRITON = {"SPARSIFY_DISABLE_TRITON": "1"}  # sparsify finds Triton, which has nothing to run on without a GPU

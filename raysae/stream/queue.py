@@ -25,17 +25,17 @@ from ray.util.metrics import Counter, Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysae.cluster.actor_log import Heard, one_line
-from raysae.config import FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
+from raysae.config import FaultsConfig, UserError
 from raysae.processes import ENVIRONMENT
 from raysae.stream.blocks import blocks_per_shard, bytes_per_shard, shards_in_flight
 from raysae.stream.pool import Job, ProducerPool
 from raysae.stream.producer import Producer, Production, nonfinite
 from raysae.stream.skipped import Skipped
-from raysae.stream.spec import ActivationSpec
 from raysae.stream.state import NotJoinedError, StreamError, StreamState
+from raysae.stream.task import Streaming
 
 if TYPE_CHECKING:
-    from raysae.text.contexts import Contexts
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -66,70 +66,46 @@ GAUGES = {
 }
 
 
-def start_stream(
-    *,
-    model: ModelConfig,
-    stream: StreamConfig,
-    resources: ResourcesConfig,
-    training: ActivationSpec,
-    evaluation: ActivationSpec,
-    contexts: Mapping[str, Contexts],
-    widths: Mapping[str, int],
-    shards: int | None = None,
-    held_out: int = 0,
-    threads: int | None = None,
-    faults: FaultsConfig | None = None,
-    skipped: str | None = None,
-    producer_class: type = Producer,
-    name: str | None = None,
-) -> ActorHandle:
+def start_stream(streaming: Streaming, name: str | None = None, producer_class: type = Producer) -> ActorHandle:
     """Start the queue, and with it the producers. Returns the queue's handle at once.
 
     The queue lives on the caller's machine and dies with the caller. The producers die with the queue. Ray restarts a
     queue that crashes, with nothing in it. `client.StreamClient` then joins again by itself.
 
     Args:
-        model, stream, resources: configuration of the model, the stream and what a producer reserves.
-        training, evaluation: the specs of the two streams.
-        contexts: their tokens, under "train" and "evaluation". They go to the object store.
-        widths: hook point → width of its activations, for all hook points that anyone will ask for.
-        shards: how many shards of the training stream are needed in all. Unset: all it has.
-        held_out: how many shards of the held-out stream will be read. Producers make them when they have nothing else
-            to do. Others are made when someone asks for them.
-        threads: CPU threads of a producer. Unset: torch's default.
-        faults: timeouts and limits. Unset: the defaults.
-        skipped: file, a path or URL, that remembers the skipped shards.
-        producer_class: for tests.
+        streaming: what is streamed, from where. Its contexts go to the object store.
         name: the name by which `ray.get_actor` finds the queue.
+        producer_class: for tests.
 
     Raises:
         UserError: `stream.mib_in_flight` has no room for a single shard.
     """
+    stream, training, evaluation, widths = streaming.stream, streaming.training, streaming.evaluation, streaming.widths
+    references = {split: ray.put(streaming.contexts[split]) for split in (TRAIN, EVALUATION)}
     production = Production(
-        model=model,
+        model=streaming.model,
         stream=stream,
         specs={TRAIN: training, EVALUATION: evaluation},
-        contexts={name: ray.cloudpickle.dumps(ray.put(contexts[name])) for name in (TRAIN, EVALUATION)},
+        contexts={split: ray.cloudpickle.dumps(reference) for split, reference in references.items()},
         widths=dict(widths),
-        threads=threads,
+        threads=streaming.threads,
     )
     # With soft=True, Ray would now and then place the queue elsewhere.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "max_restarts": -1, "max_concurrency": CALLS, "scheduling_strategy": here}
+    reserved = {"num_cpus": streaming.resources.producer_cpus, "num_gpus": streaming.resources.producer_gpus}
     queue = ray.remote(StreamQueue).options(name=name, **options).remote(
         production,
         cap=shards_in_flight(stream, training, widths),
-        shards=training.shards if shards is None else min(shards, training.shards),
-        held_out=held_out,
+        shards=training.shards if streaming.shards is None else min(streaming.shards, training.shards),
+        held_out=streaming.held_out,
         blocks={hook: blocks_per_shard(training, width, stream.block_mib) for hook, width in widths.items()},
         evaluation_blocks={
             hook: blocks_per_shard(evaluation, width, stream.block_mib) for hook, width in widths.items()
         },
-        actor_options={
-            "num_cpus": resources.producer_cpus, "num_gpus": resources.producer_gpus, "runtime_env": ENVIRONMENT,
-        },
-        faults=faults or FaultsConfig(),
-        skipped=skipped,
+        actor_options=reserved | {"runtime_env": ENVIRONMENT},
+        faults=streaming.faults,
+        skipped=streaming.skipped,
         producer_class=producer_class,
     )  # fmt: skip
     queue.start.remote()

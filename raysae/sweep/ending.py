@@ -26,13 +26,13 @@ from raysae.stream.queue import patiently
 from raysae.stream.state import StreamError
 from raysae.study.place import Place
 from raysae.study.plan import MIB, Plan
-from raysae.sweep.live_table import ENDED
 from raysae.sweep.summary import EVALUATED, summary_table, write_summary
 from raysae.sweep.trials import RUNGS
 from raysae.sweep.watch import Watch, track
 from raysae.tracking.find import URL_TAG
 from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
+from raysae.train.progress import ENDED
 
 ASK_SECONDS = 1.0  # Time between two questions to an actor that is starting
 FLUSH_SECONDS = 60.0  # Longest wait for MLflow at the end

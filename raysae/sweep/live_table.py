@@ -28,7 +28,6 @@ STATES = {  # State: colour. The states of most interest come first.
     "stopped": "dim",
     "done": "dim",
 }
-ENDED = ("done", "stopped", "failed")
 LINE_SECONDS = 10.0  # Time between two lines
 BAR = 12  # Characters of a progress bar
 OTHER_COLUMNS = 58  # Characters of all columns beside the name

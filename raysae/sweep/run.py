@@ -26,6 +26,7 @@ from raysae.config import SweepConfig, error_kind
 from raysae.processes import INTERRUPTED
 from raysae.stream.queue import patiently, start_stream
 from raysae.stream.relay import CONSUMERS, start_relays
+from raysae.stream.task import Streaming
 from raysae.study.place import Place, check_writable, driving, new_place, with_absolute_paths
 from raysae.study.plan import Plan, plan, store_bytes
 from raysae.sweep.capacity import BankPlan, check_cluster, pack
@@ -42,6 +43,7 @@ from raysae.sweep.watch import StuckError, Watch
 from raysae.tracking.client import import_ahead
 from raysae.tracking.runs import Study
 from raysae.train.actor import start_trainer
+from raysae.train.task import Training
 
 # Longest wait of Ray Tune for the training. Its processes would take the cores that trainers and producers start with.
 START_SECONDS = 60.0
@@ -173,21 +175,22 @@ def _start(
     """Start the stream's queue, its relays, and a trainer for each bank plan. Returns them, trainers by bank."""
     config = settled.config
     name = f"raysae-{place.name}-{time.time_ns()}"
-    queue = start_stream(
+    streaming = Streaming(
         model=config.model, stream=config.stream, resources=config.resources, training=settled.training,
         evaluation=settled.evaluation, contexts=settled.contexts, widths=settled.streamed_widths,
-        shards=settled.shards, held_out=settled.evaluation_shards, threads=config.stream.threads, name=name,
+        shards=settled.shards, held_out=settled.evaluation_shards, threads=config.stream.threads,
         faults=config.faults, skipped=place.skipped,
     )  # fmt: skip
+    queue = start_stream(streaming, name)
     queue.expect.remote([bank.name for bank in bank_plans])
     by_hook_point = sorted(bank_plans, key=lambda bank: error_kind(bank.hook_point)[1])
     relays, speaks_to = start_relays(name, [bank.name for bank in by_hook_point], CONSUMERS)
     trainers = {
-        bank.name: start_trainer(
+        bank.name: start_trainer(Training(
             queue=speaks_to[bank.name], consumer=bank.name, folder=place.folder, hook_point=bank.hook_point,
             width=settled.widths[bank.hook_point], saes=bank.saes, training=settled.training,
             evaluation=settled.evaluation, config=config, threads=config.train.threads, allow=allow,
-        )
+        ))
         for bank in bank_plans
     }  # fmt: skip
     return queue, relays, trainers

@@ -25,9 +25,10 @@ from ray.exceptions import GetTimeoutError, RayError
 from raysae.cluster.room import machine_of, missing, placed
 from raysae.config import FaultsConfig
 from raysae.study.plan import Plan
-from raysae.sweep.live_table import ENDED, LiveTable
+from raysae.sweep.live_table import LiveTable
 from raysae.tracking.runs import Study
 from raysae.train.actor import end_trainers
+from raysae.train.progress import ENDED
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0  # Time between two looks

@@ -13,16 +13,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import ray
 from ray.actor import ActorHandle
 
 from raysae.cluster.actor_log import Heard
-from raysae.config import SAEConfig, SweepConfig, error_kind
+from raysae.config import error_kind
 from raysae.processes import ENVIRONMENT
-from raysae.stream.spec import ActivationSpec
+from raysae.train.progress import ENDED
 from raysae.train.task import Training
 
 log = logging.getLogger(__name__)
@@ -33,47 +32,20 @@ POLL_SECONDS = 30.0  # `reports` answers after this long even when nothing is ne
 SPARE_CALLS = 16  # Extra threads for methods. Two more per SAE may wait for its reports.
 
 
-def start_trainer(
-    *,
-    queue: str,
-    consumer: str,
-    folder: str | Path,
-    hook_point: str,
-    width: int,
-    saes: Sequence[SAEConfig],
-    training: ActivationSpec,
-    evaluation: ActivationSpec,
-    config: SweepConfig,
-    threads: int,
-    allow: frozenset[str] = frozenset(),
-) -> ActorHandle:
-    """Start a trainer of `saes` and return its handle at once.
+def start_trainer(training: Training) -> ActorHandle:
+    """Start a trainer and return its handle at once.
 
-    The trainer continues from what `folder` holds. Ended SAEs are only shown, and the others train on.
-
-    Args:
-        queue: name given to `stream.queue.start_stream`, or the name of one of its relays.
-        consumer: the trainer's name on the stream. It must differ from every other trainer's name.
-        folder: folder of the study, local or any URL fsspec knows. A local one must be reachable from every machine
-            that may run a trainer.
-        hook_point, width: hook point of the activations and their number of dimensions.
-        training, evaluation: specs of the two streams.
-        config: the sweep's configuration.
-        threads: CPU threads. Bits depend on them, so resume a study with the same number.
-        allow: facts in which the run may differ from its checkpoints. `checkpoint.fingerprint` has their names.
+    The trainer continues from what the study's folder holds. Ended SAEs are only shown, and the others train on.
     """
-    local = str(Path(folder).absolute()) if "://" not in str(folder) else str(folder)
-    plan = Training(
-        queue, consumer, local, hook_point, width, tuple(saes), training, evaluation, config, threads, frozenset(allow)
-    )
+    config = training.config
     return ray.remote(Trainer).options(
         num_cpus=config.resources.trainer_cpus,
         num_gpus=config.resources.trainer_gpus,
         runtime_env=ENVIRONMENT,
         max_restarts=config.faults.trainer_restarts,
         max_task_retries=-1,  # Every method may be repeated
-        max_concurrency=2 * len(plan.saes) + SPARE_CALLS,
-    ).remote(plan)  # fmt: skip
+        max_concurrency=2 * len(training.saes) + SPARE_CALLS,
+    ).remote(training)  # fmt: skip
 
 
 def end_trainers(trainers: Sequence[ActorHandle], calls: Sequence[ray.ObjectRef] = ()) -> None:
@@ -104,7 +76,7 @@ class Trainer:
     loop. Every unfinished SAE has then failed, and `reports` raises the error for it.
     """
 
-    def __init__(self, plan: Training):
+    def __init__(self, task: Training):
         import torch
 
         from raysae.determinism import be_deterministic
@@ -117,31 +89,31 @@ class Trainer:
         if cuda:
             be_deterministic()
         device = torch.device("cuda" if cuda else "cpu")
-        self.plan = plan
+        self.task = task
         self._heard = Heard()
         self._changed = threading.Condition()
         self._waiting = 0  # Calls that wait for a change
         self._dismissed = False
-        queue = ray.get_actor(plan.queue)
-        kind, streamed = error_kind(plan.hook_point)
-        transform = ErrorOf(plan.hook_point, plan.config.errors, plan.width, device) if kind else None
+        queue = ray.get_actor(task.queue)
+        kind, streamed = error_kind(task.hook_point)
+        transform = ErrorOf(task.hook_point, task.config.errors, task.width, device) if kind else None
         client = StreamClient(
-            queue, plan.consumer, streamed, plan.training, plan.width, plan.config.stream.block_mib, plan.config.faults
+            queue, task.consumer, streamed, task.training, task.width, task.config.stream.block_mib, task.config.faults
         )
-        self.source = StreamSource(plan, client, device, transform)
+        self.source = StreamSource(task, client, device, transform)
         self.loop = Loop(
-            plan.folder,
-            plan.width,
-            plan.training,
-            plan.config.train,
-            plan.config.evaluation,
+            task.folder,
+            task.width,
+            task.training,
+            task.config.train,
+            task.config.evaluation,
             self.source,
             device=device,
             metadata=self._metadata(),
-            allow=plan.allow,
+            allow=task.allow,
             on_change=self._notify,
         )
-        for sae in plan.saes:
+        for sae in task.saes:
             self.loop.add(sae)
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="training", daemon=True)
@@ -157,8 +129,6 @@ class Trainer:
         """See `Loop.status`."""
         rows = self.loop.status()
         if self.error is not None:
-            from raysae.train.loop import ENDED
-
             # Ray's errors carry a whole traceback in their text. Show the cause alone.
             message = str(getattr(self.error, "cause", self.error))
             rows = [row if row["state"] in ENDED else row | {"state": "failed", "message": message} for row in rows]
@@ -185,7 +155,7 @@ class Trainer:
 
     def news(self, since: dict[str, int]) -> dict[str, list[dict]]:
         """The reports of every SAE here from number `since[name]` on. Does not wait."""
-        return {sae.name: self.loop.reports(sae.name, since[sae.name])[0] for sae in self.plan.saes}
+        return {sae.name: self.loop.reports(sae.name, since[sae.name])[0] for sae in self.task.saes}
 
     def leave(self, name: str, reason: str = "stopped early by the scheduler", tokens: int = 0) -> None:
         """See `Loop.leave`."""
@@ -206,7 +176,7 @@ class Trainer:
         Returns whether that took no longer than `faults.stop_seconds`.
         """
         self.loop.stop()
-        self._thread.join(self.plan.config.faults.stop_seconds)
+        self._thread.join(self.task.config.faults.stop_seconds)
         return not self._thread.is_alive()
 
     @ray.method(max_task_retries=0)  # A process that is restarted has no waiting calls
@@ -234,7 +204,7 @@ class Trainer:
     def _work(self) -> None:
         import torch
 
-        torch.set_num_threads(self.plan.threads)  # Set in this thread, because OpenMP keeps one number per thread
+        torch.set_num_threads(self.task.threads)  # Set in this thread, because OpenMP keeps one number per thread
         try:
             self.loop.run(until_idle=False)
         except BaseException as error:
@@ -254,7 +224,7 @@ class Trainer:
 
     def _metadata(self) -> dict:
         """What SAELens records about a file's origin."""
-        config, spec = self.plan.config, self.plan.training
+        config, spec = self.task.config, self.task.training
         return {
             "model_name": config.model.name,
             "dataset_path": config.text.source,

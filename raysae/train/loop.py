@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -33,13 +32,12 @@ from raysae.train.bank import Bank, Member
 from raysae.train.checkpoint import Checkpoint, CheckpointStore, check_fingerprint, fingerprint
 from raysae.train.evaluation import Variance, reconstruction_metrics
 from raysae.train.outcome import Outcome, Outcomes
+from raysae.train.progress import Cadence, Progress
 from raysae.train.schedule import report_steps
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_SHARE = 0.02  # Checkpoints take at most this share of the time
 BLOCKED_SECONDS = 0.5  # An SAE counts as waiting once its reader has waited this long
-ENDED = ("done", "stopped", "failed")
 
 
 class Reader(Protocol):
@@ -77,48 +75,6 @@ class Source(Protocol):
 
     def leave(self) -> None:
         """Tell the stream that this loop reads nothing for now, so that nobody waits for it."""
-
-
-@dataclass
-class Progress:
-    """One SAE as others see it.
-
-    `reports` is complete from the first report on, also after a restart. `member` exists while the SAE is in training.
-    """
-
-    config: SAEConfig
-    member: Member | None = None
-    state: str = "waiting"  # One of waiting, working, evaluating, done, stopped, failed
-    tokens: int = 0
-    message: str | None = None  # Why the SAE ends or ended early
-    reports: list[dict] = field(default_factory=list)
-    mean: list[float] | None = None  # Mean of the rows trained on, (d,), once the SAE has ended
-    saved_row: int | None = None  # Next row in the newest checkpoint
-    numerics: Seen = field(default_factory=dict)  # Numerics of the rows trained on
-    leave_at: int | None = None  # The SAE ends early once it has seen this many tokens, if set
-
-    @property
-    def ended(self) -> bool:
-        return self.state in ENDED
-
-
-class Cadence:
-    """Says when checkpoints are due: every `seconds`.
-
-    They come less often where they would take more than `CHECKPOINT_SHARE` of the time.
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
-        self.seconds, self.clock = seconds, clock
-        self.cost = 0.0
-        self.last = clock()
-
-    def due(self) -> bool:
-        return self.clock() - self.last >= max(self.seconds, self.cost / CHECKPOINT_SHARE)
-
-    def written(self, began: float) -> None:
-        self.last = self.clock()
-        self.cost = self.last - began
 
 
 class Loop:

@@ -19,11 +19,11 @@ INITIAL_ROWS = 16_384  # An SAE is initialised from at most this many rows
 class StreamSource:
     """A loop's rows, taken from the queue. A `transform` is applied to them, if given. Implements `loop.Source`."""
 
-    def __init__(self, plan: Training, client: StreamClient, device: torch.device, transform: ErrorOf | None = None):
-        self.plan, self.client, self.device, self.transform = plan, client, device, transform
+    def __init__(self, task: Training, client: StreamClient, device: torch.device, transform: ErrorOf | None = None):
+        self.task, self.client, self.device, self.transform = task, client, device, transform
 
     def open(self, row: int) -> BatchReader | Transformed:
-        train = self.plan.config.train
+        train = self.task.config.train
         reader = self.client.open(row, train.batch, end=train.steps * train.batch, device=self.device)
         return Transformed(reader, self.transform) if self.transform else reader
 
@@ -45,20 +45,20 @@ class StreamSource:
         self.client.leave()
 
     def _first_rows(self) -> torch.Tensor:
-        wanted = min(INITIAL_ROWS, self.plan.training.rows_per_shard)
+        wanted = min(INITIAL_ROWS, self.task.training.rows_per_shard)
         blocks, rows, shard = [], 0, 0
         while rows < wanted:
             block = self.client.block(shard, len(blocks))
             if block is None:  # The shard is skipped, so the first rows are those of the next shard
                 blocks, rows, shard = [], 0, shard + 1
                 continue
-            blocks.append(as_tensor(block, self.plan.training.dtype))
+            blocks.append(as_tensor(block, self.task.training.dtype))
             rows += len(blocks[-1])
         return torch.cat(blocks)[:wanted].float()
 
     def _evaluation(self, rows: int) -> Iterator[torch.Tensor]:
-        spec = self.plan.evaluation
-        blocks = blocks_per_shard(spec, self.plan.width, self.plan.config.stream.block_mib)
+        spec = self.task.evaluation
+        blocks = blocks_per_shard(spec, self.task.width, self.task.config.stream.block_mib)
         for shard in range(spec.shards):
             for number in range(blocks):
                 if rows <= 0:

@@ -21,6 +21,7 @@ from raysae.stream.client import StreamClient
 from raysae.stream.producer import Production
 from raysae.stream.queue import start_stream
 from raysae.stream.spec import ActivationSpec
+from raysae.stream.task import Streaming
 
 pytestmark = pytest.mark.fault
 MIB = 2**20
@@ -81,13 +82,15 @@ def spilled_mib() -> int:
 
 def test_blocks_beyond_the_stores_room_are_spilled_and_not_lost(small_store: None) -> None:
     queue = start_stream(
-        model=ModelConfig(),
-        stream=StreamConfig(block_mib=BLOCK_MIB, mib_in_flight=IN_FLIGHT * SHARD_MIB),
-        resources=ResourcesConfig(producer_cpus=0.5),
-        training=SPEC,
-        evaluation=SPEC,
-        contexts={"train": None, "evaluation": None},
-        widths={HOOK: WIDTH},
+        Streaming(
+            model=ModelConfig(),
+            stream=StreamConfig(block_mib=BLOCK_MIB, mib_in_flight=IN_FLIGHT * SHARD_MIB),
+            resources=ResourcesConfig(producer_cpus=0.5),
+            training=SPEC,
+            evaluation=SPEC,
+            contexts={"train": None, "evaluation": None},
+            widths={HOOK: WIDTH},
+        ),
         producer_class=Producer,
     )
     clients = [StreamClient(queue, name, HOOK, SPEC, WIDTH, BLOCK_MIB) for name in ("one", "two")]

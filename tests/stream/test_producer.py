@@ -21,6 +21,7 @@ from raysae.stream.queue import start_stream
 from raysae.stream.shard import ShardMaker
 from raysae.stream.spec import ActivationSpec
 from raysae.stream.state import StreamError
+from raysae.stream.task import Streaming
 from raysae.text.contexts import Contexts
 
 HOOKS = {"resid_post.2": 64, "mlp_out.3": 64}
@@ -52,7 +53,7 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
     stream = StreamConfig(block_mib=BLOCK_MIB, cache_dir=str(tmp_path / "cache"))
     other = spec.model_copy(update={"model": "of other weights"})
     refused = start_stream(
-        stream=stream, training=other, evaluation=other, faults=FaultsConfig(start_attempts=1), **common
+        Streaming(stream=stream, training=other, evaluation=other, faults=FaultsConfig(start_attempts=1), **common)
     )
     with pytest.raises(
         StreamError, match=r"files on this machine differ from the driver's .* copy the driver's files to this machine"
@@ -60,7 +61,7 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
         StreamClient(refused, "a", "resid_post.2", other, 64, BLOCK_MIB).open(0, 1).next()
     ray.kill(refused)
 
-    queue = start_stream(stream=stream, training=spec, evaluation=spec, **common)
+    queue = start_stream(Streaming(stream=stream, training=spec, evaluation=spec, **common))
     torch.set_num_threads(1)
     lm = LanguageModel.load(model)
     maker = ShardMaker(lm, contexts, spec, list(HOOKS), BLOCK_MIB)

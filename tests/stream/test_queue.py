@@ -22,6 +22,7 @@ from raysae.stream.blocks import cut, shards_in_flight
 from raysae.stream.client import StreamClient
 from raysae.stream.queue import patiently, start_stream
 from raysae.stream.state import NotJoinedError, StreamError
+from raysae.stream.task import Streaming
 from tests.stream.fake_producer import BLOCK_MIB, CONTEXTS, ROWS, SHARD_MIB, SPEC, WIDTHS, FakeProducer, rows_of
 
 TIMEOUT = 60
@@ -54,16 +55,18 @@ def stream():
         **config,
     ):
         queue = start_stream(
-            model=ModelConfig(name=model),
-            stream=StreamConfig(block_mib=BLOCK_MIB, mib_in_flight=shards_of_room * SHARD_MIB, **config),
-            resources=resources,
-            training=SPEC,
-            evaluation=SPEC,
-            contexts={"train": None, "evaluation": None},
-            widths=WIDTHS,
-            held_out=held_out,
-            faults=faults,
-            skipped=skipped,
+            Streaming(
+                model=ModelConfig(name=model),
+                stream=StreamConfig(block_mib=BLOCK_MIB, mib_in_flight=shards_of_room * SHARD_MIB, **config),
+                resources=resources,
+                training=SPEC,
+                evaluation=SPEC,
+                contexts={"train": None, "evaluation": None},
+                widths=WIDTHS,
+                held_out=held_out,
+                faults=faults or FaultsConfig(),
+                skipped=skipped,
+            ),
             producer_class=FakeProducer,
             name=f"queue-{time.time_ns()}",
         )

@@ -83,10 +83,10 @@ def array_queue(**arguments):
 
 def trainer_on(folder, queue, saes=(A, B), **changes):
     arguments = {
-        "queue": ray.get(queue.name.remote()), "consumer": "bank", "folder": folder, "hook_point": "resid_post.0",
+        "queue": ray.get(queue.name.remote()), "consumer": "bank", "folder": str(folder), "hook_point": "resid_post.0",
         "width": D, "saes": saes, "training": SPEC, "evaluation": SPEC, "config": CONFIG, "threads": 1,
     }  # fmt: skip
-    return start_trainer(**arguments | changes)
+    return start_trainer(Training(**arguments | changes))
 
 
 def wait_for(predicate, seconds=60):

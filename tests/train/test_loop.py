@@ -13,7 +13,8 @@ from raysae.config import UserError
 from raysae.sae.files import load_sae
 from raysae.train.checkpoint import CheckpointStore
 from raysae.train.evaluation import reconstruction_metrics
-from raysae.train.loop import Cadence, Loop
+from raysae.train.loop import Loop
+from raysae.train.progress import Cadence
 from tests.train.synthetic import EVALUATION, SPEC, TRAIN, ArraySource, D, config
 
 A, B = config(seed=0), config("relu", width=40, seed=1)
