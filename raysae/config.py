@@ -388,6 +388,14 @@ class TrainConfig(Strict):
         description="Shares of the width that matryoshka's groups of latents have, from the first to the last. They "
         "add up to 1. A larger first group makes the smallest nested SAE larger.",
     )
+    p_end: float = newer_knob(
+        1.0,
+        before=1.0,
+        gt=0,
+        le=1,
+        description="Last exponent p of the penalty Σ cᵖ of relu and tied, which falls from 1 in training "
+        "(p-annealing, usually to 0.2). Smaller punishes weak codes more and strong ones less. 1 keeps L1.",
+    )
     threads: int | None = Field(
         None,
         gt=0,

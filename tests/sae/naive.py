@@ -101,17 +101,25 @@ def matryoshka(
     return squared_errors + aux_coefficient * aux_k(errors[-1], pre, W_dec, dead, k_aux)
 
 
-def relu(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, sparsity: float) -> Tensor:
+def relu(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, sparsity: float, p: float = 1.0
+) -> Tensor:
     """ReLU with an L1 penalty on the codes.
 
     Decoder rows have norm 1. Otherwise large rows with small codes would evade the penalty.
+    With p below 1 (p-annealing, Karvonen et al. 2024, arXiv 2408.00113) weak codes cost more and strong ones less.
     """
     codes = ((x - b_dec) @ W_enc.T + b_enc).relu()  # (b, n)
     error = x - (codes @ W_dec + b_dec)  # (b, d)
-    return mean_square(error) + sparsity * codes.sum(1).mean()
+    return mean_square(error) + sparsity * lp(codes, p).mean()
 
 
-def tied(x: Tensor, W_dec: Tensor, b_enc: Tensor, sparsity: float) -> Tensor:
+def lp(codes: Tensor, p: float, epsilon: float = 1e-3) -> Tensor:
+    """Σ (c + ε)^p − ε^p of each row, (b,). With p = 1 this is the L1 norm. ε keeps the slope at 0 finite."""
+    return ((codes + epsilon) ** p - epsilon**p).sum(1)
+
+
+def tied(x: Tensor, W_dec: Tensor, b_enc: Tensor, sparsity: float, p: float = 1.0) -> Tensor:
     """The tied autoencoder (Cunningham et al. 2023, arXiv 2309.08600): ReLU and L1 with one matrix and no decoder bias.
 
     Encoder and decoder both use the rows of W_dec scaled to norm 1. The squared error is a mean over d as well as b.
@@ -119,7 +127,7 @@ def tied(x: Tensor, W_dec: Tensor, b_enc: Tensor, sparsity: float) -> Tensor:
     features = W_dec / W_dec.norm(dim=1, keepdim=True)  # (n, d)
     codes = (x @ features.T + b_enc).relu()  # (b, n)
     error = x - codes @ features  # (b, d)
-    return error.square().mean() + sparsity * codes.sum(1).mean()
+    return error.square().mean() + sparsity * lp(codes, p).mean()
 
 
 def jumprelu(
@@ -214,6 +222,12 @@ def straight_through(value: Tensor, parameter: Tensor, derivative: Tensor) -> Te
     return value + derivative.detach() * (parameter - parameter.detach())
 
 
+def penalty(sae, factor: float) -> dict[str, float]:
+    """Coefficient and exponent of relu's and tied's penalty, at the stage of annealing that `sae` is at."""
+    p, rescale = (float(sae.p), float(sae.rescale)) if sae.annealed else (1.0, 1.0)
+    return {"sparsity": sae.config.sparsity * factor * rescale, "p": p}
+
+
 def loss(sae, p: dict[str, Tensor], x: Tensor, factor: float, dead: Tensor | None) -> Tensor:
     """The loss of `sae`'s architecture on `x`, with parameters `p` by name instead of its own.
 
@@ -235,9 +249,9 @@ def loss(sae, p: dict[str, Tensor], x: Tensor, factor: float, dead: Tensor | Non
             aux = {"dead": dead, "k_aux": sae.k_aux, "aux_coefficient": train.aux_coefficient}
             return matryoshka(x, **p, k=config.k, prefixes=prefixes, **aux)
         case "relu":
-            return relu(x, **p, sparsity=config.sparsity * factor)
+            return relu(x, **p, **penalty(sae, factor))
         case "tied":
-            return tied(x, **p, sparsity=config.sparsity * factor)
+            return tied(x, **p, **penalty(sae, factor))
         case "jumprelu":
             return jumprelu(x, **p, bandwidth=train.bandwidth, sparsity=config.sparsity * factor)
         case "gated":
