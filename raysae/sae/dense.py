@@ -89,7 +89,7 @@ class DenseSAE(SAE):
             self._add_grads(rows, elements, codes, grad_x_hat, grad_pre)
             grad_x_hat_sum = grad_x_hat_sum + grad_x_hat.sum(0)
             on = codes > 0
-            active += on.sum(dtype=x.dtype) / b
+            active += on.count_nonzero() / b
             fired |= elements.any(on)
             del elements, pre, codes, grad_pre, on  # A list of elements takes memory: not two at a time
         self._finish_grads(grad_x_hat_sum)

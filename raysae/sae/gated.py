@@ -42,23 +42,27 @@ class Gated(DenseSAE):
 
     def _activate(self, pre: Tensor, elements: All | Few) -> Tensor:
         factor = self.r_mag.exp()
-        magnitude = pre * elements.spread(factor) + elements.spread(self.b_mag - factor * self.b_gate)
-        return magnitude.relu_() * (pre > 0)
+        shift = self.b_mag - factor * self.b_gate
+        magnitude = torch.addcmul(elements.spread(shift), pre, elements.spread(factor))
+        return torch.ops.aten.threshold_backward(magnitude.relu_(), pre, 0)  # Zero where pre ≤ 0, in one pass
 
     def _backward(
         self, rows: Rows, elements: All | Few, pre: Tensor, codes: Tensor, grad_codes: Tensor
     ) -> dict[str, Tensor]:
         factor = self.r_mag.exp()
-        grad_magnitude = grad_codes * (codes > 0)  # A copy, since the gate's gradient may overwrite `grad_codes`
-        u = pre - elements.spread(self.b_gate)
-        self.b_mag.grad.add_(elements.sum(grad_magnitude))
-        self.r_mag.grad.addcmul_(factor, elements.sum(u.mul_(grad_magnitude)))
+        # A copy, since the gate's gradient may overwrite `grad_codes`.
+        copied = self._workspace.take("grad_magnitude", codes.shape, codes)
+        grad_magnitude = _where_positive(grad_codes, codes, copied)
+        grad_b_mag = elements.sum(grad_magnitude)
+        self.b_mag.grad.add_(grad_b_mag)
+        # exp(r_mag) · u is π_mag − b_mag, and π_mag is the code wherever there is a gradient.
+        self.r_mag.grad.add_(elements.sum(grad_magnitude * codes)).addcmul_(self.b_mag, grad_b_mag, value=-1)
 
         gate = pre.relu_()
         error = rows.target - elements.decode(gate, rows.decoder)
         missed = sum_of_squares(error)
         grad_gate = elements.gradient(error.mul_(-2 / rows.batch), rows.decoder)
-        grad_gate.add_(rows.coefficient).mul_(gate > 0)
+        _where_positive(grad_gate.add_(rows.coefficient), gate, grad_gate)
         self.b_gate.grad.add_(elements.sum(grad_gate))
 
         torch.addcmul(grad_gate, elements.spread(factor), grad_magnitude, out=grad_codes)
@@ -83,3 +87,8 @@ class Gated(DenseSAE):
         shift = self.W_enc @ self.b_dec
         self.b_gate.add_(shift)
         self.b_mag.addcmul_(self.r_mag.exp(), shift)
+
+
+def _where_positive(gradient: Tensor, quantity: Tensor, out: Tensor) -> Tensor:
+    """Writes `gradient` where `quantity` is positive, else 0, in one pass over memory."""
+    return torch.ops.aten.threshold_backward.grad_input(gradient, quantity, 0, grad_input=out)
