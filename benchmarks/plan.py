@@ -99,7 +99,7 @@ def language_model(name: str, layer: int | None, context: int) -> tuple[Lm, int]
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from raysae.lm.facts import ARCHITECTURES, EMBEDDED
+    from raysae.lm.facts import EMBEDDED, MODULES_OF
 
     path = EMBEDDED if name == "embedded" else Path(name)
     try:
@@ -108,8 +108,8 @@ def language_model(name: str, layer: int | None, context: int) -> tuple[Lm, int]
             if path.is_file()
             else AutoConfig.from_pretrained(path if path.exists() else name)
         )
-        if config.model_type not in ARCHITECTURES:
-            raise ValueError(f"its type is {config.model_type}, reckoned with are {', '.join(ARCHITECTURES)}")
+        if config.model_type not in MODULES_OF:
+            raise ValueError(f"its type is {config.model_type}, reckoned with are {', '.join(MODULES_OF)}")
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(config)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
@@ -122,7 +122,7 @@ def language_model(name: str, layer: int | None, context: int) -> tuple[Lm, int]
     layer = layers // 2 - 1 if layer is None else layer
     if not 0 <= layer < layers:
         raise SystemExit(f"error: layer is {layer}: {name} has the layers 0 to {layers - 1}")
-    blocks = whole.get_submodule(ARCHITECTURES[config.model_type].blocks)
+    blocks = whole.get_submodule(MODULES_OF[config.model_type].blocks)
     weights = sum(p.numel() for block in blocks[: layer + 1] for p in block.parameters())
     of_heads = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return Lm(2 * weights + 2 * context * of_heads * (layer + 1), config.hidden_size), layer

@@ -53,7 +53,7 @@ class Modules:
 
 
 _LLAMA = Modules("model.layers", attn="self_attn", attn_proj="self_attn.o_proj", mlp="mlp", mlp_proj="mlp.down_proj")
-ARCHITECTURES: dict[str, Modules] = {
+MODULES_OF: dict[str, Modules] = {
     "gpt2": Modules("transformer.h", attn="attn", attn_proj="attn.c_proj", mlp="mlp", mlp_proj="mlp.c_proj"),
     "gpt_neox": Modules(
         "gpt_neox.layers", attn="attention", attn_proj="attention.dense", mlp="mlp", mlp_proj="mlp.dense_4h_to_h"
@@ -237,13 +237,13 @@ def _modules(config: ModelConfig, architecture: str) -> Modules:
     unknown = [name for name in config.modules if name not in names]
     if unknown:
         raise UserError(f"model.modules names {unknown[0]!r}, which is none of {', '.join(names)}")
-    known = ARCHITECTURES.get(architecture)
+    known = MODULES_OF.get(architecture)
     if known is not None:
         return replace(known, **config.modules)
     if "blocks" not in config.modules:
         raise UserError(
             f"model.name is {config.name!r} of architecture {architecture!r}, but raysae only knows "
-            f"{', '.join(sorted(ARCHITECTURES))}. Name the module paths with model.modules, e.g. {{'blocks': "
+            f"{', '.join(sorted(MODULES_OF))}. Name the module paths with model.modules, e.g. {{'blocks': "
             "'model.layers', 'attn': 'self_attn', 'attn_proj': 'self_attn.o_proj', 'mlp': 'mlp', 'mlp_proj': "
             "'mlp.down_proj'}, and 'attn_norm' and 'mlp_norm' if the model has post-norms"
         )

@@ -147,7 +147,7 @@ def moved(sae):
 
 
 def product(a, b, precision, out=None):
-    """Stands in for `kernels.product` on a CPU. There torch cannot multiply bfloat16 into float32."""
+    """Stands in for `products.product` on a CPU. There torch cannot multiply bfloat16 into float32."""
     found = a @ b if precision is None else a.to(precision).float() @ b.to(precision).float()
     return found if out is None else out.copy_(found)
 
