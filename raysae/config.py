@@ -285,8 +285,8 @@ def _names(level: str) -> str:
     return ", ".join(name for name, facts in ARCHITECTURES.items() if facts.level == level)
 
 
-def _ranges() -> str:
-    ranges = {name: facts.levels for name, facts in ARCHITECTURES.items() if facts.level == "sparsity"}
+def _ranges(level: str) -> str:
+    ranges = {name: facts.levels for name, facts in ARCHITECTURES.items() if facts.level == level}
     return ", ".join(f"{name} {' '.join(f'{level:g}' for level in levels)}" for name, levels in ranges.items())
 
 
@@ -420,6 +420,15 @@ class TrainConfig(Strict):
         if abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"the shares add up to {sum(shares):g}: they must add up to 1")
         return shares
+
+    @model_validator(mode="after")
+    def _room_to_anneal(self) -> TrainConfig:
+        if self.p_end < 1 and self.sparsity_warmup + self.decay >= 1:
+            raise ValueError(
+                f"p_end is {self.p_end:g}, but sparsity_warmup {self.sparsity_warmup:g} and decay {self.decay:g} leave "
+                "no steps for p to fall: they must add up to less than 1"
+            )
+        return self
 
     @property
     def steps(self) -> int:
@@ -599,14 +608,14 @@ class SweepConfig(Strict):
         description="Latents per SAE. Wider SAEs reconstruct more and take more time and memory.",
     )
     k: list[Annotated[int, Field(gt=0)]] = Field(
-        list(ARCHITECTURES["topk"].levels),
-        description=f"Active latents per token, or their mean ({_names('k')}). More reconstruct more and "
-        "are less sparse.",
+        default_factory=list,
+        description=f"Active latents per token, or their mean ({_names('k')}). More reconstruct more and are less "
+        f"sparse. Empty: each architecture has its own: {_ranges('k')}.",
     )
     sparsities: list[Annotated[float, Field(ge=0)]] = Field(
         default_factory=list,
         description=f"Coefficients of the sparsity penalty ({_names('sparsity')}). Larger ones give fewer active "
-        f"latents. Empty: each architecture has its own: {_ranges()}.",
+        f"latents. Empty: each architecture has its own: {_ranges('sparsity')}.",
     )
     learning_rates: list[Annotated[float, Field(gt=0)]] = Field(
         [1e-3], min_length=1, description="Peak learning rates of Adam. Larger trains faster and less stably."
@@ -667,20 +676,17 @@ class SweepConfig(Strict):
             values = getattr(self, field)
             if twice := [value for value in values if values.count(value) > 1]:
                 raise ValueError(f"{field} has {twice[0]} twice: every SAE is trained once")
-        by_k = [name for name in self.architectures if ARCHITECTURES[name].level == "k"]
-        if by_k and not self.k:
-            raise ValueError(f"k is empty: {by_k[0]} needs at least one value")
+        by_k = [ARCHITECTURES[name] for name in self.architectures if ARCHITECTURES[name].level == "k"]
         if by_k:
-            wide = max(self.k)
+            wide = max(max(self.k or facts.levels) for facts in by_k)
             narrow = min(self.widths)
             if wide > narrow:
                 raise ValueError(f"k is {wide}, more than the width {narrow}: every k must be at most every width")
         return self
 
     def _levels(self, facts: ArchitectureFacts) -> list[dict[str, float]]:
-        if facts.level == "k":
-            return [{"k": k} for k in self.k]
-        return [{"sparsity": sparsity} for sparsity in self.sparsities or facts.levels]
+        given = self.k if facts.level == "k" else self.sparsities
+        return [{facts.level: value} for value in given or facts.levels]
 
     def saes(self) -> list[SAEConfig]:
         """The sweep's SAEs, in a fixed order. `hook_points` must be resolved.

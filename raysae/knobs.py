@@ -234,6 +234,12 @@ def earlier(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def completed(model: type[BaseModel], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested `settings` of an older study, with every knob of `model` that is newer than it."""
+    """Nested `settings` of an older study, with every knob of `model` that is newer than it.
+
+    Raises:
+        ValueError: `settings` is no mapping.
+    """
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{shown(settings)} is no set of knobs")
     knobs = dict(fields(model))
     return nested({**earlier(model), **dict(flattened(settings, knobs))})

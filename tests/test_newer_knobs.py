@@ -70,3 +70,11 @@ def test_a_checkpoint_without_the_knob_goes_on_where_it_has_the_earlier_value(mo
         check_fingerprint("it", {"train.batch": 8}, {"train.batch": 8, "train.anneal": 0.2}, set())
     with pytest.raises(UserError, match=r"train.batch \(was None, is 8\)"):
         check_fingerprint("it", {}, {"train.batch": 8, "train.anneal": 1.0}, set())
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "text", "train: null"])
+def test_a_config_that_holds_no_knobs_is_damaged(content, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config.yaml is damaged, or of another version of raysae"):
+        saved_config(str(tmp_path), "s")

@@ -28,6 +28,7 @@ class Workspace(threading.local):
 
     def __init__(self):
         self._buffers: dict[str, Tensor] = {}
+        self._parts: dict[int, Workspace] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A buffer of this shape with the dtype and device of `like`.
@@ -39,6 +40,10 @@ class Workspace(threading.local):
         if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
             buffer = self._buffers[name] = like.new_empty(size)
         return buffer[:size].view(shape)
+
+    def part(self, number: int) -> Workspace:
+        """A workspace within this one, for codes that are in use at the same time as others."""
+        return self._parts.setdefault(number, Workspace())
 
     def __reduce__(self):
         return Workspace, ()

@@ -175,7 +175,7 @@ class SparseCodes:
     """A (b, n) code matrix as its nonzeros, between a dictionary's forward and backward pass.
 
     It works on active latents only. With `latents` (n,) the codes are of some latents of a larger dictionary: column f
-    belongs to row latents[f] of the weights. `naive.loss` in `tests/sae/naive.py` is the plain version, with a dense
+    belongs to row latents[f] of the weights. `naive.topk` in `tests/sae/naive.py` is the plain version, with a dense
     code matrix and autograd.
     """
 

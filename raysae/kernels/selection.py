@@ -196,8 +196,8 @@ def keep_largest(found, latents, count, k):
 class BatchTop:
     """The `count` largest positive elements of a (b, n) matrix that comes in chunks of rows.
 
-    The plain twin is `matrix.flatten().topk(count)`, as in `naive.loss` of `tests/sae/naive.py`. This one never holds
-    the whole matrix.
+    The plain twin is `matrix.flatten().topk(count)`, as in `naive.batch_top` of `tests/sae/naive.py`. This one never
+    holds the whole matrix.
     """
 
     def __init__(self, count: int, n: int, like: Tensor):

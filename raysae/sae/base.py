@@ -70,6 +70,7 @@ class SAE(nn.Module):
 
     precision: torch.dtype | None = None
     SAVED: tuple[str, ...] = ("W_enc", "W_dec", "b_enc", "b_dec")  # SAELens's names of the tensors in a file
+    KNOBS: tuple[str, ...] = ()  # Knobs of training that a loaded SAE needs
     FACTOR_WITHOUT_DIRECTION = 1.0  # For codes of a latent with a decoder row of zeros, see `unit_decoder_rows_`
 
     def __init__(self, config: SAEConfig, d: int, train: TrainConfig):

@@ -1,11 +1,11 @@
 """Saved autoencoders: a folder in SAELens's format, with raysae's own description beside it.
 
     cfg.json                  what SAELens reads: architecture, sizes, where the activations come from
-    sae_weights.safetensors   W_enc (d, n), W_dec (n, d), b_enc (n,), b_dec (d,), for jumprelu threshold (n,)
-    raysae.json               the SAEConfig, d, and the SHA-256 of the other two files
+    sae_weights.safetensors   the tensors in the class's `SAVED`: W_enc (d, n), W_dec (n, d), b_dec (d,), others (n,)
+    raysae.json               the SAEConfig, d, knobs of training that it needs, the SHA-256 of the other two files
 
-Saved SAEs are folded: they take raw activations. SAELens knows topk as topk, relu and tied as standard, batchtopk and
-jumprelu as jumprelu. A folder appears whole or not at all. Loading refuses files that do not match their checksum.
+Saved SAEs are folded: they take raw activations. `config.ARCHITECTURES` names the SAELens architecture of a file. A
+folder appears whole or not at all. Loading refuses files that do not match their checksum.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def save_sae(sae: SAE, folder: str | Path, metadata: dict | None = None) -> None
         own = {
             "config": sae.config.model_dump(),
             "d": sae.d_in,
+            **({"train": {knob: getattr(sae.train_config, knob) for knob in sae.KNOBS}} if sae.KNOBS else {}),
             "sha256": {name: _sha256(fresh / name) for name in (WEIGHTS, CONFIG)},
         }
         (fresh / OWN).write_text(json.dumps(own, indent=2) + "\n")
@@ -98,6 +99,7 @@ def load_sae(folder: str | Path) -> SAE:
     try:
         own = json.loads((folder / OWN).read_text())
         config, d, checksums = SAEConfig(**completed(SAEConfig, own["config"])), own["d"], own["sha256"]
+        train = TrainConfig(**own.get("train", {}))
     except FileNotFoundError:
         raise UserError(f"{folder} is not a saved SAE: it has no {OWN}") from None
     except (ValueError, KeyError, TypeError):
@@ -111,7 +113,7 @@ def load_sae(folder: str | Path) -> SAE:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from None
-    sae = build(config, d, TrainConfig()).requires_grad_(False)
+    sae = build(config, d, train).requires_grad_(False)
     sae.restore(_in_saelens_layout(tensors))
     return sae
 

@@ -187,8 +187,8 @@ class _Source:
 class _Parts:
     """An autoencoder as its owner wrote it. Weights are latent-major."""
 
-    architecture: str  # Our name: relu, topk or jumprelu
-    # W_enc (n, d), W_dec (n, d), b_enc (n,), b_dec (d,), and threshold (n,) for jumprelu. None where missing.
+    architecture: str  # Our name, one that is `native` in config.ARCHITECTURES
+    # The tensors in the class's `SAVED`: W_enc (n, d), W_dec (n, d), b_dec (d,), others (n,). None where missing.
     tensors: Mapping[str, Tensor | None]
     names: Mapping[str, str]  # The owner's names of these tensors, for messages
     subtracts_b_dec: bool  # True if the encoder takes x − b_dec, False if it takes x

@@ -19,7 +19,6 @@ import itertools
 from torch import Tensor
 
 from raysae.config import SAEConfig, TrainConfig
-from raysae.kernels.buffers import Workspace
 from raysae.kernels.codes import Nonzeros, starts_of
 from raysae.kernels.products import code_matrix
 from raysae.kernels.rows import sum_of_squares
@@ -28,16 +27,18 @@ from raysae.sae.topk import Fit
 
 
 class Matryoshka(BatchTopK):
-    """BatchTopK whose prefixes of the dictionary reconstruct too."""
+    """BatchTopK whose prefixes of the dictionary reconstruct too. `groups` are the latents of each group."""
+
+    KNOBS = ("group_shares",)
 
     def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
         super().__init__(config, d, train)
         self.groups = groups_of(self.n, train.group_shares)
-        self._buffers_of_groups = [Workspace() for _ in self.groups]  # All groups' codes are in use at once
 
     def _fit(self, codes: Nonzeros, x: Tensor, target: Tensor) -> Fit:
         matrices, errors = [], [target]
-        for group, workspace in zip(self.groups, self._buffers_of_groups, strict=True):
+        for number, group in enumerate(self.groups):
+            workspace = self._workspace.part(number)  # The codes of all groups are in use at once
             matrix = code_matrix(_within(codes, group), len(group), workspace, precision=self.precision)
             errors.append(matrix.residual(errors[-1], self.W_dec[group.start : group.stop]))
             matrices.append(matrix)

@@ -3,13 +3,16 @@
 Loss = mean over rows of ‖x − x̂‖² + sparsity · mean over rows of ‖c‖₁, in normalised units (mean of ‖x‖² is d).
 `naive.relu` in `tests/sae/naive.py` is the readable version.
 
-With `train.p_end` below 1 the penalty is Σ (c + ε)^p − ε^p instead of ‖c‖₁ (p-annealing, Karvonen et al. 2024,
-arXiv 2408.00113). p falls from 1 to p_end in `LEVELS` equal steps, between the end of the coefficient's warm-up and the
-start of the learning rate's decay. At each step the coefficient is rescaled, so that the penalty of the codes at hand
-stays what it was. ε keeps the slope at 0 finite. p and the rescaling are buffers, so a checkpoint has them.
+With `train.p_end` below 1 the penalty is Σ (c + ε)^p − ε^p instead of ‖c‖₁ (p-annealing, Karvonen et al. 2024, arXiv
+2408.00113). p falls from 1 to p_end in `LEVELS` equal steps, between the end of the coefficient's warm-up and the
+start of the learning rate's decay. Whenever p falls, the coefficient is rescaled so that the penalty of the batch
+before keeps its size. The paper averages over several batches. Where that batch was skipped, or had no active latent,
+p falls one step later. ε keeps the slope at 0 finite. p and the rescaling are buffers, so a checkpoint has them.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -30,10 +33,10 @@ class ReLU(DenseSAE):
         super().__init__(config, d, train)
         self.annealed = train.p_end < 1
         if self.annealed:
-            self.register_buffer("p", torch.ones((), dtype=torch.float64))
-            self.register_buffer("rescale", torch.ones((), dtype=torch.float64))  # Of the penalty's coefficient
-            # Sums of the last batch's penalty with this p and with the next one
-            self.register_buffer("penalties", torch.ones(2, dtype=torch.float64))
+            # p, the factor on the penalty's coefficient, and the next p
+            self.register_buffer("stage", torch.ones(3, dtype=torch.float64))
+            # The last batch's penalty with p, and with the next p where that is lower. 0: not measured
+            self.register_buffer("penalties", torch.zeros(2, dtype=torch.float64))
 
     def _matter(self, pre: Tensor) -> Tensor:
         return (pre <= 0).logical_not_()
@@ -52,27 +55,30 @@ class ReLU(DenseSAE):
         if not self.annealed:
             grad_codes.add_(rows.coefficient).mul_(codes > 0)
             return {"penalty": codes.sum()}
-        p = float(self.p)
-        slope = (codes + EPSILON).pow_(p - 1).mul_(p * float(self.rescale) * rows.coefficient)
+        p, factor, following = self._stage
+        slope = (codes + EPSILON).pow_(p - 1).mul_(p * factor * rows.coefficient)
         grad_codes.add_(slope).mul_(codes > 0)
-        now, then = (_penalty(codes, level) for level in (p, self._below(p)))
-        self.penalties += torch.stack([now, then])
-        return {"penalty": now.to(codes.dtype) * float(self.rescale)}
+        penalty = _penalty(codes, p)
+        if following < p:
+            self.penalties += torch.stack([penalty, _penalty(codes, following)])
+        return {"penalty": penalty.to(codes.dtype) * factor}
 
     def _anneal(self, progress: float) -> None:
-        """Brings p up to `progress`, the share of steps done, and keeps the penalty's size."""
-        first, last = self.train_config.sparsity_warmup, 1 - self.train_config.decay
-        done = 1.0 if progress >= last else (progress - first) / (last - first)
-        level = max(0, min(LEVELS, int(done * LEVELS)))
-        wanted = 1 - (1 - self.train_config.p_end) * level / LEVELS
-        if wanted < float(self.p) - 1e-9:
-            self.rescale.mul_(self.penalties[0] / self.penalties[1])
-            self.p.fill_(self._below(float(self.p)))
+        """Brings p to where it is to be at `progress`, the share of steps done, as far as the last batch tells how."""
+        p, factor, following = self.stage.tolist()
+        if self._p_at(progress) <= following < p:
+            now, then = self.penalties.tolist()
+            if then > 0:
+                p, factor = following, factor * now / then
+        following = min(p, self._p_at(progress), self._p_at(progress + 1 / self.train_config.steps))
+        self._stage = p, factor, following
+        self.stage.copy_(torch.tensor(self._stage, dtype=torch.float64))
         self.penalties.zero_()
 
-    def _below(self, p: float) -> float:
-        """The value of p after `p`."""
-        return max(self.train_config.p_end, p - (1 - self.train_config.p_end) / LEVELS)
+    def _p_at(self, progress: float) -> float:
+        first, last = self.train_config.sparsity_warmup, 1 - self.train_config.decay
+        done = min(1.0, max(0.0, (progress - first) / (last - first)))
+        return 1 - (1 - self.train_config.p_end) * math.ceil(done * LEVELS - 1e-9) / LEVELS
 
 
 def _penalty(codes: Tensor, p: float) -> Tensor:

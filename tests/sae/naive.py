@@ -224,7 +224,7 @@ def straight_through(value: Tensor, parameter: Tensor, derivative: Tensor) -> Te
 
 def penalty(sae, factor: float) -> dict[str, float]:
     """Coefficient and exponent of relu's and tied's penalty, at the stage of annealing that `sae` is at."""
-    p, rescale = (float(sae.p), float(sae.rescale)) if sae.annealed else (1.0, 1.0)
+    p, rescale = sae.stage[:2].tolist() if sae.annealed else (1.0, 1.0)
     return {"sparsity": sae.config.sparsity * factor * rescale, "p": p}
 
 

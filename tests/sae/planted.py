@@ -45,7 +45,7 @@ def train(
         sae.loss_and_grads(
             x,
             x,
-            StepInfo(sparsity_factor=min(1, 10 * step / steps), dead=idle >= dead_after),
+            StepInfo(sparsity_factor=min(1, 10 * step / steps), dead=idle >= dead_after, progress=step / steps),
         )
         sae.after_grads()
         optimizer.step()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from raysae.config import ARCHITECTURES, UserError
 from raysae.sae.architectures import CLASSES
 from raysae.sae.files import load_sae, save_sae
+from tests.sae.conftest import make
 from tests.sae.test_base import briefly_trained, dense
 
 
@@ -94,3 +95,20 @@ def test_torn_or_missing_files_are_refused_by_name(name, tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=name):
         load_sae(tmp_path / "sae")
+
+
+@pytest.mark.parametrize("config", [None, [1], "topk", 3])
+def test_a_description_without_a_config_is_damaged(config, tmp_path):
+    save_sae(briefly_trained("topk")[0], tmp_path / "sae")
+    own = json.loads((tmp_path / "sae" / "raysae.json").read_text())
+    (tmp_path / "sae" / "raysae.json").write_text(json.dumps(own | {"config": config}))
+    with pytest.raises(UserError, match="it is not the description of a saved SAE"):
+        load_sae(tmp_path / "sae")
+
+
+def test_a_loaded_matryoshka_sae_knows_its_groups(tmp_path):
+    sae = make("matryoshka", 8, 40, group_shares=[0.1, 0.9])
+    save_sae(sae, tmp_path / "sae")
+    assert load_sae(tmp_path / "sae").groups == [range(4), range(4, 40)]
+    save_sae(make("topk", 8, 40), tmp_path / "other")
+    assert "train" not in json.loads((tmp_path / "other" / "raysae.json").read_text())

@@ -70,7 +70,7 @@ def test_gradients_with_auxk(architecture, dead_latents, aux_nonzeros, dense_per
 def test_no_active_latent_at_all(architecture):
     sae = make(architecture, D, N).double()
     with torch.no_grad():
-        sae.b_enc.fill_(-100)
+        sae.bias.fill_(-100)
     x = torch.randn(B, D, dtype=torch.float64)
     terms = sae.loss_and_grads(x, x, StepInfo(dead=torch.ones(N, dtype=torch.bool)))
     sae.after_step()
@@ -80,11 +80,11 @@ def test_no_active_latent_at_all(architecture):
     assert not sae.W_enc.grad.any()
 
 
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "tied"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "tied", "gated"])
 def test_no_active_latent_at_all_in_a_dense_kind(architecture):
     sae = make(architecture, D, N).double()
     with torch.no_grad():
-        sae.b_enc.fill_(-100)
+        sae.bias.fill_(-100)
     x = torch.randn(B, D, dtype=torch.float64)
     terms = sae.loss_and_grads(x, x, StepInfo())
     torch.testing.assert_close(terms["squared_error"], x.square().sum(1).mean())
@@ -93,25 +93,25 @@ def test_no_active_latent_at_all_in_a_dense_kind(architecture):
     assert not any(parameter.grad.any() for name, parameter in sae.named_parameters() if name != "b_dec")
 
 
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "tied"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "tied", "gated"])
 def test_few_active_latents_are_a_list(architecture, monkeypatch):
     sae = make(architecture, D, N, bandwidth=0.8).double()
     made = []
     monkeypatch.setattr(elements, "Few", lambda where: made.append(where) or Few(where))
     with torch.no_grad():
-        sae.b_enc.fill_(-3)
+        sae.bias.fill_(-3)
     check(sae, dead=None)
     assert made
     assert 0 < made[0].sum() < made[0].numel() * elements.LISTED
 
 
-@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "tied"])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "tied", "gated"])
 @pytest.mark.parametrize("listed", [0, 1])
 def test_a_nan_is_not_lost(architecture, listed, monkeypatch):
     monkeypatch.setattr(elements, "LISTED", listed)
     sae = make(architecture, D, N)
     with torch.no_grad():
-        sae.b_enc.fill_(-100)
+        sae.bias.fill_(-100)
         sae.W_enc[3, 1] = torch.nan
     assert sae.loss_and_grads(rows := torch.randn(B, D), rows, StepInfo())["loss"].isnan()
 

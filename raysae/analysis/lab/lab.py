@@ -24,8 +24,8 @@ from typing import Any
 from raysae.analysis.lab.recording import Recorded, Recording
 from raysae.analysis.lab.subjects import Subject, content_of, find, subjects_of
 from raysae.analysis.lab.tasks import Task, ensure_ray, work
-from raysae.config import AnalysisConfig, ErrorsConfig, SAEConfig, SweepConfig, UserError, digest
-from raysae.knobs import from_flat
+from raysae.config import AnalysisConfig, ErrorsConfig, SAEConfig, SweepConfig, TrainConfig, UserError, digest
+from raysae.knobs import earlier, from_flat
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.processes import INTERRUPTED
 from raysae.sae.importers import load_any, require_width
@@ -243,7 +243,7 @@ class Lab:
         wanted = {sae.name: sae for sae in config.saes()}
         # The name depends on the probe's content. Every run writes the probe anew, under the same file name.
         of = [content_of(errors.sae), hashlib.sha256(Path(errors.probe).read_bytes()).hexdigest()] if errors else None
-        key = digest([self.stream, train.model_dump(), of, sorted(wanted)])[:8]
+        key = digest([self.stream, _told(train), of, sorted(wanted)])[:8]
         config = config.model_copy(update={"study": f"{self.study}-{purpose}-{key}"})
         folder = Path(config.output) / config.study / "saes"
         if not all((folder / name / "outcome.json").exists() for name in wanted):
@@ -276,3 +276,9 @@ class Lab:
     def train_tokens(self) -> int:
         """Tokens that SAEs train on which an analysis needs. Unset: as many as the sweep's."""
         return self.config.train_tokens or self.sweep.train.tokens
+
+
+def _told(train: TrainConfig) -> dict[str, Any]:
+    """The knobs, without newer ones at their earlier value. So SAEs that are older than a knob are found again."""
+    before = earlier(TrainConfig)
+    return {knob: value for knob, value in train.model_dump().items() if knob not in before or value != before[knob]}

@@ -15,7 +15,7 @@ import torch
 from raysae.analysis.dark_matter import error_regression
 from raysae.analysis.dark_matter.error_regression import _half_trained
 from raysae.analysis.dark_matter.probes import Shown, main_hook_point, regressions
-from raysae.analysis.lab.lab import Lab
+from raysae.analysis.lab.lab import Lab, _told
 from raysae.analysis.lab.results import Findings
 from raysae.analysis.lab.subjects import Subject
 from raysae.analysis.lab.tasks import Task
@@ -378,3 +378,11 @@ def test_activations_are_recorded_once_and_tasks_depend_on_the_saes(
     (second,) = regressions(again, HOOK, again.saes).values()
     assert first.row() == second.row()
     assert len(list((lab.folder / "tasks").glob("error_regression-*"))) == count == 1
+
+
+def test_newer_knobs_at_their_earlier_value_do_not_rename_saes_that_an_analysis_has_trained():
+    """SAEs that an older version trained are found under the digest of the knobs that it had."""
+    told = _told(TrainConfig(tokens=1000))
+    assert not set(told) & {"group_shares", "p_end"}
+    assert told == {knob: value for knob, value in TrainConfig(tokens=1000).model_dump().items() if knob in told}
+    assert _told(TrainConfig(p_end=0.2))["p_end"] == 0.2
