@@ -21,7 +21,7 @@ from raysae.analysis.dark_matter import (
 )
 from raysae.analysis.lab.lab import Lab
 from raysae.analysis.lab.results import Findings, carry_out
-from raysae.config import AnalysisConfig
+from raysae.config import AnalysisConfig, UserError
 
 ANALYSES: dict[str, Callable[[Lab], Findings]] = {
     "error_regression": error_regression.run,
@@ -40,6 +40,8 @@ def run(config: AnalysisConfig, given: Mapping[str, Any], analysis: str) -> int:
     lab = Lab(config, given)
     print(f"Study {lab.study}: {len(lab.saes)} SAEs at {', '.join(lab.hook_points)}", flush=True)
     findings = carry_out(lab, analysis, ANALYSES[analysis])
+    if not (findings.tables or findings.figures):
+        raise UserError(f"{analysis} has nothing to show of study {lab.study}: {'; '.join(findings.notes)}")
     for note in findings.notes:
         print(f"Note: {note}")
     for name, value in findings.numbers.items():

@@ -5,10 +5,11 @@ Ray is imported only after `--help` and mistakes in the arguments.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 from raysae.commands.parse import parse
-from raysae.config import FACTS, SweepConfig, UserError
+from raysae.config import ARCHITECTURES, FACTS, SweepConfig, UserError
 
 FLAGS = {
     "--resume": {
@@ -33,11 +34,29 @@ def sweep(description: str) -> Callable[[list[str]], int]:
         allow = _facts(flags.allow)
         if flags.resume:
             config = _resumed(config, flags.resume, set(flags.given))
+        else:
+            _check_used(config, flags)
         from raysae.sweep.run import run_sweep
 
         return run_sweep(config, resume=flags.resume, allow=allow)
 
     return job
+
+
+def _check_used(config: SweepConfig, flags: argparse.Namespace) -> None:
+    """UserError: something is given that this sweep cannot use."""
+    if flags.allow:
+        raise UserError(
+            f"--allow {flags.allow} goes with --resume STUDY: a new sweep has no checkpoints to differ from"
+        )
+    taken = {ARCHITECTURES[name].level for name in config.architectures}
+    for level, knob in (("k", "k"), ("sparsity", "sparsities")):
+        if knob in flags.given and level not in taken:
+            other = "sparsities" if level == "k" else "k"
+            raise UserError(
+                f"{knob} is given, but {', '.join(config.architectures)} does not take it: give --{other}, or name an "
+                "architecture that does"
+            )
 
 
 def _facts(allow: str) -> frozenset[str]:

@@ -100,7 +100,7 @@ def load_sae(folder: str | Path) -> SAE:
         own = json.loads((folder / OWN).read_text())
         config, d, checksums = SAEConfig(**completed(SAEConfig, own["config"])), own["d"], own["sha256"]
         train = TrainConfig(**own.get("train", {}))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is not a saved SAE: it has no {OWN}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{folder / OWN} is damaged: it is not the description of a saved SAE") from None

@@ -16,9 +16,10 @@ from typing import Any
 
 import fsspec
 import yaml
+from pydantic import ValidationError
 
 from raysae.config import SweepConfig, UserError
-from raysae.knobs import completed
+from raysae.knobs import completed, explain
 from raysae.storage import write_atomically
 from raysae.stream.skipped import FILE as SKIPPED
 from raysae.stream.skipped import Skipped
@@ -154,9 +155,8 @@ def saved_config(output: str, study: str, faults: Mapping[str, Any] = {}) -> Swe
             raise ValueError(f"{min(lacking)} is not in it")
         return config.model_copy(update={"faults": config.faults.model_copy(update=faults)})
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(
-            f"{path}/{study}/{CONFIG} is damaged, or of another version of raysae ({str(error).splitlines()[0]})"
-        ) from error
+        reason = explain(error) if isinstance(error, ValidationError) else str(error).splitlines()[0]
+        raise UserError(f"{path}/{study}/{CONFIG} is damaged, or of another version of raysae: {reason}") from error
 
 
 def _paths(settings: Mapping[str, Any], prefix: str = "") -> set[str]:

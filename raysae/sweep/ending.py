@@ -8,6 +8,7 @@ Everything here reads and reports. What an SAE is was settled by its trainer.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -34,6 +35,7 @@ from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
 from raysae.train.progress import ENDED
 
+WIDE = 140  # Columns of the summary where no terminal limits them
 ASK_SECONDS = 1.0  # Time between two questions to an actor that is starting
 FLUSH_SECONDS = 60.0  # Longest wait for MLflow at the end
 EVALUATED_BYTES = 2 << 30  # Bytes of the SAEs that a producer evaluates together, were all as large as the largest
@@ -191,7 +193,7 @@ def finish(
     counts = {"saes": len(results), "saes_failed": failed, "minutes": seconds / 60}
     study.metrics(None, _headlines(results, stream, needed) | counts, step=0)
     study.end(None, "FAILED" if failed == len(results) else "FINISHED")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(summary_table(results, f"Study {place.name}"))
     console.print(_told_of_the_stream(stream, needed, settled.shards, seconds), highlight=False)
     for sentence in (*_told_of_skipped(skipped), *unmeasured, *what_next(results, unmeasured, settled.config, place)):

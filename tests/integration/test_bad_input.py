@@ -73,3 +73,19 @@ def test_unknown_key_in_yaml(shared_data: Path, tmp_path: Path) -> None:
     assert "train.tokenz" in done.stderr
     assert "train.tokens" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--allow torch", "--allow torch goes with --resume STUDY: a new sweep has no checkpoints to differ from"),
+        ("--architectures gated --k 8", "k is given, but gated does not take it: give --sparsities, or name an"),
+        ("--sparsities 0.1", "sparsities is given, but topk does not take it: give --k, or name an"),
+        ("--train.p_end 0.2 --train.decay 0.9", "p_end is 0.2, but sparsity_warmup 0.1 and decay 0.9 leave no steps"),
+    ],
+)
+def test_what_a_sweep_cannot_use_is_refused(words, sentence):
+    refused = run(words.split())
+    assert refused.returncode == 2
+    assert sentence in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from raysae.analysis.dark_matter.measures.breakdown import Level, PowerLaw, breakdown, fit_power_law, nonlinear_level
-from raysae.analysis.dark_matter.probes import described, shown
+from raysae.analysis.dark_matter.probes import described, main_hook_point, shown
 from raysae.analysis.dark_matter.pursuit import PURSUIT_ROWS, pursuit_tasks
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.plots import (
@@ -48,6 +48,10 @@ BARS = {  # Column: label and colour, from bottom to top.
 
 def run(lab: Lab) -> Findings:
     """The fit of FVU against width, the level of the nonlinear FVU, and the error of each width taken apart."""
+    there = len({sae.width for sae in lab.of(main_hook_point(lab)).values()})
+    if there < FEWEST_WIDTHS:  # Known before any work
+        note = f"a fit against width needs {FEWEST_WIDTHS} widths, there are {there}"
+        return Findings("breakdown", lab.key(*lab.saes.values()), pd.DataFrame({"sae": list(lab.saes)}), notes=[note])
     chosen = shown(lab)
     key = lab.key(*chosen.saes.values(), rows=PURSUIT_ROWS)
     findings = Findings("breakdown", key, pd.DataFrame({"sae": list(chosen.saes)}))
