@@ -3,10 +3,10 @@
 Both paths share W_enc. With u = W_enc (x − b_dec) the gate is π_gate = u + b_gate and the magnitude is
 π_mag = exp(r_mag) · u + b_mag. A latent is active where π_gate > 0, with the code ReLU(π_mag).
 
-Loss = mean over rows of ‖x − x̂‖² + sparsity · mean over rows of Σ ReLU(π_gate) + mean over rows of ‖x − x̂_gate‖²,
-in normalised units (equation 7). x̂_gate decodes ReLU(π_gate) with the decoder held constant. The step at π_gate = 0 has
-no gradient, so the gate learns from the last two terms alone. Decoder rows have norm 1, so that the penalty cannot be
-evaded.
+Loss = mean over rows of ‖x − x̂‖² + sparsity · mean over rows of Σ ReLU(π_gate) + mean over rows of ‖x − x̂_gate‖², in
+normalised units (mean of ‖x‖² is d). x̂_gate decodes ReLU(π_gate) with the decoder held constant. The step at π_gate =
+0 has no gradient, so the gate learns from the last two terms alone. Decoder rows have norm 1, so that the penalty
+cannot be evaded.
 
 Only elements with π_gate > 0 matter to any term. `naive.gated` in `tests/sae/naive.py` is the readable version.
 """

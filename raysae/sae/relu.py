@@ -6,8 +6,9 @@ Loss = mean over rows of ‖x − x̂‖² + sparsity · mean over rows of ‖c�
 With `train.p_end` below 1 the penalty is Σ (c + ε)^p − ε^p instead of ‖c‖₁ (p-annealing, Karvonen et al. 2024, arXiv
 2408.00113). p falls from 1 to p_end in `LEVELS` equal steps, between the end of the coefficient's warm-up and the
 start of the learning rate's decay. Whenever p falls, the coefficient is rescaled so that the penalty of the batch
-before keeps its size. The paper averages over several batches. Where that batch was skipped, or had no active latent,
-p falls one step later. ε keeps the slope at 0 finite. p and the rescaling are buffers, so a checkpoint has them.
+before keeps its size. dictionary_learning averages over ten batches instead. Where that batch was skipped, or had no
+active latent, p falls one step later. ε keeps the slope at 0 finite. p and the rescaling are buffers, so a checkpoint
+has them.
 """
 
 from __future__ import annotations
