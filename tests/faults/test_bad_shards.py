@@ -84,7 +84,7 @@ def test_skipped_by_every_sae_alike_whatever_dies(sweep: Callable[..., Sweep]) -
     noted = unsealed((stormy.place / "skipped.json").read_bytes(), "skipped.json")
     assert list(noted["train"]) == [str(BAD)]
     assert 0 in noted["train"][str(BAD)]["contexts"]
-    assert "resid_post.0 are NaN or infinite in contexts 0;" in noted["train"][str(BAD)]["reason"]
+    assert "resid_post.0 are NaN or infinite in contexts 0. " in noted["train"][str(BAD)]["reason"]
     assert f"Skipped: shard {BAD} of the train stream" in stormy.log()
     reports = json.loads(next((calm.place / "saes").glob("*/outcome.json")).read_text())["reports"]
     assert reports[-1]["tokens"] == 6 * SHARD_ROWS
