@@ -32,6 +32,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raysae.config import TextConfig, UserError, digest
+from raysae.storage import check_folder, local_path
 from raysae.text.sources import documents, fingerprint
 
 DEFINITION = 2
@@ -102,9 +103,10 @@ def build_contexts(
         "tokenizer": tokenizer_digest,
         "context_length": context_length,
     } | ({"enough": dict(enough)} if enough else {})
-    folder = Path(text.cache).expanduser() / digest(key)
+    folder = local_path("text.cache", text.cache) / digest(key)
     contexts = {split: _open_split(folder, split) for split in SPLITS}
     if None in contexts.values():
+        check_folder("text.cache", text.cache, folder)
         run(_write_splits, folder, text, load_tokenizer, context_length, enough)
         contexts = {split: _open_split(folder, split) for split in SPLITS}
         if None in contexts.values():
