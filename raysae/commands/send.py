@@ -44,7 +44,7 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
         raise UserError(f"{path} belongs to a sweep that is running and sends it itself: wait until it ends")
     with lock:
         uri, experiment = absolute(uri or outbox.meta("uri")), experiment or outbox.meta("experiment")
-        with border("--uri", uri, "where MLflow takes nothing now", f"what it has not taken is kept in {path}"):
+        with border("tracking.uri", uri, "where MLflow takes nothing now", f"what it has not taken is kept in {path}"):
             experiment_id(client_of(uri), uri, experiment)  # Once MLflow answers, the outbox may be addressed to it
             direct(outbox, uri, experiment)
             if any(run.status == RUNNING for run in outbox.runs()):

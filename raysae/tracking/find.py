@@ -40,6 +40,20 @@ class TrackedSAE:
     _artifacts: str = field(repr=False)  # URI of the run's artifacts
     _client: MlflowClient = field(repr=False, compare=False)
 
+    @property
+    def hook_point(self) -> str:
+        """What it was trained on. UserError: the run does not say so."""
+        if not self.params.get("hook_point"):
+            raise _foreign(self.run_id, "it has no parameter hook_point")
+        return self.params["hook_point"]
+
+    @property
+    def width(self) -> int:
+        """Its latents. UserError: the run does not give a number."""
+        if not self.params.get("width", "").isdecimal():
+            raise _foreign(self.run_id, f"its parameter width is {self.params.get('width')}, which is no number")
+        return int(self.params["width"])
+
     @cached_property
     def folder(self) -> str | Path:
         """Where the SAE's files are.
@@ -132,20 +146,18 @@ def _tracked(client: MlflowClient, run: Run) -> TrackedSAE:
     """What the run says of its SAE. Whoever can write to MLflow has written it, so names and places are checked.
 
     Raises:
-        UserError: a name that is no file's, a URL that is not the SAE's, or no hook point or width.
+        UserError: a name that is no file's, or a URL that is not the SAE's.
     """
     tags, info = run.data.tags, run.info
     params, metrics = dict(run.data.params), dict(run.data.metrics)
     for tag in (SAE_TAG, STUDY_TAG):
         if not is_name(tags.get(tag, "")):
-            raise _foreign(run, f"its tag {tag} is {tags.get(tag)!r}, which is no name of a file")
+            raise _foreign(info.run_id, f"its tag {tag} is {tags.get(tag)!r}, which is no name of a file")
     url = tags.get(URL_TAG)
     if url is not None and not (PLAIN_URL.match(url) and url.endswith(f"/{tags[STUDY_TAG]}/saes/{tags[SAE_TAG]}")):
-        raise _foreign(run, f"its tag {URL_TAG} is {url!r}, which is no URL of this SAE")
-    if not params.get("width", "").isdigit() or "hook_point" not in params:
-        raise _foreign(run, "it lacks the parameter hook_point or width")
+        raise _foreign(info.run_id, f"its tag {URL_TAG} is {url!r}, which is no URL of this SAE")
     return TrackedSAE(tags[SAE_TAG], tags[STUDY_TAG], info.run_id, params, metrics, url, info.artifact_uri, client)
 
 
-def _foreign(run: Run, why: str) -> UserError:
-    return UserError(f"run {run.info.run_id} in MLflow is not as a sweep writes it, and is not used: {why}")
+def _foreign(run_id: str, why: str) -> UserError:
+    return UserError(f"run {run_id} in MLflow is not as a sweep writes it, and is not used: {why}")
