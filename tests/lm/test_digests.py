@@ -1,4 +1,4 @@
-"""The digest of a weight file is that of all its bytes. That of a large file is kept as long as the file is the same."""
+"""The digest of a weight file is that of all its bytes. A large file's is kept while the file is the same."""
 
 from __future__ import annotations
 
