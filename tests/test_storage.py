@@ -53,7 +53,11 @@ def test_a_dataset_of_a_relative_file_is_read_from_any_folder(odd: Path) -> None
     source = absolute_source("hf:json:x.jsonl")
     assert source == f"hf:json:{odd}/x.jsonl"
     os.chdir("/")
-    assert list(documents(TextConfig(source=source))) == ["hello"]
+    if "::" in odd.name:  # The library takes it for two file systems within each other
+        with pytest.raises(UserError, match="which cannot be loaded"):
+            documents(TextConfig(source=source))
+    else:
+        assert list(documents(TextConfig(source=source))) == ["hello"]
     assert absolute_source("hf:owner/name@main") == "hf:owner/name@main"
 
 
