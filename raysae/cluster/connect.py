@@ -36,11 +36,11 @@ def connect(address: str | None, store_bytes: int) -> None:
     Raises:
         UserError: no cluster answers at the address, or this machine has no room for such a store.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = named_cluster(address)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # The driver handles interruptions, so that trainers checkpoint
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    if address and address != "local":
+    if address:
         _check_reachable(address)
         with border("resources.address", address, "where no Ray cluster answers", "unset it for a Ray of this machine"):
             ray.init(address=address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
@@ -98,6 +98,12 @@ def folder_of_sockets() -> str:
         f"TMPDIR is {usual}, where Ray cannot make its sockets: set it to a folder that can be written, with a path of "
         f"at most {LONGEST_TMPDIR} characters"
     )
+
+
+def named_cluster(address: str | None) -> str | None:
+    """The cluster's address: `address` or RAY_ADDRESS. None where Ray is to start on this machine."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    return address if address and address != "local" else None
 
 
 def _check_reachable(address: str) -> None:
