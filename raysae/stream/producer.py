@@ -135,9 +135,7 @@ class Producer:
             loaded = {name: load_sae(folder) for name, folder in saes.items()}
             share_buffers(loaded.values())
             functions = {name: _where_rows_are(sae) for name, sae in loaded.items()}
-            return downstream_metrics(
-                self.lm, tokens, hook_point, functions, mean, spec.skip_positions, kept
-            ).finish()
+            return downstream_metrics(self.lm, tokens, hook_point, functions, mean, spec.skip_positions, kept).finish()
 
     def _contexts_for(self, stream: str, predictions: int) -> tuple[np.ndarray, np.ndarray]:
         """The stream's first contexts with at least that many predictions at rows that are not left out.

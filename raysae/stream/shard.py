@@ -73,6 +73,7 @@ class ShardMaker:
 
         - `index`: the shard's index.
         - `contexts_forwarded`: contexts that the language model read, 0 if everything was cached.
+        - `rows_left_out`: rows that were left out, 0 if everything was cached.
         - `from_cache`: whether everything was cached.
         - `seconds`: the time it took.
         - `nonfinite`: the hook points at which some activation is NaN or infinite.
@@ -100,23 +101,23 @@ class ShardMaker:
         meta = {
             "index": shard,
             "contexts_forwarded": self.spec.shard_contexts if missing else 0,
+            "rows_left_out": int((~self.kept(shard)).sum()) if missing else 0,
             "from_cache": not missing,
             "seconds": time.perf_counter() - started,
-            "nonfinite": [hook for hook in missing if bad[hook]],
-            "nonfinite_contexts": sorted(set().union(*bad.values())),
+            **_nonfinite(bad),
             "numerics": numerics(self.lm),
         }
         return meta, {hook: cut(made[hook], self.spec.dtype, self.block_mib) for hook in self.hook_points}
 
-    def unpermuted(self, shard: int) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-        """All rows of the shard before any is left out or moved, (rows_per_shard, width) by hook point.
+    def unpermuted(self, shard: int) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+        """The shard before any row is left out or moved, as (meta, rows (rows_per_shard, width) by hook point).
 
-        With them, by hook point, the contexts that have activations that are not finite. The cache is not used.
+        Meta holds `nonfinite` and `nonfinite_contexts`, as in `make`. The cache is not used.
         """
         self._check(shard)
         rows, bad, norms = self._read(shard, self.hook_points, np.arange(self.spec.rows_per_shard))
         self._judge(shard, norms)
-        return rows, bad
+        return _nonfinite(bad), rows
 
     def kept(self, shard: int) -> np.ndarray:
         """Which of the shard's rows are not left out, *unpermuted*, (rows_per_shard,) bool.
@@ -247,3 +248,11 @@ class ShardMaker:
     def _check(self, shard: int) -> None:
         if not 0 <= shard < self.spec.shards:
             raise IndexError(f"shard {shard} lies outside a pass of {self.spec.shards} shards")
+
+
+def _nonfinite(bad: dict[str, list[int]]) -> dict[str, object]:
+    """What meta says of the contexts with activations that are not finite, which are `bad` by hook point."""
+    return {
+        "nonfinite": [hook for hook, contexts in bad.items() if contexts],
+        "nonfinite_contexts": sorted(set().union(*bad.values())),
+    }

@@ -88,7 +88,7 @@ class ActivationSpec(Strict):
             return order
         if not kept.any():
             raise ValueError(
-                f"all rows of shard {shard} are left out, by stream.leave_out_tokens, stream.leave_out_norm or padding: "
+                f"all rows of shard {shard} are left out, by stream.leave_out_tokens or stream.leave_out_norm: "
                 "leave out less, or raise stream.shard_contexts"
             )
         away = ~kept[order]

@@ -131,9 +131,9 @@ def _with_defaults(config: SweepConfig, facts: ModelFacts) -> SweepConfig:
         raise UserError(
             f"stream.skip_positions is {skipped}: it must be at most the context length less 2, {length - 2}"
         )
-    judge = config.stream.leave_out_hook_point
+    judge = None
     if config.stream.leave_out_norm is not None:
-        judge = judge or error_kind(hooks[0])[1]
+        judge = config.stream.leave_out_hook_point or error_kind(hooks[0])[1]
         hook_width(judge, facts)
     update = {"context_length": length, "skip_positions": skipped, "leave_out_hook_point": judge}
     stream = config.stream.model_copy(update=update)

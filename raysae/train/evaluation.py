@@ -141,9 +141,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 @torch.no_grad()
-def reconstruction_metrics(
-    sae: SAE, chunks: Iterable[torch.Tensor], held_out: HeldOut | None = None
-) -> Reconstruction:
+def reconstruction_metrics(sae: SAE, chunks: Iterable[torch.Tensor], held_out: HeldOut | None = None) -> Reconstruction:
     """Metrics of the folded `sae` over raw rows. The `chunks` `(r, d)` may have any length and float dtype.
 
     SAEs evaluated on the same rows can share what is known of these rows, `held_out`. Without it, all chunks are held

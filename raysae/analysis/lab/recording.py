@@ -259,9 +259,7 @@ def _record(place: Path, maker: ShardMaker, split: np.ndarray, shards: int, name
 
 def _rows(maker: ShardMaker, shard: int) -> dict[str, np.ndarray]:
     """The shard's rows per hook point, float32, in the order of contexts and positions."""
-    made, bad = maker.unpermuted(shard)
-    if broken := [hook for hook in maker.hook_points if bad[hook]]:
-        raise UserError(
-            f"hook point {broken[0]} has activations that are not finite in shard {shard}. Try --model.dtype float32."
-        )
+    meta, made = maker.unpermuted(shard)
+    if meta["nonfinite"]:
+        raise UserError(f"{nonfinite(meta)}, in shard {shard}")
     return {hook: rows.float().numpy() for hook, rows in made.items()}

@@ -15,7 +15,7 @@ import torch
 from raysae.analysis.dark_matter import error_regression
 from raysae.analysis.dark_matter.error_regression import _half_trained
 from raysae.analysis.dark_matter.probes import Shown, main_hook_point, regressions
-from raysae.analysis.lab.lab import Lab, _told
+from raysae.analysis.lab.lab import Lab, _told, few_rows
 from raysae.analysis.lab.results import Findings
 from raysae.analysis.lab.subjects import Subject
 from raysae.analysis.lab.tasks import Task
@@ -386,3 +386,21 @@ def test_newer_knobs_at_their_earlier_value_do_not_rename_saes_that_an_analysis_
     assert not set(told) & {"group_shares", "p_end"}
     assert told == {knob: value for knob, value in TrainConfig(tokens=1000).model_dump().items() if knob in told}
     assert _told(TrainConfig(p_end=0.2))["p_end"] == 0.2
+
+
+def test_fewer_rows_than_wanted_are_told_with_what_they_do_to_r2() -> None:
+    assert few_rows({"A": 20_000, "B": 20_000, "C": 19_000}, 60_000, 64) is None
+    told = few_rows({"A": 6_400, "B": 6_400, "C": 6_400}, 60_000, 64)
+    assert told.startswith("The held-out text yields 19,200 rows in whole documents, of the 60,000 wanted.")
+    assert "lower by about 1.0% of 1 − R²" in told
+
+
+def test_what_few_rows_do_to_r2_is_what_least_squares_does() -> None:
+    """On other rows, a fit of 32 dimensions on 320 rows leaves 1 + 32/320 of the variance that the best map leaves."""
+    left = []
+    for seed in range(200):
+        x = torch.randn(640, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        y = x[:, :1] + torch.randn(640, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 + seed))
+        weight = torch.linalg.lstsq(x[:320], y[:320]).solution
+        left.append(float((y[320:] - x[320:] @ weight).square().mean()))
+    assert sum(left) / len(left) == pytest.approx(1 + 32 / 320, abs=0.03)

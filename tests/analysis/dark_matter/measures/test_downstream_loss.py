@@ -122,7 +122,9 @@ def test_interval_is_that_of_resampled_contexts(lm, tokens):
     """The interval of the cross-entropy equals that of contexts drawn with replacement."""
     x = lm.activations(tokens, ["resid_post.2"])["resid_post.2"][:, SKIP:].flatten(0, 1)
     sae = make_sae(x, 32, "resid_post.2")
-    row = downstream_loss(lm, tokens, "resid_post.2", {"a": sae}, {"a": fitted(sae, x)}, REPLACED, replicates=1000).iloc[0]
+    row = downstream_loss(
+        lm, tokens, "resid_post.2", {"a": sae}, {"a": fitted(sae, x)}, REPLACED, replicates=1000
+    ).iloc[0]
     loss = patched_loss(lm, tokens, "resid_post.2", lambda rows: sae(rows.flatten(0, 1)).view_as(rows)).mean(1).numpy()
     draws = loss[np.random.default_rng(0).integers(0, CONTEXTS, (4000, CONTEXTS))].mean(1)
     assert row["ce_sae_high"] - row["ce_sae_low"] == pytest.approx(np.ptp(np.percentile(draws, [2.5, 97.5])), rel=0.2)
