@@ -212,6 +212,13 @@ def spoilt(data: torch.Tensor, share: float = 0.003) -> torch.Tensor:
     return torch.where(planted[:, None], 100 * data, data)
 
 
+def far_off(data: torch.Tensor) -> torch.Tensor:
+    """`data` (b, d) in which 0.3 % of the rows have a hundred times their norm, all of them in one direction."""
+    direction = torch.nn.functional.normalize(torch.randn(D, generator=torch.Generator().manual_seed(5)), dim=0)
+    moved = spoilt(data).norm(dim=1, keepdim=True)
+    return torch.where(moved > 50 * data.norm(dim=1, keepdim=True), moved * direction, data)
+
+
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"tied"}))
 @pytest.mark.parametrize("decoder_bias", ["mean", "median"])
 def test_a_few_rows_of_a_hundred_times_the_norm_do_not_move_the_start(architecture, decoder_bias):
@@ -231,21 +238,21 @@ def test_a_few_rows_of_a_hundred_times_the_norm_do_not_move_the_start(architectu
 
 
 def test_relu_learns_the_other_rows_beside_outliers():
-    """The scale of all rows, 5.6 times as large, leaves ReLU's FVU on the other rows at 0.9 and above."""
+    """With the scale of all rows, 5.5 times as large, the FVU on the other rows is 0.99."""
     train = TRAIN.model_copy(update={"tokens": 256 * 300, "batch": 256})
     data, held_out = rows(train.tokens), rows(5000, seed=9)
-    fvu = []
-    for stream in (data, spoilt(data)):
+    found = []
+    for stream, test in ((data, held_out), (far_off(data), far_off(held_out))):
         bank = Bank(D, train)
-        member = bank.add("a", config("relu", width=96, sparsity=0.3))
+        member = bank.add("a", config("relu", width=96, sparsity=1.0))
         bank.initialise([member], stream[:16_384])
         for row in range(0, train.tokens, 256):
             bank.step(stream[row : row + 256], row)
-        metrics = reconstruction_metrics(member.sae.folded(), [spoilt(held_out)])
-        assert metrics.fvu < metrics.fvu_inliers, "the outliers hide what the others are like"
-        fvu.append(metrics.fvu_inliers)
-    assert fvu[0] < 0.3
-    assert fvu[1] == pytest.approx(fvu[0], rel=0.25)
+        found.append(reconstruction_metrics(member.sae.folded(), [test]))
+    clean, outliers = found
+    assert outliers.fvu < 0.01, "what is reported of all rows"
+    assert clean.fvu == clean.fvu_inliers < 0.5
+    assert outliers.fvu_inliers == pytest.approx(clean.fvu, rel=0.25)
 
 
 @pytest.mark.parametrize(("row", "words"), [(torch.zeros(D), "all zero"), (torch.arange(D) / 7 + 1, "all the same")])

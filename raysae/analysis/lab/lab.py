@@ -21,7 +21,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raysae.analysis.instruments.activations import SPLITS
 from raysae.analysis.lab.recording import Recorded, Recording
 from raysae.analysis.lab.subjects import Subject, content_of, find, subjects_of
 from raysae.analysis.lab.tasks import Task, ensure_ray, work
@@ -29,7 +28,7 @@ from raysae.config import AnalysisConfig, ErrorsConfig, SAEConfig, SweepConfig, 
 from raysae.knobs import earlier, from_flat
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.processes import INTERRUPTED
-from raysae.sae.importers import load_any, require_width
+from raysae.sae.origins import doubt_of, require_fit
 from raysae.storage import file_system
 from raysae.study.place import saved_config, with_absolute_paths
 from raysae.study.plan import Plan, plan
@@ -38,7 +37,6 @@ from raysae.tracking.find import TrackedSAE, study_params
 # Default rows of each split. With 256 rows per dimension, the fit costs R² on other rows about 1/256.
 ROWS_PER_DIMENSION = 256
 FEWEST_ROWS, MOST_ROWS = 20_000, 150_000  # The paper has 150,000.
-ENOUGH = 0.9  # Share of the wanted rows that counts as enough. Contexts on a split's edge are dropped.
 
 
 def _settings(
@@ -121,18 +119,22 @@ class Lab:
         self.study, sweep, swept = _settings(config, given, found)
         self.config, self.sweep = config, with_absolute_paths(sweep)
         self.saes = {sae.name: sae for sae in subjects_of(config, found)}
+        self._check_fit()
         self.plan, self.stream = self._plan(swept)
-        facts = self.plan.facts
-        for sae in self.saes.values():
-            d = hook_width(sae.hook_point, facts)
-            if not sae.run_id:
-                require_width(load_any(sae.where, sae.hook_point), d)
         self.folder = Path(self.sweep.output) / self.study / "analysis"
         self.replicates, self.seed = config.replicates, config.seed
-        self.few_rows: str | None = None  # What too few held-out rows do to the numbers, once they are recorded
         self.warning = _check_origin(found, self.plan, self.stream if swept else None)
         if self.warning:
             print(f"Warning: {self.warning}", file=sys.stderr)
+
+    def _check_fit(self) -> None:
+        """Raises UserError where an SAE does not fit the language model. Warns where that is not certain."""
+        model = self.sweep.model.name
+        facts = model_facts(self.sweep.model)
+        for sae in self.saes.values():
+            require_fit(sae.name, sae.hook_point, sae.d_in, sae.origin, facts, model)
+            if doubt := doubt_of(sae.name, sae.origin, model):
+                print(f"Warning: {doubt}.", file=sys.stderr)
 
     def _plan(self, swept: bool) -> tuple[Plan, str]:
         """The settled plan, and the hash of the stream that the settings train SAEs on.
@@ -186,23 +188,11 @@ class Lab:
         """The held-out activations at these hook points. A task with the language model records what is missing."""
         contexts, spec = self.plan.contexts["evaluation"], self.plan.evaluation
         wanted = Recording(self.folder / "activations", spec, tuple(hook_points), self.shards, self.seed)
-        recorded = wanted.find(contexts)
-        if recorded is None:
-            task = wanted.task(self.plan.config)
-            (self._tasks / task.file).unlink(missing_ok=True)  # It may speak of files that somebody has removed.
-            recorded = self.run([task])[0]
-        self._note_rows(recorded)
-        return recorded
-
-    def _note_rows(self, recorded: Recorded) -> None:
-        """Tell once where fewer held-out rows are there than wanted. `few_rows` keeps the sentence."""
-        widest = max(hook_width(hook_point, self.plan.facts) for hook_point in self.hook_points)
-        wanted = self.config.tokens or self._usual(self.plan.facts)
-        activations = recorded.open()
-        told = few_rows({split: activations.rows(split) for split in SPLITS}, wanted, widest)
-        if told and not self.few_rows:
-            print(f"Note: {told}", file=sys.stderr)
-        self.few_rows = told
+        if found := wanted.find(contexts):
+            return found
+        task = wanted.task(self.plan.config)
+        (self._tasks / task.file).unlink(missing_ok=True)  # It may speak of files that somebody has removed.
+        return self.run([task])[0]
 
     def key(self, *saes: Subject, **more: object) -> list:
         """What a task depends on that reads these SAEs and the recorded activations, apart from its analysis."""
@@ -291,26 +281,6 @@ class Lab:
     def train_tokens(self) -> int:
         """Tokens that SAEs train on which an analysis needs. Unset: as many as the sweep's."""
         return self.config.train_tokens or self.sweep.train.tokens
-
-
-def few_rows(rows: Mapping[str, int], wanted: int, d: int) -> str | None:
-    """What it does to R² that the splits have fewer `rows` than `wanted` in all, or None where they have enough.
-
-    Least squares from d predictors on n rows leave (1 + d/n) times the variance that the best linear map leaves.
-
-    Args:
-        rows: rows of each split.
-        wanted: rows wanted in all splits.
-        d: width of the activations.
-    """
-    found, fitted = sum(rows.values()), rows[SPLITS[0]]
-    if found >= ENOUGH * wanted:
-        return None
-    return (
-        f"The held-out text yields {found:,} rows in whole documents, of the {wanted:,} wanted. {fitted:,} of them fit "
-        f"maps of {d} dimensions, so R² comes out lower by about {d / max(1, fitted):.1%} of 1 − R², and intervals are "
-        "wider. Raise text.evaluation_fraction or give more text."
-    )
 
 
 def _told(train: TrainConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from raysae.analysis.dark_matter import error_regression
 from raysae.analysis.dark_matter.error_regression import _half_trained
 from raysae.analysis.dark_matter.probes import Shown, main_hook_point, regressions
-from raysae.analysis.lab.lab import Lab, _told, few_rows
+from raysae.analysis.lab.lab import Lab, _told
 from raysae.analysis.lab.results import Findings
 from raysae.analysis.lab.subjects import Subject
 from raysae.analysis.lab.tasks import Task
@@ -168,8 +168,26 @@ def test_mistakes_are_told_in_one_sentence(settings: dict, tmp_path: Path, chang
 
 
 def test_an_sae_of_another_width_is_refused(settings: dict, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"32 wide, but resid_post.2 of this model is 64 wide"):
+    with pytest.raises(UserError, match=r"^topk_w96_.* takes activations 32 wide, but resid_post.2 of .* is 64 wide"):
         lab_of(settings, sae=[saved(tmp_path, 96, d=32)])
+
+
+def test_an_sae_of_a_layer_that_the_model_lacks_is_refused_by_name(settings: dict, tmp_path: Path) -> None:
+    folder = saved(tmp_path, 96)
+    sae = load_sae(folder)
+    sae.config = sae.config.model_copy(update={"hook_point": "resid_post.9"})
+    save_sae(sae, folder, {})
+    with pytest.raises(UserError, match=r"^topk_w96_.*resid_post.9.* does not fit model.name .*layer from 0 to 4"):
+        lab_of(settings, sae=[folder])
+
+
+def test_an_sae_whose_files_name_another_model_is_doubted_where_the_model_is_a_folder(
+    settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = saved(tmp_path, 96)
+    save_sae(load_sae(folder), folder, {"model_name": "gpt2"})
+    lab_of(settings, sae=[folder])
+    assert "was trained on gpt2. Check that model.name" in capsys.readouterr().err
 
 
 def test_saes_of_other_weights_are_refused(settings: dict, tmp_path: Path) -> None:
@@ -386,21 +404,3 @@ def test_newer_knobs_at_their_earlier_value_do_not_rename_saes_that_an_analysis_
     assert not set(told) & {"group_shares", "p_end"}
     assert told == {knob: value for knob, value in TrainConfig(tokens=1000).model_dump().items() if knob in told}
     assert _told(TrainConfig(p_end=0.2))["p_end"] == 0.2
-
-
-def test_fewer_rows_than_wanted_are_told_with_what_they_do_to_r2() -> None:
-    assert few_rows({"A": 20_000, "B": 20_000, "C": 19_000}, 60_000, 64) is None
-    told = few_rows({"A": 6_400, "B": 6_400, "C": 6_400}, 60_000, 64)
-    assert told.startswith("The held-out text yields 19,200 rows in whole documents, of the 60,000 wanted.")
-    assert "lower by about 1.0% of 1 − R²" in told
-
-
-def test_what_few_rows_do_to_r2_is_what_least_squares_does() -> None:
-    """On other rows, a fit of 32 dimensions on 320 rows leaves 1 + 32/320 of the variance that the best map leaves."""
-    left = []
-    for seed in range(200):
-        x = torch.randn(640, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        y = x[:, :1] + torch.randn(640, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 + seed))
-        weight = torch.linalg.lstsq(x[:320], y[:320]).solution
-        left.append(float((y[320:] - x[320:] @ weight).square().mean()))
-    assert sum(left) / len(left) == pytest.approx(1 + 32 / 320, abs=0.03)
