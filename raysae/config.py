@@ -50,6 +50,7 @@ _TRAINERS = (*_ARITHMETIC, "kernels", "numba", "fast_integers", "triton", "preci
 _PRODUCERS = (*_ARITHMETIC, "numpy", "transformers", "attention", "dtype", "transform")
 # Facts on which the bits of an SAE depend, beside the knobs. See docs/determinism.md.
 FACTS = (*_TRAINERS, *(f"producer.{fact}" for fact in _PRODUCERS))
+OUTLIER_NORM = 10.0  # A row is an outlier where its norm is above this multiple of the median norm
 
 
 class UserError(ValueError):
@@ -161,6 +162,26 @@ class StreamConfig(Strict):
         description="Positions at the start of each context that yield no rows, because BOS has an outlier norm. "
         "Larger leaves fewer rows. Unset: 8, or 200 for contexts of 1,024 tokens and more.",
     )
+    leave_out_tokens: list[int | str] = newer_knob(
+        [],
+        before=[],
+        description="Tokens whose positions yield no rows: 'special' (all special tokens of the tokenizer), token ids, "
+        "or tokens as the tokenizer spells them, e.g. special,198,Ġthe. A row of the same shard takes the "
+        "place of each one left out.",
+    )
+    leave_out_norm: float | None = newer_knob(
+        None,
+        before=None,
+        gt=1,
+        description="Leave out rows whose norm is above this multiple of their shard's median norm, such as 10. "
+        "Smaller leaves out more. Unset: none.",
+    )
+    leave_out_hook_point: str | None = newer_knob(
+        None,
+        before=None,
+        description="Hook point at which leave_out_norm judges the norm. Rows are left out at every hook point alike. "
+        "Unset: the study's first.",
+    )
     epochs: int = Field(
         1,
         gt=0,
@@ -246,6 +267,11 @@ class StreamConfig(Strict):
         if self.producers_max < self.producers_min:
             raise ValueError(
                 f"producers_max is {self.producers_max}: it must be at least producers_min, {self.producers_min}"
+            )
+        if self.leave_out_hook_point and self.leave_out_norm is None:
+            raise ValueError(
+                f"leave_out_hook_point is {self.leave_out_hook_point}, but leave_out_norm is unset: "
+                "set leave_out_norm to a multiple of the median norm, such as 10"
             )
         return self
 
@@ -459,6 +485,13 @@ class EvaluationConfig(Strict):
         ge=0,
         description="Held-out tokens for ce_recovered and kl. More give steadier numbers and take more time. 0 "
         "leaves both metrics out.",
+    )
+    outlier_norm: float = newer_knob(
+        OUTLIER_NORM,
+        before=OUTLIER_NORM,
+        gt=1,
+        description="Rows whose norm is above this multiple of the median norm count as outliers. fvu_inliers is the "
+        "FVU without them. Smaller counts more rows as outliers.",
     )
 
 
