@@ -345,6 +345,7 @@ class Loop:
         member, reached, began = progress.member, time.time(), self.clock()
         progress.state = "evaluating"
         self.on_change()
+        member.calibrate()
         rows = self.evaluation.rows if final else min(self.evaluation.interim_rows, self.evaluation.rows)
         variance = self._variances.get(rows) or Variance(member.sae.d_in)
         metrics = reconstruction_metrics(member.sae.folded(), self._evaluation(rows), variance)
