@@ -67,22 +67,21 @@ def test_architectures_without_a_calibration_keep_no_rows():
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("steps", [100, 200])
-def test_l0_of_held_out_activations_is_k(activations, steps):
-    """On the embedded language model. A threshold that lags behind the weights gave a third of k."""
+def test_l0_of_held_out_activations_is_k(activations):
+    """On the embedded language model, after 100 and 200 steps. A threshold that lags behind gave a third of k."""
     seen, held_out = activations
-    train = TrainConfig(tokens=steps * 512, batch=512)
+    train = TrainConfig(tokens=200 * 512, batch=512)
     bank = Bank(seen.shape[1], train)
-    for architecture in BY_BATCH:
-        for k in (8, 32):
-            bank.add(f"{architecture} {k}", config(architecture, 512, learning_rate=1e-3, k=k))
+    for architecture, k in (("batchtopk", 8), ("batchtopk", 32), ("matryoshka", 16)):
+        bank.add(architecture + str(k), config(architecture, 256, learning_rate=1e-3, k=k))
     bank.initialise(list(bank.members.values()), seen[:16_384])
     for row in range(0, train.tokens, train.batch):
         bank.step(seen[row : row + train.batch], row)
-    for name, member in bank.members.items():
-        member.calibrate()
-        found = reconstruction_metrics(member.sae.folded(), [held_out]).l0
-        assert found == pytest.approx(member.config.k, rel=0.03), name
+        if row + train.batch in (100 * 512, train.tokens):
+            for name, member in bank.members.items():
+                member.calibrate()
+                found = reconstruction_metrics(member.sae.folded(), [held_out[:30_000]]).l0
+                assert found == pytest.approx(member.config.k, rel=0.03), name
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def activations(tmp_path_factory) -> tuple[torch.Tensor, torch.Tensor]:
     settled = plan(
         SweepConfig(
             text=TextConfig(max_documents=400, cache=str(tmp_path_factory.mktemp("text"))),
-            train=TrainConfig(tokens=100_000),
+            train=TrainConfig(tokens=102_400),
             evaluation=EvaluationConfig(rows=50_000),
         )
     )
