@@ -26,20 +26,28 @@ class ArchitectureFacts:
     saelens: str  # SAELens's name of the architecture that a saved SAE has
     native: bool = True  # SAELens's files of that name are loaded as this architecture
     searches: float = 3  # Predicted cost of a step in units of TopK's search, see `capacity.cost`
+    beta1: float = 0.9  # Adam's beta 1 where train.beta1 is unset
+    # Width of the straight-through window where train.bandwidth is unset, for activations of mean square norm 1
+    bandwidth: float | None = None
+    earlier_levels: tuple[float, ...] = ()  # Default range of studies with the earlier unit, see train.jumprelu_unit
 
     def pick(self, *, k: int, sparsity: float) -> dict[str, float]:
         """The one of both knobs that the architecture takes, as an argument of SAEConfig."""
         return {"k": k} if self.level == "k" else {"sparsity": sparsity}
 
 
-# Ranges of coefficients span a useful range of L0. The squared error is a sum over d, and for tied a mean.
+# Ranges of coefficients span a useful range of L0. The squared error is a sum over d, and for tied a mean. JumpReLU's
+# coefficient is multiplied by d.
 ARCHITECTURES: dict[str, ArchitectureFacts] = {
     "topk": ArchitectureFacts("k", (8, 16, 32), "topk", searches=1),
     "batchtopk": ArchitectureFacts("k", (8, 16, 32), "jumprelu", native=False, searches=2),
     "matryoshka": ArchitectureFacts("k", (8, 16, 32), "jumprelu", native=False, searches=2),
     "relu": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "standard"),
     "tied": ArchitectureFacts("sparsity", (1e-4, 1e-3, 1e-2), "standard", native=False),
-    "jumprelu": ArchitectureFacts("sparsity", (0.03, 0.3, 3.0), "jumprelu"),
+    # beta1 and bandwidth are the paper's (arXiv 2407.14435)
+    "jumprelu": ArchitectureFacts(
+        "sparsity", (3e-4, 1e-3, 3e-3), "jumprelu", beta1=0.0, bandwidth=1e-3, earlier_levels=(0.03, 0.3, 3.0)
+    ),
     "gated": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "gated", searches=5),
 }
 Architecture = Literal[*ARCHITECTURES]
@@ -314,6 +322,14 @@ def _names(level: str) -> str:
     return ", ".join(name for name, facts in ARCHITECTURES.items() if facts.level == level)
 
 
+def _own_facts(name: str) -> str:
+    """One fact of all architectures: the value of most, then who has another."""
+    values = [getattr(facts, name) for facts in ARCHITECTURES.values()]
+    usual = max(values, key=values.count)
+    others = [f"{kind} {value:g}" for kind, value in zip(ARCHITECTURES, values, strict=True) if value != usual]
+    return ", ".join([*others, f"others {usual:g}"])
+
+
 def _ranges(level: str) -> str:
     ranges = {name: facts.levels for name, facts in ARCHITECTURES.items() if facts.level == level}
     return ", ".join(f"{name} {' '.join(f'{level:g}' for level in levels)}" for name, levels in ranges.items())
@@ -380,7 +396,13 @@ class TrainConfig(Strict):
         description="Share of the steps, at the start, in which a sparsity coefficient rises linearly from 0. It has "
         "no effect on architectures with k.",
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's beta 1. Larger averages gradients over more steps.")
+    beta1: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description=f"Adam's beta 1. Larger averages gradients over more steps. Unset: each architecture has its own: "
+        f"{_own_facts('beta1')}.",
+    )
     beta2: float = Field(
         0.999, ge=0, lt=1, description="Adam's beta 2. Larger averages squared gradients over more steps."
     )
@@ -404,11 +426,18 @@ class TrainConfig(Strict):
         description="Number format of the operands of a step's products, and of TopK's pre-activations. Unset: "
         "bfloat16 on GPUs that have it, else float32. CPUs take float32 only.",
     )
-    bandwidth: float = Field(
-        0.03,
+    bandwidth: float | None = Field(
+        None,
         gt=0,
         description="Width of jumprelu's straight-through window, in units of the normalised activation. Larger: "
-        "thresholds learn from more rows, less exactly.",
+        f"thresholds learn from more rows, less exactly. Unset: {ARCHITECTURES['jumprelu'].bandwidth:g} √d, for "
+        "activations of width d.",
+    )
+    jumprelu_unit: Literal["norm", "sum"] = newer_knob(
+        "norm",
+        before="sum",
+        description="Unit of jumprelu's coefficient. With 'norm' it is the paper's, for activations of mean square "
+        "norm 1. With 'sum' it is d times as large, as in studies begun before this knob.",
     )
     group_shares: list[Annotated[float, Field(gt=0)]] = newer_knob(
         list(GROUP_SHARES),
@@ -722,7 +751,8 @@ class SweepConfig(Strict):
 
     def _levels(self, facts: ArchitectureFacts) -> list[dict[str, float]]:
         given = self.k if facts.level == "k" else self.sparsities
-        return [{facts.level: value} for value in given or facts.levels]
+        own = facts.earlier_levels if self.train.jumprelu_unit == "sum" and facts.earlier_levels else facts.levels
+        return [{facts.level: value} for value in given or own]
 
     def saes(self) -> list[SAEConfig]:
         """The sweep's SAEs, in a fixed order. `hook_points` must be resolved.

@@ -349,6 +349,7 @@ class Loop:
         member, reached, began = progress.member, time.time(), self.clock()
         progress.state = "evaluating"
         self.on_change()
+        member.calibrate()
         rows = self.evaluation.rows if final else min(self.evaluation.interim_rows, self.evaluation.rows)
         metrics = reconstruction_metrics(member.sae.folded(), self._evaluation(rows), self._rows_like(rows))
         rate, waited = self._rates()
