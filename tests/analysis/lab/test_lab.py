@@ -386,11 +386,13 @@ def test_activations_are_recorded_once_and_tasks_depend_on_the_saes(
         torch.from_numpy(wider.contexts("C"))[: len(chunk.context.unique_consecutive())],
     )
 
+    assert torch.equal(chunk.group, torch.from_numpy(wider.groups("C"))[: len(chunk.group) // 56].repeat_interleave(56))
+
     (first,) = regressions(lab, HOOK, lab.saes).values()
     count = len(list((lab.folder / "tasks").glob("error_regression-*")))
     again = lab_of(settings, sae=[saved(tmp_path, 96)])  # The same SAE, written anew
     (second,) = regressions(again, HOOK, again.saes).values()
-    assert first.row() == second.row()
+    pd.testing.assert_series_equal(pd.Series(first.row()), pd.Series(second.row()))
     assert len(list((lab.folder / "tasks").glob("error_regression-*"))) == count == 1
 
 
