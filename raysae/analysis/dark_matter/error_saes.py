@@ -88,9 +88,8 @@ def error_sae_bars(table: pd.DataFrame, title: str = "") -> Figure:
             tops = values
             ax.bar(place, values, 0.7, color=colors)
             if col.low(column) in table:
-                ends = unit * table[col.high(column)].to_numpy(float)
-                ax.vlines(place, unit * table[col.low(column)], ends, color="0.25", linewidth=1)
-                tops = np.fmax(tops, ends)  # Ends may be missing
+                tops = unit * table[col.high(column)].to_numpy(float)
+                ax.vlines(place, unit * table[col.low(column)], tops, color="0.25", linewidth=1)
             for x, value, top in zip(place, values, tops, strict=True):
                 ax.text(x, top, form.format(value), ha="center", va="bottom", fontsize=7)
             ax.set_xticks(place, labels)
