@@ -827,8 +827,8 @@ class AnalysisConfig(Strict):
     replicates: int = Field(
         200,
         ge=20,
-        description="Bootstrap replicates of every interval. More give steadier intervals and take more time and "
-        "memory.",
+        description="Bootstrap replicates of every interval over more than 30 groups of documents. More give steadier "
+        "intervals and take more time and memory.",
     )
     seed: int = Field(0, ge=0, description="Seed of splits, bootstrap and noise.")
     model: ModelConfig = ModelConfig()

@@ -166,4 +166,4 @@ def _bar(ax: Axes, y: float, row: pd.Series, column: str, color: str) -> None:
     if not known and np.isfinite(row[column]):
         low, high = row[col.low(column)], row[col.high(column)]
         ax.plot([low, high], [y, y], color="black", linewidth=0.8)
-        ax.text(max(high, 0) + 0.015, y, f"{row[column]:.2f}", va="center", fontsize=5.5)
+        ax.text(np.nanmax([high, row[column], 0]) + 0.015, y, f"{row[column]:.2f}", va="center", fontsize=5.5)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Activity, reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, with_intervals
+from raysae.analysis.instruments.intervals import REPLICATES, GroupSums, with_intervals
+from raysae.analysis.instruments.regression import Linear
 from raysae.sae.base import SAE
 
 
@@ -33,7 +34,7 @@ def error_saes(
     `trained` maps "error", "linear" or "nonlinear" to the folded SAE trained on e, ê or ε.
 
     Returns:
-        A row per SAE of `trained`. fvu, l0, worse and share are measured on C, with intervals over contexts.
+        A row per SAE of `trained`. fvu, l0, worse and share are measured on C, with intervals over groups of documents.
         kind, width: key in `trained`, and number of latents.
         fvu: FVU of the SAE's own rows.
         l0: mean active latents.
@@ -41,7 +42,7 @@ def error_saes(
         share: variance of the SAE's own rows as a fraction of e's, where there is an SAE on e.
         dead_fraction: share of latents that are active on no row of A, B and C.
     """
-    sums = {kind: ContextSums(replicates, seed) for kind in trained}
+    sums = {kind: GroupSums(replicates, seed) for kind in trained}
     activity = {kind: Activity(made.n) for kind, made in trained.items()}
     for split in "ABC":
         for chunk in activations.chunks(split):
@@ -51,7 +52,7 @@ def error_saes(
                 reconstruction, l0 = reconstruct(made, y, activity[kind])
                 if split == "C":
                     missed = (y.double() - reconstruction).square().sum(1)
-                    sums[kind].add(chunk.context, y=y, y_squared=y.double().square(), missed=missed, l0=l0)
+                    sums[kind].add(chunk.group, y=y, y_squared=y.double().square(), missed=missed, l0=l0)
     variance = {kind: sums[kind].variation("y").sum(1) for kind in trained}
     fvu = {kind: sums[kind]["missed"].squeeze(1) / variance[kind] for kind in trained}
     rows = []
@@ -62,7 +63,9 @@ def error_saes(
         if col.ERROR in trained:
             numbers[col.SHARE] = variance[kind] / variance[col.ERROR]
         dead = float((activity[kind].count == 0).double().mean())
-        rows.append({col.KIND: kind, "width": made.n, **with_intervals(numbers), col.DEAD_FRACTION: dead})
+        rows.append(
+            {col.KIND: kind, "width": made.n, **with_intervals(numbers, sums[kind].groups), col.DEAD_FRACTION: dead}
+        )
     return pd.DataFrame(rows)
 
 
