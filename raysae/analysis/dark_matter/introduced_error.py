@@ -45,8 +45,8 @@ def run(lab: Lab) -> Findings:
     chosen = shown(lab)
     recorded, sae = lab.record([chosen.hook_point]), chosen.central
     tasks = [
-        Task("introduced_error", lab.key(sae), _introduce, (recorded, sae, lab.seed)),
-        Task("introduced_error", [SYNTHETIC, lab.seed], _synthetic, (lab.seed,)),
+        Task("introduced_error", lab.key(sae), _introduce, (recorded, sae, lab.replicates, lab.seed)),
+        Task("introduced_error", [SYNTHETIC, lab.replicates, lab.seed], _synthetic, (lab.replicates, lab.seed)),
     ]
     found, (grid, table, compared, unit) = lab.run(tasks)
     findings = Findings("introduced_error", lab.key(sae), pd.DataFrame({"sae": [sae.name]}))
@@ -54,6 +54,7 @@ def run(lab: Lab) -> Findings:
         "grid": found.grid,
         "correlations": _with_index(found.table),
         "closed_form": found.closed_form,
+        "judged": found.judged,
         "synthetic_grid": grid,
         "synthetic_correlations": _with_index(table),
         "synthetic_closed_form": compared,
@@ -62,7 +63,8 @@ def run(lab: Lab) -> Findings:
         for sigma in correlations.index:
             for estimate in correlations.columns:
                 findings.numbers[f"{prefix}correlation_{sigma}_{estimate}"] = float(correlations.loc[sigma, estimate])
-    findings.numbers["reencoding_fvu"] = found.reencoding_fvu
+    for column in (col.DEVIATION, col.REENCODING_FVU):
+        findings.numbers[column] = float(found.judged[column].iloc[0])
     findings.numbers["synthetic/largest_deviation"] = float(compared[col.DEVIATION].max())
     where, known = f"{model_name(lab)} · {sae.name}", "fully synthetic model: known dictionary and dense part"
     findings.figures["grid"] = introduced_error_figure(found.grid, found.table, found.unit, where)
@@ -70,17 +72,17 @@ def run(lab: Lab) -> Findings:
     return findings
 
 
-def _introduce(recorded: Recorded, sae: Subject, seed: int) -> IntroducedError:
-    return introduced_error(recorded.open(), sae.hook_point, sae.load(), seed=seed)
+def _introduce(recorded: Recorded, sae: Subject, replicates: int, seed: int) -> IntroducedError:
+    return introduced_error(recorded.open(), sae.hook_point, sae.load(), replicates=replicates, seed=seed)
 
 
-def _synthetic(seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, float]:
+def _synthetic(replicates: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, float]:
     """The synthetic model's grid, its correlations, its estimates beside their closed forms, and the unit of noise."""
     model = SyntheticModel.random(SYNTHETIC["d"], SYNTHETIC["features"], seed)
     rows = SYNTHETIC["rows"]
     unit = noise_unit(model.covariance())
     fit, evaluate = (model.sample(rows, ABLATED, seed + i) for i in range(2))
-    grid = noise_grid(fit, evaluate, ABLATED, LEVELS, unit)
+    grid = noise_grid(fit, evaluate, ABLATED, LEVELS, unit, replicates, seed).table()
     return grid, correlation_table(grid), model.compare(grid, unit), unit
 
 
@@ -98,7 +100,7 @@ def introduced_error_figure(grid: pd.DataFrame, table: pd.DataFrame, unit: float
     Below them stand both estimates over ablated latents. One noise is 0, and each value of the other has a line.
 
     Args:
-        grid: the table of `measures.introduced_error.noise_grid`.
+        grid: the table of `measures.introduced_error.NoiseGrid`.
         table: that of `correlation_table` there.
         unit: the σ that is one unit of noise.
         title: the second line of the title.

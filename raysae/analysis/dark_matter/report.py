@@ -64,8 +64,9 @@ CAPTIONS = {  # Beginning of a figure's name: what the figure shows.
     "layers": "Both R² against the layer.",
     "pairs": "R² of the wider SAE's error norm from the narrower one's, and what ‖ε‖ adds.",
     "lines": "Error norms along the first held-out context, and a stretch of it with its tokens.",
-    "grid": "Estimates under introduced errors, on the central SAE.",
-    "synthetic": "The same on a fully synthetic model, where every error is known.",
+    "grid": "Estimates under introduced errors, on the central SAE. They are to be those of the closed form. The "
+    "correlations judge no SAE: a bad one may have those of a perfect one.",
+    "synthetic": "The same on a fully synthetic model, where every error is known: a check of the code.",
     "widths": "Cross-entropy recovered by each part of the error, beside its shares of norm and variance, over widths.",
     "sparsities": "The same over L0 at one width.",
     "error_saes": "SAEs of equal width and k, trained on e, ê and ε.",
@@ -199,7 +200,12 @@ def _introduced(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
     caption = (
         "Estimates on the synthetic model beside their closed form; deviation: relative, where the closed form is "
     )
+    caption_of_sae = (
+        "The SAE, over the whole grid at no ablation: deviation, the distance of the estimates from the closed form as "
+        "a share of it, and FVU(x′, Sae(x′))"
+    )
     return [
+        (caption_of_sae, tables["judged"]),
         ("Estimates on the SAE beside the closed form for a perfect re-encoding", some("closed_form")),
         (f"{caption}not below 0.01", synthetic[synthetic[col.ABLATED].isin((0, 0.5))]),
     ]

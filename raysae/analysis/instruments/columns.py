@@ -82,6 +82,7 @@ ABLATED = "ablated"  # Share of the latents that are left out.
 SIGMA_X, SIGMA_R = "sigma_x", "sigma_r"  # Noise in x and in Sae(x).
 DENSE, INTRODUCED = "dense", "introduced"  # What was put in, as shares of the variance.
 DEVIATION = "deviation"  # The larger relative distance of both estimates from their closed forms.
+REENCODING_FVU = "reencoding_fvu"  # FVU(x′, Sae(x′)).
 NOISE = "noise"  # SIGMA_X or SIGMA_R, in the table of correlations.
 
 # ---------------------------------------------------------------- downstream_loss

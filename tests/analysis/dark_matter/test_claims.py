@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from raysae.analysis.dark_matter.claims import RULES, decide
 from raysae.analysis.dark_matter.measures.breakdown import breakdown, fit_power_law, nonlinear_level
+from raysae.analysis.dark_matter.measures.introduced_error import introduced_error
 from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD
+from tests.analysis.planted import HOOK, activations, linear_sae
 
 WIDTHS = np.array([256, 512, 1024, 2048, 4096, 8192])
 
@@ -130,15 +133,54 @@ def test_differences_are_judged_by_their_intervals(column: str, claim: str, ends
     assert verdict({"error_regression": {"regressions": table}}, claim) == expected
 
 
-def test_introduced_error() -> None:
-    good = pd.DataFrame({"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.2, 0.95]})
-    bad = good.assign(nonlinear=[0.7, 0.95])
-    for own, deviation, expected in ((good, 0.01, HOLDS), (bad, 0.01, FAILS), (good, 0.03, FAILS)):
-        compared = pd.DataFrame({"deviation": [0.001, np.nan, deviation]})
-        tables = {
-            "introduced_error": {"correlations": own, "synthetic_correlations": good, "synthetic_closed_form": compared}
-        }
-        assert verdict(tables, "The estimates tell") == expected
+def introduced(**values: tuple[float, float, float]) -> dict:
+    """Tables of an SAE that tells the errors apart, and of a synthetic model without a fault."""
+    ends = {"deviation": (0.04, 0.05, 0.06), "reencoding_fvu": (0.01, 0.02, 0.03)} | values
+    correlations = pd.DataFrame({"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.2, 0.95]})
+    return {
+        "judged": pd.DataFrame([interval(**ends)]),
+        "synthetic_correlations": correlations,
+        "synthetic_closed_form": pd.DataFrame({"deviation": [0.001, np.nan, 0.01]}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, HOLDS),
+        ({"deviation": (0.2, 0.3, 0.4)}, FAILS),
+        ({"reencoding_fvu": (0.1, 0.2, 0.3)}, FAILS),
+        ({"deviation": (0.08, 0.09, 0.12)}, UNTOLD),
+        ({"deviation": (np.nan, 0.05, np.nan)}, UNTOLD),
+    ],
+)
+def test_an_sae_tells_dense_from_introduced_error_or_not(values: dict, expected: str) -> None:
+    assert verdict({"introduced_error": introduced(**values)}, "The SAE's estimates tell") == expected
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"synthetic_closed_form": pd.DataFrame({"deviation": [0.001, np.nan, 0.03]})},
+        {"synthetic_closed_form": pd.DataFrame({"deviation": [np.nan]})},
+        {
+            "synthetic_correlations": pd.DataFrame(
+                {"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.7, 0.95]}
+            )
+        },
+    ],
+)
+def test_where_the_code_is_at_fault_nothing_is_said_of_the_sae(fault: dict) -> None:
+    assert verdict({"introduced_error": introduced() | fault}, "The SAE's estimates tell") == UNTOLD
+
+
+def test_a_planted_bad_sae_fails_the_claim_that_a_good_one_passes() -> None:
+    source = activations(contexts=900, chunk_rows=8000)
+    keeps = torch.tensor([1.0] * 4 + [0.7] * 8)
+    for weight, expected in ((torch.eye(12), HOLDS), (torch.diag(keeps), FAILS)):
+        judged = introduced_error(source, HOOK, linear_sae(weight), ablated=(0.0,)).judged
+        tables = {"introduced_error": introduced() | {"judged": judged}}
+        assert verdict(tables, "The SAE's estimates tell") == expected
 
 
 @pytest.mark.parametrize(
