@@ -235,10 +235,11 @@ def _proportional(tables: Tables) -> tuple[Verdict, str]:
 @claim_of("error_saes", "SAEs trained on ε reconstruct worse than SAEs trained on ê.", "worse on ε")
 def _worse(tables: Tables) -> tuple[Verdict, str]:
     table = tables["error_saes"]["error_saes"].set_index(col.KIND)
-    row, fvu = table.loc[col.NONLINEAR], table[col.FVU]
+    row, fvu = table.loc[col.NONLINEAR], table[col.FVU_EQUAL_L0]
     low, high = row[col.low(col.WORSE)], row[col.high(col.WORSE)]
-    seen = f"FVU on ε {fvu[col.NONLINEAR]:.3f}, on ê {fvu[col.LINEAR]:.3f}, on e {fvu[col.ERROR]:.3f}: "
-    seen += f"{row[col.WORSE]:+.0%} [{low:+.0%}, {high:+.0%}]. How interpretable they are is left open"
+    seen = f"at L0 {row[col.EQUAL_L0]:.3g}, FVU on ε {fvu[col.NONLINEAR]:.3f}, on ê {fvu[col.LINEAR]:.3f}, "
+    seen += f"on e {fvu[col.ERROR]:.3f}: {row[col.WORSE]:+.0%} [{low:+.0%}, {high:+.0%}] over documents and "
+    seen += f"{row[col.SEEDS]:.0f} seeds. How interpretable they are is left open"
     return between(low, high, 0.0), seen
 
 

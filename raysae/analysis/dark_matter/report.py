@@ -69,7 +69,7 @@ CAPTIONS = {  # Beginning of a figure's name: what the figure shows.
     "synthetic": "The same on a fully synthetic model, where every error is known: a check of the code.",
     "widths": "Cross-entropy recovered by each part of the error, beside its shares of norm and variance, over widths.",
     "sparsities": "The same over L0 at one width.",
-    "error_saes": "SAEs of equal width and k, trained on e, ê and ε.",
+    "error_saes": "SAEs of equal width and k on e, ê and ε. FVU is that at equal L0. A circle is one seed.",
     "pursuit": "FVU and nonlinear FVU before and after pursuit.",
     "earlier_layers": "R² of e, ê and ε from each source. Hatched bars are 1 by definition.",
 }
@@ -219,10 +219,13 @@ def _downstream(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
 
 
 def _error_saes(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
-    columns = [col.KIND, "width", col.L0, col.FVU, col.low(col.FVU), col.high(col.FVU)]
-    columns += [col.WORSE, col.low(col.WORSE), col.high(col.WORSE), col.SHARE, col.DEAD_FRACTION]
+    columns = [col.KIND, "width", col.SEEDS, col.L0, col.FVU, col.EQUAL_L0]
+    for column in (col.FVU_EQUAL_L0, col.WORSE):
+        columns += [column, col.low(column), col.high(column)]
+    columns += [col.SHARE, col.DEAD_FRACTION]
     caption = (
-        "SAEs on the parts of the error; worse: FVU/FVU of the linear part − 1; share: the part's variance over e's"
+        "SAEs on the parts of the error, means over seeds; worse: FVU at equal L0 over that of the linear part, − 1; "
+        "share: the part's variance over e's"
     )
     return [(caption, tables["error_saes"][columns])]
 

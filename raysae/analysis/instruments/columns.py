@@ -113,8 +113,11 @@ def variance_share(part: str) -> str:
 # ---------------------------------------------------------------- error_saes
 
 KIND = "kind"  # ERROR, LINEAR or NONLINEAR: what the SAE was trained on.
-WORSE = "worse"  # FVU over that of the SAE on ê, less 1.
-SHARE = "share"  # Variance of what the SAE reads over that of e.
+SEED, SEEDS = "seed", "seeds"  # Which of the SAEs of a kind, and how many there are.
+EQUAL_L0 = "equal_l0"  # The L0 at which the SAEs are compared.
+FVU_EQUAL_L0 = FVU + "_" + EQUAL_L0
+WORSE = "worse"  # FVU at equal L0 over that of the SAEs on ê, less 1.
+SHARE = "share"  # Variance of what the SAEs read over that of e.
 
 # ---------------------------------------------------------------- pursuit
 

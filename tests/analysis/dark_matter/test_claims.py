@@ -201,12 +201,22 @@ def test_downstream(ends: tuple, norm: float, expected: str) -> None:
     assert verdict({"downstream_loss": {"downstream": nothing_lost}}, "The nonlinear part's share") == UNTOLD
 
 
-def test_error_saes_pursuit_and_earlier_layers() -> None:
-    for ends, expected in (((0.1, 0.2, 0.3), HOLDS), ((-0.3, -0.2, -0.1), FAILS), ((-0.1, 0.0, 0.1), UNTOLD)):
-        table = pd.DataFrame(
-            [{"kind": kind, "fvu": 0.3, **interval(worse=ends)} for kind in ("error", "linear", "nonlinear")]
-        )
-        assert verdict({"error_saes": {"error_saes": table}}, "SAEs trained on ε") == expected
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ((0.1, 0.2, 0.3), HOLDS),
+        ((-0.3, -0.2, -0.1), FAILS),
+        ((-0.1, 0.0, 0.1), UNTOLD),
+        ((np.nan, 0.2, np.nan), UNTOLD),
+    ],
+)
+def test_saes_on_the_error(ends: tuple, expected: str) -> None:
+    known = {"fvu_equal_l0": 0.3, "equal_l0": 16.0, "seeds": 3, **interval(worse=ends)}
+    table = pd.DataFrame([{"kind": kind, **known} for kind in ("error", "linear", "nonlinear")])
+    assert verdict({"error_saes": {"error_saes": table}}, "SAEs trained on ε") == expected
+
+
+def test_pursuit_and_earlier_layers() -> None:
     for ends, expected in (((0.001, 0.002, 0.003), HOLDS), ((0.03, 0.04, 0.05), FAILS), ((0.005, 0.01, 0.015), UNTOLD)):
         pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=ends)])
         assert verdict({"pursuit": {"pursuit": pursued}}, "A better choice") == expected
