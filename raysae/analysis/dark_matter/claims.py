@@ -44,6 +44,7 @@ CONTROLS = {  # Controls for undertraining: the ending of the column's name, and
     col.HALF_FIT: "fitted on half the contexts ",
     col.HALF: "of SAEs trained on half the tokens ",
 }
+RECOVERED = {col.LINEAR: "ê", col.NONLINEAR: "ε"}  # What is put back: where ε dominates, ê tells.
 BASELINES = {
     col.R2_ERROR_NORM_FROM_TOKEN: "the token",
     col.R2_ERROR_NORM_FROM_TOKEN_LOSS: "its loss",
@@ -214,22 +215,30 @@ def _fault_of_estimates(tables: Mapping[str, pd.DataFrame]) -> str | None:
 
 @claim_of(
     "downstream_loss",
-    "The nonlinear part's share of the cross-entropy is proportional to its share of the error.",
-    "about as much as its share of the norm",
+    "Each part's share of the cross-entropy is proportional to its share of the error, be it of norm or of variance.",
+    "ε's is about as much as its share of the norm",
 )
 def _proportional(tables: Tables) -> tuple[Verdict, str]:
-    recovered = col.recovered(col.NONLINEAR)
-    table = tables["downstream_loss"]["downstream"].dropna(subset=[recovered])
+    table = tables["downstream_loss"]["downstream"].dropna(subset=[col.recovered(part) for part in RECOVERED])
     if table.empty:
         return UNTOLD, "no SAE costs the model 0.01 nats"
-    seen, verdicts = [f"median: putting ε back recovers {table[recovered].median():.0%} of the lost cross-entropy"], []
-    for size, column in (("norm", col.norm_share(col.NONLINEAR)), ("variance", col.variance_share(col.NONLINEAR))):
-        share = table[column]
-        low, value, high = (float((table[f"{recovered}{end}"] / share).median()) for end in ENDS)
-        verdicts.append(within(low, high, PROPORTIONAL))
-        seen.append(f"ε is {share.median():.0%} of the error's {size}: ratio {value:.2f} [{low:.2f}, {high:.2f}]")
+    seen = ", ".join(
+        f"{symbol} recovers {table[col.recovered(part)].median():.0%} of the lost cross-entropy"
+        for part, symbol in RECOVERED.items()
+    )
+    verdicts = []
+    for size, share in (("norm", col.norm_share), ("variance", col.variance_share)):
+        of_parts = []
+        for part, symbol in RECOVERED.items():
+            ratio = over_rows(replicated(table, col.recovered(part)) / replicated(table, share(part)), table)
+            of_parts.append(within(ratio.low, ratio.high, PROPORTIONAL))
+            seen += f"; {symbol}: {ratio:.2f} × its share of the {size}, {table[share(part)].median():.0%}"
+        verdicts.append(conjunction(of_parts))
     least, most = PROPORTIONAL
-    return unanimous(verdicts), f"{'; '.join(seen)} ({least:g} to {most:g} counts as proportional)"
+    seen += f" (medians over {len(table)} SAEs; {least:g} to {most:g} counts as proportional)"
+    if HOLDS in verdicts:
+        return HOLDS, seen
+    return unanimous(verdicts), seen
 
 
 @claim_of("error_saes", "SAEs trained on ε reconstruct worse than SAEs trained on ê.", "worse on ε")
@@ -259,17 +268,14 @@ def _little(tables: Tables) -> tuple[Verdict, str]:
     "more than pursuit",
 )
 def _earlier(tables: Tables) -> tuple[Verdict, str]:
-    table = tables["earlier_layers"]["earlier_layers"]
-    found = table[(table[col.PART] == "reconstruction") & (table[col.TARGET] == "ε")]
-    elsewhere = found[found[col.SOURCE] != found["hook_point"]]
-    if elsewhere.empty:
+    table = tables["earlier_layers"]["beyond_pursuit"]
+    if table.empty:
         return UNTOLD, "there is no SAE at an earlier place"
-    best = elsewhere.loc[elsewhere[col.R2_WEIGHTED].idxmax()]
-    low, high = best[col.low(col.R2_WEIGHTED)], best[col.high(col.R2_WEIGHTED)]
-    seen = f"best from {best[col.SOURCE]}: {best[col.R2_WEIGHTED]:.1%} [{low:.1%}, {high:.1%}] of ε's variance"
-    pursued = tables["pursuit"]["pursuit"]
-    share = float((pursued[col.ENCODER_ERROR] / pursued[col.NONLINEAR_FVU]).median())
-    return between(low, high, max(0.0, share)), f"{seen}; pursuit removes {share:.1%}"
+    row = table.iloc[0]
+    low, high = row[col.low(col.LEAD)], row[col.high(col.LEAD)]
+    seen = f"the best, at {row[col.SOURCE]}, predicts {row[col.EXPLAINED]:.1%} of ε's variance, and pursuit removes "
+    seen += f"{row[col.ENCODER_SHARE]:.1%} on the same rows: {100 * row[col.LEAD]:+.1f} "
+    return between(low, high, 0.0), f"{seen}[{100 * low:+.1f}, {100 * high:+.1f}] percentage points"
 
 
 RULES = (

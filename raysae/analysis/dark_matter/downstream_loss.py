@@ -13,7 +13,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from raysae.analysis.dark_matter.measures.downstream_loss import PARTS, downstream_loss
+from raysae.analysis.dark_matter.measures.downstream_loss import PARTS, Patched, downstream_loss
 from raysae.analysis.dark_matter.probes import GROUP, described, model_name, regressions, shown
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.plots import AXES, ERROR_PARTS, PAPER_WIDTH, STYLE, bars, headed, ticks
@@ -82,8 +82,9 @@ def _downstream(
     skip = recorded.first_position
     wanted = -(-predicted // (contexts.tokens.shape[1] - 1 - skip))
     tokens = torch.from_numpy(contexts[recorded.contexts("C")[:wanted]]).to(lm.device)
+    patched = Patched(tokens, torch.from_numpy(recorded.groups("C")[:wanted]), skip)
     loaded = {sae.name: sae.load() for sae in saes}
-    return downstream_loss(lm, tokens, saes[0].hook_point, loaded, probes, skip, replicates, seed)
+    return downstream_loss(lm, patched, saes[0].hook_point, loaded, probes, replicates, seed)
 
 
 # ---------------------------------------------------------------- the figures

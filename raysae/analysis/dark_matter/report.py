@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from raysae.analysis.dark_matter.claims import decide
-from raysae.analysis.dark_matter.earlier_layers import earlier_hook_points
+from raysae.analysis.dark_matter.earlier_layers import earlier_places
 from raysae.analysis.dark_matter.probes import main_hook_point, model_name
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.lab.lab import Lab
@@ -71,7 +71,8 @@ CAPTIONS = {  # Beginning of a figure's name: what the figure shows.
     "sparsities": "The same over L0 at one width.",
     "error_saes": "SAEs of equal width and k on e, ê and ε. FVU is that at equal L0. A circle is one seed.",
     "pursuit": "FVU and nonlinear FVU before and after pursuit.",
-    "earlier_layers": "R² of e, ê and ε from each source. Hatched bars are 1 by definition.",
+    "earlier_layers": "R² of e, ê and ε from each source. Hatched bars are 1 by definition. The dotted line is the "
+    "share of ε that pursuit removes, to compare with reconstructions.",
 }
 PAPER = (  # Label, analysis, table, column, the paper's value.
     ("R² of e, mean over dimensions", "error_regression", "regressions", col.R2_ERROR, "about 0.5"),
@@ -111,7 +112,7 @@ def run_all(config: AnalysisConfig, given: Mapping[str, Any], analyses: Mapping[
     began = time.monotonic()
     lab = Lab(config, given)
     print(f"Study {lab.study}: {len(lab.saes)} SAEs at {', '.join(lab.hook_points)}", flush=True)
-    hooks = [*lab.hook_points, *earlier_hook_points(lab, main_hook_point(lab))]
+    hooks = [*lab.hook_points, *earlier_places(lab, main_hook_point(lab))]
     lab.record(list(dict.fromkeys(hooks)))  # One pass of the language model serves all analyses.
     found: dict[str, Findings] = {}
     for analysis, experiment in analyses.items():

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from raysae.analysis.instruments.intervals import with_intervals
 
 from raysae.analysis.dark_matter.claims import RULES, decide
 from raysae.analysis.dark_matter.measures.breakdown import breakdown, fit_power_law, nonlinear_level
@@ -183,22 +184,41 @@ def test_a_planted_bad_sae_fails_the_claim_that_a_good_one_passes() -> None:
         assert verdict(tables, "The SAE's estimates tell") == expected
 
 
+def patched(
+    linear: tuple[float, float], nonlinear: tuple[float, float], spread: float = 0.005, groups: int = 40
+) -> dict:
+    """Three equal SAEs. Each part has (its share of the cross-entropy, its share of the error's norm).
+
+    Its share of the variance is the square of that of the norm. `spread` is the deviation of the replicates.
+    """
+    generator, values = np.random.default_rng(0), {}
+    for part, (recovered, norm) in (("linear", linear), ("nonlinear", nonlinear)):
+        means = {f"recovered_{part}": recovered, f"norm_share_{part}": norm, f"variance_share_{part}": norm**2}
+        for name, value in means.items():
+            noise = spread * generator.standard_normal(200) * name.startswith("recovered")
+            values[name] = torch.from_numpy(np.concatenate([[value], value + noise]))
+    return {"downstream_loss": {"downstream": pd.DataFrame([with_intervals(values, groups)] * 3)}}
+
+
 @pytest.mark.parametrize(
-    ("ends", "norm", "expected"),
+    ("tables", "expected"),
     [
-        ((0.45, 0.5, 0.55), 0.52, HOLDS),
-        ((0.45, 0.5, 0.55), 0.8, UNTOLD),  # Proportional to the variance and not to the norm
-        ((0.1, 0.15, 0.2), 0.7, FAILS),
-        ((0.3, 0.45, 0.6), 0.5, UNTOLD),
+        (patched(linear=(0.6, 0.6), nonlinear=(0.8, 0.8)), HOLDS),  # To the norm
+        (patched(linear=(0.36, 0.6), nonlinear=(0.64, 0.8)), HOLDS),  # To the variance
+        (patched(linear=(0.6, 0.6), nonlinear=(0.2, 0.8)), FAILS),
+        (patched(linear=(0.6, 0.2), nonlinear=(0.98, 0.98)), FAILS),  # ε is all, and ê tells
+        (patched(linear=(0.05, 0.2), nonlinear=(0.98, 0.98)), HOLDS),
+        (patched(linear=(0.05, 0.2), nonlinear=(0.98, 0.98), spread=0.1), UNTOLD),
+        (patched(linear=(0.6, 0.6), nonlinear=(0.8, 0.8), groups=8), UNTOLD),
     ],
 )
-def test_downstream(ends: tuple, norm: float, expected: str) -> None:
-    table = pd.DataFrame(
-        [{"variance_share_nonlinear": 0.5, "norm_share_nonlinear": norm} | interval(recovered_nonlinear=ends)]
-    )
-    assert verdict({"downstream_loss": {"downstream": table}}, "The nonlinear part's share") == expected
-    nothing_lost = table.assign(recovered_nonlinear=np.nan)
-    assert verdict({"downstream_loss": {"downstream": nothing_lost}}, "The nonlinear part's share") == UNTOLD
+def test_downstream(tables: dict, expected: str) -> None:
+    assert verdict(tables, "Each part's share") == expected
+
+
+def test_downstream_where_nothing_is_lost() -> None:
+    table = patched(linear=(np.nan, 0.6), nonlinear=(np.nan, 0.8))
+    assert verdict(table, "Each part's share") == UNTOLD
 
 
 @pytest.mark.parametrize(
@@ -216,18 +236,17 @@ def test_saes_on_the_error(ends: tuple, expected: str) -> None:
     assert verdict({"error_saes": {"error_saes": table}}, "SAEs trained on ε") == expected
 
 
-def test_pursuit_and_earlier_layers() -> None:
+def test_pursuit() -> None:
     for ends, expected in (((0.001, 0.002, 0.003), HOLDS), ((0.03, 0.04, 0.05), FAILS), ((0.005, 0.01, 0.015), UNTOLD)):
         pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=ends)])
         assert verdict({"pursuit": {"pursuit": pursued}}, "A better choice") == expected
-    for ends, expected in (((0.2, 0.25, 0.3), HOLDS), ((0.01, 0.02, 0.03), FAILS)):
-        row = {"part": "reconstruction", "target": "ε", "hook_point": "resid_post.2", **interval(r2_weighted=ends)}
-        table = pd.DataFrame([row | {"source": "resid_post.2", "r2_weighted": 0.9}, row | {"source": "mlp_out.2"}])
-        pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=(0.009, 0.01, 0.011))])
-        assert (
-            verdict(
-                {"earlier_layers": {"earlier_layers": table}, "pursuit": {"pursuit": pursued}},
-                "Reconstructions at earlier",
-            )
-            == expected
-        )
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"), [((0.1, 0.2, 0.3), HOLDS), ((-0.3, -0.2, -0.1), FAILS), ((-0.1, 0.1, 0.3), UNTOLD)]
+)
+def test_earlier_layers_against_pursuit(ends: tuple, expected: str) -> None:
+    row = {"source": "resid_post.1", "explained": 0.3, "encoder_share": 0.1, **interval(lead=ends)}
+    tables = {"earlier_layers": {"beyond_pursuit": pd.DataFrame([row])}}
+    assert verdict(tables, "Reconstructions at earlier") == expected
+    assert verdict({"earlier_layers": {"beyond_pursuit": pd.DataFrame()}}, "Reconstructions at earlier") == UNTOLD

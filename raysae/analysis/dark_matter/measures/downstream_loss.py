@@ -11,12 +11,14 @@ It is undefined (NaN) where the denominator is below 0.01 nats. Two sizes of v o
     share of the error's variance = Σ‖v − v̄‖² / Σ‖e − ē‖²,
     share of the error's norm = Σ‖v‖ / Σ‖e‖.
 
-On the rows of the probe's fit, the variances of ê and ε add up to that of e.
+On the rows of the probe's fit, the variances of ê and ε add up to that of e. Where ε is nearly all of e, the share that
+it recovers is near its own whatever the model does. Then what ê recovers tells whether loss is proportional to error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -32,14 +34,27 @@ from raysae.sae.base import SAE
 PARTS = (col.LINEAR, col.NONLINEAR)
 
 
+@dataclass(frozen=True)
+class Patched:
+    """Contexts whose activations are replaced. No probe was fitted on them.
+
+    tokens: (c, t) token ids.
+    group: (c,) int64, the group of documents of each context.
+    skip: first positions of each context that stay intact, less than t − 1.
+    """
+
+    tokens: Tensor
+    group: Tensor
+    skip: int
+
+
 @torch.no_grad()
 def downstream_loss(
     lm: LanguageModel,
-    tokens: Tensor,
+    patched: Patched,
     hook_point: str,
     saes: Mapping[str, SAE],
     probes: Mapping[str, Linear],
-    skip: int,
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -47,9 +62,8 @@ def downstream_loss(
 
     Args:
         lm: the language model.
-        tokens: (c, t) token ids of contexts that no probe was fitted on.
+        patched: the contexts.
         probes: by SAE, x → ê.
-        skip: first positions of each context that stay intact, less than t − 1.
 
     Returns:
         A row per SAE. Columns other than `sae` and `width` come with the ends of their intervals over contexts
@@ -62,7 +76,7 @@ def downstream_loss(
     Raises:
         ValueError: no contexts, or no predictions at a replaced position.
     """
-    contexts, length = tokens.shape
+    skip, (contexts, length) = patched.skip, patched.tokens.shape
     if not contexts or not 0 <= skip < length - 1:
         raise ValueError(
             f"{contexts} contexts of {length} tokens with {skip} skipped predict nothing at a replaced position"
@@ -71,11 +85,10 @@ def downstream_loss(
     sums = {name: ContextSums(replicates, seed) for name in saes}
     size = max(1, min(lm.contexts_at_once(length), ROWS_AT_ONCE // length))
     for start in range(0, contexts, size):
-        batch = tokens[start : start + size]
-        prefix = lm.prefix(batch, hook_point)
-        context = torch.arange(start, start + len(batch))
+        prefix = lm.prefix(patched.tokens[start : start + size], hook_point)
+        group = patched.group[start : start + size]
         x = prefix.activation[:, skip:].flatten(0, 1).float()  # (rows, d)
-        of_row, of_prediction = context.repeat_interleave(length - skip), context.repeat_interleave(length - 1 - skip)
+        of_row, of_prediction = (group.repeat_interleave(length - last - skip) for last in (0, 1))
         common.add(of_row, x=x.cpu(), x_squared=x.cpu().double().square())
         common.add(of_prediction, **{col.CE_CLEAN: _loss(lm, prefix, x, skip)})
         for name, sae in saes.items():

@@ -243,7 +243,7 @@ def introduced_error(
 ) -> IntroducedError:
     """Runs analysis 4 with x′ = Sae(x) for x of the hook point, fitted on A and measured on C.
 
-    One unit of noise is `noise_unit` of x′'s covariance.
+    One unit of noise is `noise_unit` of x′'s covariance on A. The closed form takes its covariance on C.
 
     Args:
         levels: values of σ_x and of σ_r, in these units, 0 first.
@@ -255,13 +255,12 @@ def introduced_error(
     """
     if not all(0 <= share < 1 for share in ablated) or ablated[0] != 0:
         raise UserError(f"the shares of ablated latents are {list(ablated)}: they must begin with 0 and be below 1")
-    activity, moments = Activity(sae.n), Moments()
+    activity, moments = Activity(sae.n), {split: Moments() for split in "AC"}
     for chunk in activations.chunks("A"):
         truth, _ = reconstruct(sae, chunk.x[hook_point])
         reconstruct(sae, truth, activity)
-        moments.add(truth, {})
-    covariance = moments.xx / moments.rows
-    spectrum, unit = torch.linalg.eigvalsh(covariance), noise_unit(covariance)
+        moments["A"].add(truth, {})
+    unit = noise_unit(moments["A"].xx / moments["A"].rows)
     rank = torch.empty(sae.n, dtype=torch.int64)
     rank[torch.argsort(activity.mean, stable=True)] = torch.arange(sae.n)  # Rank 0 is the latent of least mean value
     keep = [(rank >= round(share * sae.n)).to(sae.b_dec.device) for share in ablated]
@@ -276,9 +275,12 @@ def introduced_error(
                     pieces.append(sae.decode(_masked(codes, kept)).double())
             noise = [torch.randn(truth.shape, generator=generator, dtype=torch.float64) for _ in range(2)]
             made = [torch.cat(pieces).to(truth.device) for pieces in reconstructions]
+            if split == "C":
+                moments["C"].add(truth, {})
             yield Parts(truth.double(), made, *noise, chunk.context)
 
     found = noise_grid(parts("A"), parts("C"), ablated, levels, unit, replicates, seed)
+    spectrum = torch.linalg.eigvalsh(moments["C"].xx / moments["C"].rows)
     grid = found.table()
     none = grid[grid[col.ABLATED] == 0]
     compared = none[[col.SIGMA_X, col.SIGMA_R, col.LINEAR, col.NONLINEAR]].reset_index(drop=True)

@@ -68,7 +68,7 @@ def pursuit(
     """
     pursuits = {name: Pursuit(sae.decoder()) for name, sae in saes.items()}
     moments = Moments()
-    for chunk in _first(activations.chunks("A"), rows):
+    for chunk in first_chunks(activations.chunks("A"), rows):
         x = chunk.x[hook_point]
         targets = {}
         for name, sae in saes.items():
@@ -78,7 +78,7 @@ def pursuit(
     probes = moments.solve().maps
 
     sums = {name: ContextSums(replicates, seed) for name in saes}
-    for chunk in _first(activations.chunks("C"), rows):
+    for chunk in first_chunks(activations.chunks("C"), rows):
         x = chunk.x[hook_point]
         for name, sae in saes.items():
             sums[name].add(chunk.context, x=x, x_squared=x.double().square())
@@ -88,7 +88,7 @@ def pursuit(
     return pd.DataFrame([{"sae": name, "width": sae.n, **_numbers(sums[name])} for name, sae in saes.items()])
 
 
-def _first(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
+def first_chunks(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
     """Yields whole chunks until they hold `rows` rows. None: yields all."""
     given = 0
     for chunk in chunks:

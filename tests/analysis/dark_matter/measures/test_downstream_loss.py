@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from raysae.analysis.dark_matter.measures.downstream_loss import downstream_loss
+from raysae.analysis.dark_matter.measures.downstream_loss import Patched, downstream_loss
 from raysae.analysis.instruments.regression import Linear, Moments
 from raysae.config import ModelConfig, SAEConfig, TrainConfig
 from raysae.lm.model import LanguageModel
@@ -34,6 +34,11 @@ def tokens(shared_data, stories_model) -> Tensor:
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     body = ids[: CONTEXTS * (LENGTH - 1)].view(CONTEXTS, LENGTH - 1)
     return torch.cat([torch.full((CONTEXTS, 1), tokenizer.bos_token_id), body], 1)
+
+
+def patched(tokens: Tensor, skip: int = SKIP, per_group: int = 1) -> Patched:
+    """The contexts, as many to a group of documents as `per_group` says."""
+    return Patched(tokens, torch.arange(len(tokens)) // per_group, skip)
 
 
 def make_sae(x: Tensor, width: int, hook_point: str) -> SAE:
@@ -84,7 +89,7 @@ def test_every_number_equals_brute_force(lm, tokens, hook_point, monkeypatch):
     x = lm.activations(tokens, [hook_point])[hook_point][:, SKIP:].flatten(0, 1)
     saes = {"a": make_sae(x, 32, hook_point), "b": make_sae(x, 100, hook_point)}
     probes = {name: fitted(sae, x[: len(x) // 2]) for name, sae in saes.items()}
-    table = downstream_loss(lm, tokens, hook_point, saes, probes, SKIP)
+    table = downstream_loss(lm, patched(tokens), hook_point, saes, probes)
     assert list(table["sae"]) == ["a", "b"]
     assert list(table["width"]) == [32, 100]
     for (_, row), (name, sae) in zip(table.iterrows(), saes.items(), strict=True):
@@ -121,7 +126,7 @@ def test_interval_is_that_of_resampled_contexts(lm, tokens):
     """The interval of the cross-entropy equals that of contexts drawn with replacement."""
     x = lm.activations(tokens, ["resid_post.2"])["resid_post.2"][:, SKIP:].flatten(0, 1)
     sae = make_sae(x, 32, "resid_post.2")
-    row = downstream_loss(lm, tokens, "resid_post.2", {"a": sae}, {"a": fitted(sae, x)}, SKIP, replicates=1000).iloc[0]
+    row = downstream_loss(lm, patched(tokens), "resid_post.2", {"a": sae}, {"a": fitted(sae, x)}, 1000).iloc[0]
     loss = patched_loss(lm, tokens, "resid_post.2", lambda rows: sae(rows.flatten(0, 1)).view_as(rows)).mean(1).numpy()
     draws = loss[np.random.default_rng(0).integers(0, CONTEXTS, (4000, CONTEXTS))].mean(1)
     assert row["ce_sae_high"] - row["ce_sae_low"] == pytest.approx(np.ptp(np.percentile(draws, [2.5, 97.5])), rel=0.2)
@@ -134,7 +139,7 @@ def test_a_probe_that_knows_everything_recovers_everything(lm, tokens):
     sae.W_dec.zero_()
     sae.b_dec.zero_()
     identity = Linear(torch.eye(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64))
-    row = downstream_loss(lm, tokens, "resid_post.3", {"a": sae}, {"a": identity}, SKIP).iloc[0]
+    row = downstream_loss(lm, patched(tokens), "resid_post.3", {"a": sae}, {"a": identity}).iloc[0]
     assert row["recovered_linear"] == pytest.approx(1)
     assert row["recovered_nonlinear"] == pytest.approx(0, abs=1e-6)
     assert row["variance_share_linear"] == row["norm_share_linear"] == pytest.approx(1)
@@ -152,7 +157,7 @@ def test_undefined_where_nothing_is_lost(lm, tokens):
     for matrix in (sae.W_enc, sae.W_dec):
         matrix.copy_(torch.cat([torch.eye(width), -torch.eye(width)]))
     nothing = Linear(torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
-    row = downstream_loss(lm, tokens, "resid_post.3", {"a": sae}, {"a": nothing}, SKIP).iloc[0]
+    row = downstream_loss(lm, patched(tokens), "resid_post.3", {"a": sae}, {"a": nothing}).iloc[0]
     assert row["ce_sae"] == pytest.approx(row["ce_clean"], abs=1e-5)
     assert np.isnan(row["recovered_linear"])
     assert np.isnan(row["recovered_nonlinear"])
@@ -161,6 +166,6 @@ def test_undefined_where_nothing_is_lost(lm, tokens):
 @pytest.mark.parametrize("skip", [LENGTH - 1, -1])
 def test_no_prediction_at_a_replaced_position(lm, tokens, skip):
     with pytest.raises(ValueError, match="predict nothing"):
-        downstream_loss(lm, tokens, "resid_post.2", {}, {}, skip)
+        downstream_loss(lm, patched(tokens, skip), "resid_post.2", {}, {})
     with pytest.raises(ValueError, match="0 contexts"):
-        downstream_loss(lm, tokens[:0], "resid_post.2", {}, {}, SKIP)
+        downstream_loss(lm, patched(tokens[:0]), "resid_post.2", {}, {})
