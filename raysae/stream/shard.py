@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 
 from raysae.determinism import Scalar, device_facts
@@ -111,8 +112,8 @@ class ShardMaker:
         - `token`: the token's id.
         - `position`: its position in its context.
         - `context`: the context's index in the text.
-        - `token_loss`: the language model's loss in nats in predicting this token from those before it. It takes a
-          whole forward pass.
+        - `token_loss`: the language model's loss in nats of the prediction made at this position, of the token after
+          it. NaN at the last position. It takes a whole forward pass.
         """
         self._check(shard)
         spec = self.spec
@@ -129,7 +130,8 @@ class ShardMaker:
                 self.lm.activations(batch.to(self.lm.device), [], token_loss=True)["token_loss"]
                 for batch in self._batches(tokens)
             ]
-            kept = torch.cat([loss[:, spec.skip_positions :].float().cpu() for loss in losses])
+            of_next = [F.pad(loss[:, 1:].float(), (0, 1), value=torch.nan) for loss in losses]
+            kept = torch.cat([loss[:, spec.skip_positions :].cpu() for loss in of_next])
             found["token_loss"] = kept.reshape(-1).numpy()
         return found
 

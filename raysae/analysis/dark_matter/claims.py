@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from raysae.analysis.instruments import columns as col
+from raysae.analysis.instruments.intervals import over_rows, replicated
 from raysae.analysis.report.claims import (
     FAILS,
     HOLDS,

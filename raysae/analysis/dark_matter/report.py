@@ -201,12 +201,13 @@ def _introduced(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
     caption = (
         "Estimates on the synthetic model beside their closed form; deviation: relative, where the closed form is "
     )
+    judged = [f"{column}{end}" for column in (col.DEVIATION, col.REENCODING_FVU) for end in ("", col.LOW, col.HIGH)]
     caption_of_sae = (
         "The SAE, over the whole grid at no ablation: deviation, the distance of the estimates from the closed form as "
         "a share of it, and FVU(x′, Sae(x′))"
     )
     return [
-        (caption_of_sae, tables["judged"]),
+        (caption_of_sae, tables["judged"][judged]),
         ("Estimates on the SAE beside the closed form for a perfect re-encoding", some("closed_form")),
         (f"{caption}not below 0.01", synthetic[synthetic[col.ABLATED].isin((0, 0.5))]),
     ]

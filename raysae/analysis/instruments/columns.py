@@ -10,6 +10,8 @@ from __future__ import annotations
 # ---------------------------------------------------------------- endings of a name
 
 LOW, HIGH = "_low", "_high"  # The ends of a number's 95 % interval, beside the number itself.
+REPLICATES = "_replicates"  # The number on each replicate of the groups, a list.
+GROUPS = "groups"  # Groups of documents that a row's numbers were measured on.
 RESCALED = "_rescaled"  # After the best rescaling of the reconstruction.
 HALF_FIT = "_half_fit"  # The fit has read half the contexts.
 HALF = "_half"  # The SAE has trained on half the tokens.
@@ -26,6 +28,11 @@ def low(column: str) -> str:
 def high(column: str) -> str:
     """The upper end of a number's interval."""
     return column + HIGH
+
+
+def replicates(column: str) -> str:
+    """A number's replicates."""
+    return column + REPLICATES
 
 
 # ---------------------------------------------------------------- an SAE and its error

@@ -20,7 +20,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from raysae.analysis.instruments import columns as col
-from raysae.analysis.instruments.regression import LEVEL
+from raysae.analysis.instruments.intervals import LEVEL
 from raysae.config import UserError
 
 EXPONENTS = (0.01, 5.0)  # Range of m

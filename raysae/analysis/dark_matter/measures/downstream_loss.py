@@ -26,7 +26,8 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, with_intervals
+from raysae.analysis.instruments.intervals import REPLICATES, GroupSums, with_intervals
+from raysae.analysis.instruments.regression import Linear
 from raysae.lm.model import LanguageModel, Prefix, next_token_loss
 from raysae.lm.patched_loss import LEAST_DENOMINATOR, ROWS_AT_ONCE
 from raysae.sae.base import SAE
@@ -66,8 +67,8 @@ def downstream_loss(
         probes: by SAE, x → ê.
 
     Returns:
-        A row per SAE. Columns other than `sae` and `width` come with the ends of their intervals over contexts
-        (`…_low`, `…_high`).
+        A row per SAE. Columns other than `sae` and `width` come with the ends of their intervals over groups of
+        documents (`…_low`, `…_high`).
         `sae`, `width`: name and number of latents.
         `l0`, `fvu`: measured on the replaced rows.
         `ce_clean`, `ce_sae`, `ce_linear`, `ce_nonlinear`: nats per token, the last two with Sae(x) + that part.
@@ -81,8 +82,8 @@ def downstream_loss(
         raise ValueError(
             f"{contexts} contexts of {length} tokens with {skip} skipped predict nothing at a replaced position"
         )
-    common = ContextSums(replicates, seed)
-    sums = {name: ContextSums(replicates, seed) for name in saes}
+    common = GroupSums(replicates, seed)
+    sums = {name: GroupSums(replicates, seed) for name in saes}
     size = max(1, min(lm.contexts_at_once(length), ROWS_AT_ONCE // length))
     for start in range(0, contexts, size):
         prefix = lm.prefix(patched.tokens[start : start + size], hook_point)
@@ -119,7 +120,7 @@ def _sizes(name: str, v: Tensor) -> dict[str, Tensor]:
     return {name: v, f"{name}_squared": v.square(), f"{name}_norm": torch.linalg.vector_norm(v, dim=1)}
 
 
-def _numbers(common: ContextSums, sums: ContextSums) -> dict[str, float]:
+def _numbers(common: GroupSums, sums: GroupSums) -> dict[str, float]:
     clean, damaged = common.mean(col.CE_CLEAN), sums.mean(col.CE_SAE)
     fvu = sums["e_squared"].sum(1) / common.variation("x").sum(1)
     numbers = {col.L0: sums.mean(col.L0), col.FVU: fvu, col.CE_CLEAN: clean, col.CE_SAE: damaged}
@@ -131,4 +132,4 @@ def _numbers(common: ContextSums, sums: ContextSums) -> dict[str, float]:
         )
         numbers[col.variance_share(part)] = sums.variation(part).sum(1) / sums.variation("e").sum(1)
         numbers[col.norm_share(part)] = sums.mean(f"{part}_norm") / sums.mean("e_norm")
-    return with_intervals(numbers)
+    return with_intervals(numbers, sums.groups)

@@ -25,15 +25,8 @@ from torch import Tensor
 from raysae.analysis.dark_matter.measures.pursuit import first_chunks
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
-from raysae.analysis.instruments.regression import (
-    REPLICATES,
-    ContextSums,
-    Linear,
-    Moments,
-    add_target,
-    r2,
-    with_intervals,
-)
+from raysae.analysis.instruments.intervals import REPLICATES, GroupSums, replicated, with_intervals
+from raysae.analysis.instruments.regression import Linear, Moments, add_target, r2
 from raysae.config import UserError
 from raysae.lm.model import LanguageModel
 from raysae.sae.base import SAE
@@ -114,7 +107,7 @@ def earlier_layers(
         `by_definition`: True where the source determines the target by definition.
         `r2`: mean over dimensions, the paper's figure.
         `r2_weighted`: variance-weighted.
-        Both R² come with the ends of their intervals over contexts (`…_low`, `…_high`).
+        Both R² come with the ends of their intervals over groups of documents (`…_low`, `…_high`).
 
     Raises:
         UserError: no SAE or no activations at `target`.
@@ -134,7 +127,7 @@ def earlier_layers(
             moments.setdefault(source, Moments()).add(predictor, targets)
     maps = {source: fitted.solve().maps for source, fitted in moments.items()}
 
-    sums = ContextSums(replicates, seed)
+    sums = GroupSums(replicates, seed)
     for chunk in first_chunks(activations.chunks("C"), rows):
         targets = _targets(chunk, target, used, probes)
         predictions: dict[str, dict[str, Tensor]] = {name: {} for name in targets}
@@ -142,13 +135,13 @@ def earlier_layers(
             for name in targets:
                 predictions[name]["/".join(source)] = maps[source][name](predictor)
         for name, y in targets.items():
-            add_target(sums, chunk.context, name, y, predictions[name])
+            add_target(sums, chunk.group, name, y, predictions[name])
     rows = []
     for hook_point, part in maps:
         for name in TARGETS:
             mean, weighted = r2(sums, name, f"{hook_point}/{part}")
             known = hook_point == target and (part, name) in BY_DEFINITION
-            numbers = with_intervals({col.R2: mean, col.R2_WEIGHTED: weighted})
+            numbers = with_intervals({col.R2: mean, col.R2_WEIGHTED: weighted}, sums.groups)
             rows.append({col.SOURCE: hook_point, col.PART: part, col.TARGET: name, col.BY_DEFINITION: known, **numbers})
     return pd.DataFrame(rows)
 

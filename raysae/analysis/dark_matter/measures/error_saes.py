@@ -24,7 +24,8 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Activity, encoded, reconstruct
-from raysae.analysis.instruments.regression import LEVEL, REPLICATES, ContextSums, Estimate, Linear
+from raysae.analysis.instruments.intervals import LEVEL, REPLICATES, Estimate, GroupSums
+from raysae.analysis.instruments.regression import Linear
 from raysae.sae.base import SAE, Codes
 
 
@@ -59,7 +60,7 @@ def error_saes(
         dead_fraction: share of latents that are active on no row of A, B and C.
     """
     saes = {(kind, i): made for kind, group in trained.items() for i, made in enumerate(group)}
-    sums = ContextSums(replicates, seed)
+    sums = GroupSums(replicates, seed)
     activity = {key: Activity(made.n) for key, made in saes.items()}
     for split in "ABC":
         for chunk in activations.chunks(split):
@@ -68,7 +69,7 @@ def error_saes(
             for key, those in codes.items():
                 activity[key].add(those)
             if split == "C":
-                sums.add(chunk.context, **_of_rows(parts, saes, codes))
+                sums.add(chunk.group, **_of_rows(parts, saes, codes))
     dead = {key: float((seen.count == 0).double().mean()) for key, seen in activity.items()}
     return _tables(trained, sums, dead)
 
@@ -110,7 +111,7 @@ def _of_rows(
 
 
 def _tables(
-    trained: Mapping[str, Sequence[SAE]], sums: ContextSums, dead: Mapping[tuple[str, int], float]
+    trained: Mapping[str, Sequence[SAE]], sums: GroupSums, dead: Mapping[tuple[str, int], float]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     variance = {kind: sums.variation(kind).sum(1) for kind in (*trained, col.ERROR)}
 
@@ -129,23 +130,23 @@ def _tables(
             for i in range(len(group))
         ]  # fmt: skip
         row = {col.KIND: kind, "width": group[0].n, col.SEEDS: len(group)}
-        row |= over_seeds(col.FVU_EQUAL_L0, equal[kind]) | {col.EQUAL_L0: float(sums.mean("equal_l0")[0])}
+        row |= over_seeds(col.FVU_EQUAL_L0, equal[kind], sums.groups) | {col.EQUAL_L0: float(sums.mean("equal_l0")[0])}
         if col.LINEAR in trained:
             ratios = [(own / other).log() for own, other in zip(equal[kind], equal[col.LINEAR], strict=True)]
-            row |= {name: math.expm1(value) for name, value in over_seeds(col.WORSE, ratios).items()}
+            row |= {name: math.expm1(value) for name, value in over_seeds(col.WORSE, ratios, sums.groups).items()}
         rows.append(row | {col.SHARE: float((variance[kind] / variance[col.ERROR])[0])})
     each = pd.DataFrame(of_saes)
     means = each.groupby(col.KIND)[[col.FVU, col.L0, col.DEAD_FRACTION]].mean()
     return pd.DataFrame(rows).join(means, on=col.KIND), each
 
 
-def over_seeds(name: str, values: Sequence[Tensor]) -> dict[str, float]:
+def over_seeds(name: str, values: Sequence[Tensor], groups: int) -> dict[str, float]:
     """The mean over seeds under `name`, and the ends of its interval over documents and seeds.
 
-    `values` has a number and its replicates per seed, (1 + replicates,) each. A single seed gives no interval.
+    `values` has a number and its replicates over `groups` per seed, (1 + r,) each. A single seed gives no interval.
     """
     every = torch.stack(list(values))
-    documents = Estimate.of(every.mean(0))
+    documents = Estimate.of(every.mean(0), groups)
     seeds = every[:, 0].numpy()
     half = math.nan
     if len(seeds) > 1:

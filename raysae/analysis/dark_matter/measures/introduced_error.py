@@ -34,7 +34,8 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Activity, encoded, reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, Moments, with_intervals
+from raysae.analysis.instruments.intervals import REPLICATES, GroupSums, with_intervals
+from raysae.analysis.instruments.regression import Linear, Moments
 from raysae.config import UserError
 from raysae.sae.base import SAE, Codes
 
@@ -79,10 +80,10 @@ class NoiseGrid:
     ablated: tuple[float, ...]
     levels: tuple[float, ...]
     unit: float
-    sums: ContextSums
+    sums: GroupSums
 
     def errors(self, f: int, sigma_x: float, sigma_r: float) -> dict[str, Tensor]:
-        """Shares of the variance of x′ + σ_x·n₁ at the ablated share number `f`, (1 + replicates,) each.
+        """Shares of the variance of x′ + σ_x·n₁ at the ablated share number `f`, (1 + r,) each.
 
         fvu: error before the regression.
         linear: what the regression removes of fvu.
@@ -101,11 +102,18 @@ class NoiseGrid:
         """A row per (ablated, sigma_x, sigma_r): `errors` with the ends of their intervals."""
         rows = []
         for (f, share), x, r in itertools.product(enumerate(self.ablated), self.levels, self.levels):
-            rows.append({col.ABLATED: share, col.SIGMA_X: x, col.SIGMA_R: r, **with_intervals(self.errors(f, x, r))})
+            rows.append(
+                {
+                    col.ABLATED: share,
+                    col.SIGMA_X: x,
+                    col.SIGMA_R: r,
+                    **with_intervals(self.errors(f, x, r), self.sums.groups),
+                }
+            )
         return pd.DataFrame(rows)
 
     def deviation(self, spectrum: Tensor) -> Tensor:
-        """How far the estimates are from the closed form at no ablation, (1 + replicates,).
+        """How far the estimates are from the closed form at no ablation, (1 + r,).
 
         It is ‖estimates − closed forms‖ / ‖closed forms‖ over all (σ_x, σ_r), the larger of the linear and the
         nonlinear estimate's. `spectrum` (d,) is that of `closed_form`.
@@ -137,7 +145,7 @@ def noise_grid(
         targets = {f"lack{f}": parts.truth - r for f, r in enumerate(parts.reconstructions)}
         fitted.add(torch.cat([parts.truth, parts.dense], 1), targets | {"introduced": parts.introduced})
     maps = {sigma_x: _maps(fitted, sigma_x * unit) for sigma_x in levels}
-    sums = ContextSums(replicates, seed)
+    sums = GroupSums(replicates, seed)
     for parts in evaluate:
         for sigma_x, of_level in maps.items():
             sums.add(parts.group, **_measured(parts, sigma_x, sigma_x * unit, of_level))
@@ -277,7 +285,7 @@ def introduced_error(
             made = [torch.cat(pieces).to(truth.device) for pieces in reconstructions]
             if split == "C":
                 moments["C"].add(truth, {})
-            yield Parts(truth.double(), made, *noise, chunk.context)
+            yield Parts(truth.double(), made, *noise, chunk.group)
 
     found = noise_grid(parts("A"), parts("C"), ablated, levels, unit, replicates, seed)
     spectrum = torch.linalg.eigvalsh(moments["C"].xx / moments["C"].rows)
@@ -287,7 +295,9 @@ def introduced_error(
     noises = zip(compared[col.SIGMA_X], compared[col.SIGMA_R], strict=True)
     compared[CLOSED_FORMS] = np.array([closed_form(spectrum, x * unit, r * unit) for x, r in noises])
     judged = {col.DEVIATION: found.deviation(spectrum), col.REENCODING_FVU: found.errors(0, 0.0, 0.0)[col.FVU]}
-    return IntroducedError(grid, correlation_table(grid), compared, pd.DataFrame([with_intervals(judged)]), unit)
+    return IntroducedError(
+        grid, correlation_table(grid), compared, pd.DataFrame([with_intervals(judged, found.sums.groups)]), unit
+    )
 
 
 def noise_unit(covariance: Tensor) -> float:

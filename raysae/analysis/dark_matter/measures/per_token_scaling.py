@@ -16,7 +16,8 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, Moments, with_intervals
+from raysae.analysis.instruments.intervals import REPLICATES, GroupSums, with_intervals
+from raysae.analysis.instruments.regression import Linear, Moments
 from raysae.config import UserError
 from raysae.sae.base import SAE
 
@@ -52,11 +53,11 @@ def per_token_scaling(
     fitted = Moments()
     for chunk in activations.chunks("B"):
         fitted.add(_norms(chunk, hook_point, saes, probes, names), {})
-    sums = ContextSums(replicates, seed)
+    sums = GroupSums(replicates, seed)
     for chunk in activations.chunks("C"):
         z = _norms(chunk, hook_point, saes, probes, names) - fitted.mean
         z = torch.cat([z, torch.ones(len(z), 1, dtype=torch.float64)], 1)
-        sums.add(chunk.context, products=(z.unsqueeze(2) * z.unsqueeze(1)).flatten(1))
+        sums.add(chunk.group, products=(z.unsqueeze(2) * z.unsqueeze(1)).flatten(1))
     size = 2 * len(names) + 1
     products = sums["products"].view(-1, size, size)
 
@@ -70,7 +71,7 @@ def per_token_scaling(
             large, gain = names[j], (both - alone) / (1 - alone)
             pair = {col.SMALL: small, col.LARGE: large, col.SMALL_WIDTH: saes[small].n, col.LARGE_WIDTH: saes[large].n}
             numbers = {col.R2: alone, col.SQUARED_CORRELATION: correlation, col.R2_WITH_NONLINEAR: both, col.GAIN: gain}
-            rows.append(pair | with_intervals(numbers))
+            rows.append(pair | with_intervals(numbers, sums.groups))
     return pd.DataFrame(rows)
 
 
@@ -94,7 +95,7 @@ def token_lines(
     """
     seen = 0
     for chunk in activations.chunks("C"):
-        contexts, of_row = torch.unique_consecutive(chunk.context, return_inverse=True)
+        contexts, of_row = torch.unique_consecutive(chunk.group, return_inverse=True)
         if context >= seen + len(contexts):
             seen += len(contexts)
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from raysae.analysis.dark_matter.measures.downstream_loss import Patched, downstream_loss
@@ -122,14 +123,14 @@ def test_every_number_equals_brute_force(lm, tokens, hook_point, monkeypatch):
         assert row["recovered_linear_low"] < row["recovered_linear_high"]
 
 
-def test_interval_is_that_of_resampled_contexts(lm, tokens):
-    """The interval of the cross-entropy equals that of contexts drawn with replacement."""
+def test_interval_is_students_over_contexts(lm, tokens):
+    """With a context per group, the interval of the cross-entropy is Student's."""
     x = lm.activations(tokens, ["resid_post.2"])["resid_post.2"][:, SKIP:].flatten(0, 1)
     sae = make_sae(x, 32, "resid_post.2")
     row = downstream_loss(lm, patched(tokens), "resid_post.2", {"a": sae}, {"a": fitted(sae, x)}, 1000).iloc[0]
     loss = patched_loss(lm, tokens, "resid_post.2", lambda rows: sae(rows.flatten(0, 1)).view_as(rows)).mean(1).numpy()
-    draws = loss[np.random.default_rng(0).integers(0, CONTEXTS, (4000, CONTEXTS))].mean(1)
-    assert row["ce_sae_high"] - row["ce_sae_low"] == pytest.approx(np.ptp(np.percentile(draws, [2.5, 97.5])), rel=0.2)
+    width = 2 * stats.t.ppf(0.975, CONTEXTS - 1) * loss.std(ddof=1) / CONTEXTS**0.5
+    assert row["ce_sae_high"] - row["ce_sae_low"] == pytest.approx(width, rel=1e-3)
 
 
 def test_a_probe_that_knows_everything_recovers_everything(lm, tokens):

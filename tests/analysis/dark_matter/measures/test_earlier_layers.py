@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from raysae.analysis.instruments.intervals import with_intervals
 from torch import Tensor
 
 from raysae.analysis.dark_matter.measures.earlier_layers import (
@@ -16,6 +15,7 @@ from raysae.analysis.dark_matter.measures.earlier_layers import (
     earlier_layers,
 )
 from raysae.analysis.instruments.activations import ArrayActivations
+from raysae.analysis.instruments.intervals import with_intervals
 from raysae.config import UserError
 from tests.analysis.planted import linear_sae, rows, sae
 from tests.lm.models import load, random_tokens, save

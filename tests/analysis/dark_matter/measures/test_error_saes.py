@@ -90,14 +90,14 @@ def test_an_interval_over_documents_and_seeds_covers() -> None:
         drawn = documents[generator.integers(0, 40, (200, 40))].mean(1)
         both = np.concatenate([[documents.mean()], drawn])
         values = [torch.from_numpy(both + 0.15 * generator.standard_normal()) for _ in range(3)]
-        found = over_seeds("v", values)
+        found = over_seeds("v", values, groups=40)
         hits += found["v_low"] <= 0 <= found["v_high"]
     assert 0.92 <= hits / runs <= 0.99
 
 
 def test_without_an_effect_of_seeds_the_interval_is_that_over_documents() -> None:
     values = torch.cat([torch.zeros(1), torch.linspace(-1, 1, 401)]).double()
-    found = over_seeds("v", [values, values, values])
+    found = over_seeds("v", [values, values, values], groups=40)
     assert (found["v_low"], found["v_high"]) == (pytest.approx(-0.95), pytest.approx(0.95))
 
 
