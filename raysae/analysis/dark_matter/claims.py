@@ -1,18 +1,19 @@
-"""The claims of the paper (Engels et al. 2024), each decided from the analyses' tables and their intervals.
+"""The claims of the paper (Engels et al. 2024), each decided from the analyses' tables and their replicates.
 
-A claim holds or does not hold. It cannot be told where its interval reaches over the border between the two, or where
-what it needs was not measured.
+A claim holds or does not hold. It cannot be told where its interval reaches over the border between the two, where what
+it needs was not measured, or with fewer than 10 groups of documents. Ratios, slopes and medians over SAEs are worked
+out per replicate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import pandas as pd
 
+from raysae.analysis.dark_matter.measures.breakdown import FEWEST, SPAN, compared_slopes
 from raysae.analysis.instruments import columns as col
-from raysae.analysis.instruments.intervals import over_rows, replicated
+from raysae.analysis.instruments.intervals import Estimate, median_of, over_rows, replicated
 from raysae.analysis.report.claims import (
     FAILS,
     HOLDS,
@@ -28,6 +29,7 @@ from raysae.analysis.report.claims import (
 )
 
 FLAT = 0.25  # "Nearly flat": per doubling of the width it falls by at most this share of FVU's fall.
+LEAST_FALL = 0.1  # FVU must fall by at least this share to be compared with.
 HALF = (0.35, 0.65)  # "About half": R² lies between these.
 LEAST_NORM_R2 = 0.86  # The lower end of the paper's range.
 SAME_TOKENS = 0.5  # From this R² on, the errors of two SAEs count as lying on the same tokens.
@@ -43,7 +45,6 @@ CONTROLS = {  # Controls for undertraining: the ending of the column's name, and
     "": "",
     col.RESCALED: "after the best rescaling ",
     col.HALF_FIT: "fitted on half the contexts ",
-    col.HALF: "of SAEs trained on half the tokens ",
 }
 RECOVERED = {col.LINEAR: "ê", col.NONLINEAR: "ε"}  # What is put back: where ε dominates, ê tells.
 BASELINES = {
@@ -53,7 +54,6 @@ BASELINES = {
     col.R2_ERROR_NORM_FROM_X_NORM: "‖x‖²",
 }
 MOST = 0.9  # "In general": for at least this share of the SAEs.
-ENDS = (col.LOW, "", col.HIGH)
 
 
 def decide(tables: Tables) -> list[Claim]:
@@ -61,27 +61,32 @@ def decide(tables: Tables) -> list[Claim]:
     return [rule(tables) for rule in RULES]
 
 
-def _controlled(tables: Tables, column: str, judged: Callable[[float, float], Verdict]) -> tuple[Verdict, str]:
-    """A verdict on the R² `column` over the SAEs. Its controls for undertraining must agree.
+def _controlled(tables: Tables, column: str, judged: Callable[[Estimate], Verdict]) -> tuple[Verdict, str]:
+    """A verdict on the R² `column`, by its median over the SAEs. Its controls for undertraining must agree.
 
-    `judged` makes a verdict of the ends of an interval. Here these are medians over the SAEs.
+    SAEs trained on half the tokens stand beside the same SAEs trained on all, not beside all SAEs.
     """
     found = tables["error_regression"]
-    verdicts, seen = [], []
-    for control, label in CONTROLS.items():
-        table = found.get("half_trained", pd.DataFrame()) if control == col.HALF else found["regressions"]
-        if f"{column}{control}" not in table:
+    whole, half = found["regressions"], found.get("half_trained", pd.DataFrame())
+    verdicts: list[Verdict] = []
+    seen = []
+
+    def judge(label: str, table: pd.DataFrame, name: str) -> None:
+        if name not in table:
             verdicts.append(UNTOLD)
             seen.append(f"{label}not measured")
-            continue
-        low, value, high = (float(table[f"{column}{control}{end}"].median()) for end in ENDS)
-        verdicts.append(judged(low, high))
-        counterparts = ""
-        if control == col.HALF and column in table:
-            counterparts = f" ({len(table)} of the SAEs; all tokens: {table[column].median():.2f})"
-        seen.append(f"{label}{value:.2f} [{low:.2f}, {high:.2f}]{counterparts}")
-    whole = found["regressions"][column]
-    return unanimous(verdicts), f"median R² {', '.join(seen)}; over SAEs {whole.min():.2f} to {whole.max():.2f}"
+            return
+        median = median_of(table, name)
+        verdicts.append(judged(median))
+        seen.append(f"{label}{median:.2f}")
+
+    for control, label in CONTROLS.items():
+        judge(label, whole, f"{column}{control}")
+    judge("of SAEs trained on half the tokens ", half, f"{column}{col.HALF}")
+    if column in half:
+        judge(f"of the same {len(half)} SAEs trained on all ", half, column)
+    ends = f"over SAEs {whole[column].min():.2f} to {whole[column].max():.2f}"
+    return unanimous(verdicts), f"median R² {', '.join(seen)}; {ends}"
 
 
 def _general(differences: pd.DataFrame, column: str) -> tuple[Verdict, str]:
@@ -99,20 +104,18 @@ def _general(differences: pd.DataFrame, column: str) -> tuple[Verdict, str]:
 
 @claim_of("breakdown", "Nonlinear FVU is nearly flat in width while FVU falls.", "flat from 2¹⁴ to 2²⁰ latents")
 def _flat(tables: Tables) -> tuple[Verdict, str]:
-    found = tables["breakdown"]
-    parts, fit = found["breakdown"], found["fit"].iloc[0]
-    steps = np.log2(parts["width"])
-    span = 2 ** (steps.max() - steps.min())
+    parts = tables["breakdown"]["breakdown"]
+    span = parts["width"].max() / parts["width"].min()
     fvu, nonlinear = parts[col.FVU].to_numpy(), parts[col.NONLINEAR_FVU].to_numpy()
-    fall = -float(np.polyfit(steps, fvu, 1)[0])  # FVU's fall per doubling of the width.
-    seen = f"FVU falls from {fvu[0]:.3f} to {fvu[-1]:.3f} over {span:.3g}× in width"
-    if len(parts) < 4 or fall <= 0 or fvu[-1] > 0.9 * fvu[0]:
-        return UNTOLD, f"{seen}: too few widths, or too small a fall, to compare with"
-    slope = f"{col.LEVEL}slope"
-    falls = [-fit[f"{slope}{end}"] * fit[f"{col.LEVEL}value"] / fall for end in (col.HIGH, "", col.LOW)]
+    seen = f"FVU goes from {fvu[0]:.3f} to {fvu[-1]:.3f} over {span:.3g}× in width"
+    if len(parts) < FEWEST or span < SPAN:
+        return UNTOLD, f"{seen}: {len(parts)} widths, and {FEWEST} over {SPAN}× are wanted"
+    fall, share = compared_slopes(parts)
+    if fvu[-1] > (1 - LEAST_FALL) * fvu[0] or fall.low <= 0:
+        return UNTOLD, f"{seen}: too small a fall to compare with"
     seen += f", nonlinear FVU from {nonlinear[0]:.3f} to {nonlinear[-1]:.3f}: per doubling it falls by "
-    seen += f"{falls[1]:.0%} [{falls[0]:.0%}, {falls[2]:.0%}] of FVU's own fall (at most {FLAT:.0%} counts as flat)"
-    return between(falls[0], falls[2], FLAT, above=False), seen
+    seen += f"{share:.0%} of FVU's own fall (at most {FLAT:.0%} counts as flat)"
+    return between(share.low, share.high, FLAT, above=False), seen
 
 
 @claim_of(
@@ -121,7 +124,7 @@ def _flat(tables: Tables) -> tuple[Verdict, str]:
     "R² about 0.5",
 )
 def _half(tables: Tables) -> tuple[Verdict, str]:
-    verdict, seen = _controlled(tables, col.R2_ERROR, lambda low, high: within(low, high, HALF))
+    verdict, seen = _controlled(tables, col.R2_ERROR, lambda median: within(median.low, median.high, HALF))
     return verdict, f"mean over dimensions: {seen}"
 
 
@@ -132,7 +135,7 @@ def _half(tables: Tables) -> tuple[Verdict, str]:
     "R² 0.86 to 0.95",
 )
 def _norm(tables: Tables) -> tuple[Verdict, str]:
-    return _controlled(tables, col.R2_ERROR_NORM, lambda low, high: between(low, high, LEAST_NORM_R2))
+    return _controlled(tables, col.R2_ERROR_NORM, lambda median: between(median.low, median.high, LEAST_NORM_R2))
 
 
 @claim_of(
@@ -169,11 +172,15 @@ def _same_tokens(tables: Tables) -> tuple[Verdict, str]:
     pairs = tables["per_token_scaling"]["pairs"]
     if not len(pairs):
         return UNTOLD, "there is only one width"
-    worst = pairs.loc[pairs[col.R2].idxmin()]
-    low, high = worst[col.low(col.R2)], worst[col.high(col.R2)]
-    seen = f"R² of ‖e_large‖ from ‖e_small‖ is {pairs[col.R2].mean():.2f} on average, least {worst[col.R2]:.2f} "
-    seen += f"[{low:.2f}, {high:.2f}] for {int(worst[col.SMALL_WIDTH]):,} → {int(worst[col.LARGE_WIDTH]):,}"
-    return between(low, high, SAME_TOKENS), seen
+    verdicts, seen = [], []
+    labels = {col.R2: "R² of ‖e_large‖ from ‖e_small‖", col.R2_BEYOND_X_NORM: "of what ‖x‖ leaves, ‖e_small‖ explains"}
+    for column, label in labels.items():
+        worst = Estimate.of(replicated(pairs, column).min(0), int(pairs[col.GROUPS].min()))
+        verdicts.append(between(worst.low, worst.high, SAME_TOKENS))
+        pair = pairs.loc[pairs[column].idxmin()]
+        widths = f"{int(pair[col.SMALL_WIDTH]):,} → {int(pair[col.LARGE_WIDTH]):,}"
+        seen.append(f"{label} {pairs[column].mean():.2f} on average, least {worst:.2f} ({widths})")
+    return unanimous(verdicts), f"{'; '.join(seen)} ({SAME_TOKENS:g} is the border)"
 
 
 @claim_of(
@@ -256,11 +263,10 @@ def _worse(tables: Tables) -> tuple[Verdict, str]:
 @claim_of("pursuit", "A better choice of latents removes little of the nonlinear error.", "a few per cent")
 def _little(tables: Tables) -> tuple[Verdict, str]:
     table = tables["pursuit"]["pursuit"]
-    whole = table[col.NONLINEAR_FVU]
-    low, value, high = (float((table[f"{col.ENCODER_ERROR}{end}"] / whole).median()) for end in ENDS)
-    seen = f"pursuit removes {value:.1%} [{low:.1%}, {high:.1%}] of the nonlinear FVU "
+    share = median_of(table, col.ENCODER_SHARE)
+    seen = f"pursuit removes {share:.1%} of the nonlinear FVU "
     seen += f"(median over {len(table)} SAEs; {FEW_PER_CENT:.0%} is the border)"
-    return between(low, high, FEW_PER_CENT, above=False), seen
+    return between(share.low, share.high, FEW_PER_CENT, above=False), seen
 
 
 @claim_of(

@@ -71,7 +71,7 @@ def run(lab: Lab) -> Findings:
     findings.tables = {"earlier_layers": table, "beyond_pursuit": beyond, "layers": layers}
     if layers["layer"].nunique() > 1:
         findings.figures["layers"] = r2_per_layer(layers, f"{model_name(lab)} · width {sae.width:,}")
-    share = float((pursued[col.ENCODER_ERROR] / pursued[col.NONLINEAR_FVU]).iloc[0])
+    share = float(pursued[col.ENCODER_SHARE].iloc[0])
     where = f"{model_name(lab)} · {sae.name}"
     findings.figures["earlier_layers"] = earlier_layer_bars(table, title=where, pursued=share)
     return findings
@@ -127,7 +127,7 @@ def _layers(lab: Lab, chosen: Shown, there: Mapping[str, Subject]) -> pd.DataFra
     central = chosen.central.name
     residuals = {chosen.hook_point: {central: chosen.results[central]}}
     for hook, other in there.items():
-        if hook.startswith("resid_post") and hook != chosen.hook_point:
+        if hook.startswith("resid_") and hook != chosen.hook_point:
             residuals[hook] = regressions(lab, hook, {other.name: other})
     subjects = {subject.name: subject for subject in there.values()}
     return pd.concat([regression_table(lab, subjects, found) for found in residuals.values()], ignore_index=True)

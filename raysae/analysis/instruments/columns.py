@@ -37,6 +37,7 @@ def replicates(column: str) -> str:
 
 # ---------------------------------------------------------------- an SAE and its error
 
+ALIKE = "alike"  # Architecture, learning rate and seed in words. Figures compare SAEs in which these are equal.
 L0 = "l0"  # Mean active latents per row.
 FVU = "fvu"  # FVU(x, Sae(x)).
 NONLINEAR_FVU = "nonlinear_fvu"  # FVU(x, Sae(x) + ê).
@@ -68,9 +69,8 @@ R2_NORM_NONLINEAR_LACK = "r2_norm_nonlinear_lack"  # R2_ERROR_NORM less R2_NORM_
 # ---------------------------------------------------------------- breakdown
 
 ABSENT = "absent"  # FVU less c: features that no latent stands for.
-ENCODER = "encoder"  # The share of the nonlinear error that pursuit removes.
-STACKS = "stacks"  # Whether absent, linear and nonlinear error add up to FVU.
-PURSUIT_NONLINEAR_FVU = "pursuit_nonlinear_fvu"  # Nonlinear FVU after pursuit, as the breakdown takes it.
+ENCODER = "encoder"  # Nonlinear error that pursuit removes, as FVU.
+STACKS = "stacks"  # Whether absent, linear and nonlinear error are parts of FVU.
 LEVEL = "level_"  # Beginning of the columns that hold a `Level` of the nonlinear FVU.
 
 # ---------------------------------------------------------------- per_token_scaling
@@ -79,6 +79,8 @@ SMALL, LARGE = "small", "large"  # Names of the SAEs of a pair.
 SMALL_WIDTH, LARGE_WIDTH = "small_width", "large_width"
 R2 = "r2"  # R² of ‖e_large‖ from ‖e_small‖. In earlier_layers: of a target from a source.
 SQUARED_CORRELATION = "squared_correlation"
+R2_FROM_X_NORM = "r2_from_x_norm"  # R² of ‖e_large‖ from ‖x‖.
+R2_BEYOND_X_NORM = "r2_beyond_x_norm"  # What ‖e_small‖ explains of what ‖x‖ leaves.
 R2_WITH_NONLINEAR = "r2_with_nonlinear"  # ‖ε_small‖ is a predictor too.
 GAIN = "gain"
 POSITION, TOKEN = "position", "token"
@@ -132,6 +134,7 @@ FVU_PURSUIT = FVU + PURSUIT
 NONLINEAR_FVU_PURSUIT = NONLINEAR_FVU + PURSUIT
 L0_PURSUIT = L0 + PURSUIT
 ENCODER_ERROR = "encoder_error"  # NONLINEAR_FVU less NONLINEAR_FVU_PURSUIT.
+ENCODER_SHARE = "encoder_share"  # ENCODER_ERROR as a share of NONLINEAR_FVU.
 
 # ---------------------------------------------------------------- earlier_layers
 
@@ -139,7 +142,6 @@ SOURCE = "source"  # Hook point that a prediction reads.
 PART = "part"  # What of it: activation, reconstruction or one of the errors.
 TARGET = "target"  # What is predicted: e, ê or ε.
 EXPLAINED = "explained"  # Share of ε's variance that the best earlier reconstruction explains.
-ENCODER_SHARE = "encoder_share"  # Share of the nonlinear FVU that pursuit removes.
 LEAD = "lead"  # EXPLAINED less ENCODER_SHARE.
 BY_DEFINITION = "by_definition"  # Whether the source determines the target.
 R2_WEIGHTED = R2 + WEIGHTED

@@ -125,6 +125,16 @@ class Moments:
         self.mean = self.mean + shift * (other.rows / rows)
         self.rows = rows
 
+    def through_origin(self) -> Moments:
+        """The moments about 0 in place of the means. Solving them gives maps without an intercept."""
+        about = Moments()
+        about.rows, about.mean = self.rows, torch.zeros_like(self.mean)
+        about.xx = self.xx + self.rows * torch.outer(self.mean, self.mean)
+        for name, mean in self.target_mean.items():
+            about.target_mean[name] = torch.zeros_like(mean)
+            about.xy[name] = self.xy[name] + self.rows * torch.outer(self.mean, mean)
+        return about
+
     def solve(self, ridge: float = RIDGE) -> Fit:
         """Solves least squares for every target.
 

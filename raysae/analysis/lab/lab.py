@@ -177,6 +177,25 @@ class Lab:
             )
         return min(shards, spec.shards)
 
+    @property
+    def shortage(self) -> str | None:
+        """A warning where the held-out text yields fewer tokens than wanted, with what that does to R².
+
+        Least squares with d predictors and n rows leaves d/(n − d − 1) more than the best map would on other rows, for
+        normal predictors (Breiman and Freedman 1983).
+        """
+        spec, wanted = self.plan.evaluation, self.config.tokens or self._usual(self.plan.facts)
+        have = self.shards * spec.rows_per_shard
+        if self.shards < spec.shards or have >= wanted:
+            return None
+        widest = max(hook_width(hook_point, self.plan.facts) for hook_point in self.hook_points)
+        lost, usual = (widest / max(1, tokens // 3 - widest - 1) for tokens in (have, wanted))
+        return (
+            f"The held-out text yields {have:,} of the {wanted:,} tokens wanted, and a third of them fits {widest:,} "
+            f"predictors. That lowers R² on other tokens by about {lost:.1%} of 1 − R², where all would lower it by "
+            f"{usual:.1%}. Intervals are wider too. Raise text.evaluation_fraction or give more text."
+        )
+
     # ---------------------------------------------------------------- activations and tasks
 
     def record(self, hook_points: Sequence[str]) -> Recorded:

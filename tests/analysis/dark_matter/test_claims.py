@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raysae.analysis.dark_matter.claims import RULES, decide
-from raysae.analysis.dark_matter.measures.breakdown import breakdown, fit_power_law, nonlinear_level
+from raysae.analysis.dark_matter.measures.breakdown import breakdown, fit_power_law
 from raysae.analysis.dark_matter.measures.introduced_error import introduced_error
 from raysae.analysis.instruments.intervals import with_intervals
 from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD
@@ -21,6 +21,20 @@ def verdict(tables: dict, beginning: str) -> str:
     return next(claim.verdict for claim in decide(tables) if claim.text.startswith(beginning))
 
 
+GROUPS = 40  # Of documents, so replicates are a bootstrap's
+
+
+def sampled(groups: int = GROUPS, **values: tuple[float, float, float] | np.ndarray) -> dict[str, object]:
+    """A row with replicates. A number with ends (low, value, high) has replicates spread evenly between them."""
+    replicates = {}
+    for name, each in values.items():
+        if isinstance(each, tuple):
+            low, value, high = each
+            each = np.array([value, *np.linspace(low, high, 200 if groups > 30 else groups)])
+        replicates[name] = each
+    return with_intervals(replicates, groups)
+
+
 def interval(**values: tuple[float, float, float]) -> dict[str, float]:
     return {
         f"{name}{end}": value
@@ -29,16 +43,18 @@ def interval(**values: tuple[float, float, float]) -> dict[str, float]:
     }
 
 
-def scaling(nonlinear: np.ndarray, fvu: np.ndarray | None = None) -> dict:
-    table = pd.DataFrame(
-        {"width": WIDTHS, "fvu": 0.1 + 8 * WIDTHS**-0.8 if fvu is None else fvu, "nonlinear_fvu": nonlinear}
-    )
-    law, level = (
-        fit_power_law(table["width"], table["fvu"]),
-        nonlinear_level(table["width"], table["nonlinear_fvu"], table["fvu"]),
-    )
-    fit = pd.DataFrame([{f"level_{name}": value for name, value in vars(level).items()}])
-    return {"breakdown": {"breakdown": breakdown(table, law), "fit": fit}}
+def scaling(nonlinear: np.ndarray, fvu: np.ndarray | None = None, noise: float = 0.002, **more) -> dict:
+    """A breakdown of SAEs of WIDTHS. `noise` is the spread of each number over replicates, one draw for all."""
+    fvu = 0.1 + 8 * WIDTHS**-0.8 if fvu is None else fvu
+    rng = np.random.default_rng(0)
+    common = 1 + noise * np.concatenate([[0], rng.normal(size=200)])
+    own = 1 + noise * np.concatenate([np.zeros((6, 1)), rng.normal(size=(6, 200))], 1)
+    rows = [
+        {"width": width} | sampled(fvu=f * common, nonlinear_fvu=n * common * each, **more)
+        for width, f, n, each in zip(WIDTHS, fvu, nonlinear, own, strict=True)
+    ]
+    table = pd.DataFrame(rows)
+    return {"breakdown": {"breakdown": breakdown(table, fit_power_law(table["width"], table["fvu"]))}}
 
 
 def test_without_any_analysis_nothing_can_be_told() -> None:
@@ -47,30 +63,58 @@ def test_without_any_analysis_nothing_can_be_told() -> None:
     assert all(claim.verdict == UNTOLD and "was not measured" in claim.evidence for claim in claims)
 
 
+FLAT = "Nonlinear FVU is nearly flat"
+
+
 def test_flat_in_width() -> None:
-    noise = 0.001 * np.array([1, -1, 0.5, -0.5, 1, -1])
-    assert verdict(scaling(0.08 + noise), "Nonlinear FVU is nearly flat") == HOLDS
-    falling = 0.08 * (1 + 0.9 * np.log2(8192 / WIDTHS)) + noise
-    assert verdict(scaling(falling), "Nonlinear FVU is nearly flat") == FAILS
-    assert verdict(scaling(0.08 + 40 * noise), "Nonlinear FVU is nearly flat") == UNTOLD
-    assert (
-        verdict(scaling(0.08 + noise, fvu=np.full(6, 0.2) - 1e-4 * np.arange(6)), "Nonlinear FVU is nearly flat")
-        == UNTOLD
-    )
+    level = 0.08 + 0.001 * np.array([1, -1, 0.5, -0.5, 1, -1])
+    falling = 0.08 * (1 + 0.9 * np.log2(8192 / WIDTHS))
+    assert verdict(scaling(level), FLAT) == HOLDS
+    assert verdict(scaling(falling), FLAT) == FAILS
+    assert verdict(scaling(level, noise=0.3), FLAT) == UNTOLD
+    assert verdict(scaling(level, fvu=np.full(6, 0.2) - 1e-4 * np.arange(6)), FLAT) == UNTOLD
 
 
-def regressions(**columns: float) -> pd.DataFrame:
-    """A table of four equal SAEs with intervals of ±0.02."""
+def test_a_curve_in_width_is_no_uncertainty() -> None:
+    """The nonlinear FVU bends, so a line does not fit it. Still it falls as FVU falls, and that is known well."""
+    fvu = 0.05 + 8 * WIDTHS**-0.8
+    assert verdict(scaling(0.9 * fvu, fvu), FLAT) == FAILS
+
+
+def test_flat_in_width_needs_six_widths_over_a_span_of_32() -> None:
+    tables = scaling(np.full(6, 0.08))
+    parts = tables["breakdown"]["breakdown"]
+    for few in (parts.iloc[:5], parts.assign(width=parts["width"] ** 0.9)):
+        claims = decide({"breakdown": {"breakdown": few}})
+        assert claims[0].verdict == UNTOLD
+        assert "6 over 32× are wanted" in claims[0].evidence
+
+
+def test_few_groups_of_documents_cannot_tell() -> None:
+    for groups, expected in ((9, UNTOLD), (20, HOLDS)):
+        row = sampled(groups, encoder_share=(0.0199, 0.02, 0.0201))
+        claims = decide({"pursuit": {"pursuit": pd.DataFrame([row])}})
+        claim = next(claim for claim in claims if claim.text.startswith("A better choice"))
+        assert claim.verdict == expected
+        assert ("9 groups of documents, and 10 are wanted" in claim.evidence) == (groups == 9)
+
+
+def regressions(count: int = 4, **columns: float) -> pd.DataFrame:
+    """A table of equal SAEs with intervals of ±0.02."""
     values = {"r2_error": 0.5, "r2_error_norm": 0.9, "r2_norm_nonlinear": 0.5, "r2_error_norm_from_token": 0.3}
     values |= {
         f"{name}{control}": value for name, value in values.items() for control in ("_rescaled", "_half_fit")
     } | columns
-    return pd.DataFrame([interval(**{name: (value - 0.02, value, value + 0.02) for name, value in values.items()})] * 4)
+    return pd.DataFrame(
+        [sampled(**{name: (value - 0.02, value, value + 0.02) for name, value in values.items()})] * count
+    )
 
 
-def half_trained(value: float, norm: float) -> pd.DataFrame:
-    ends = {name: (v - 0.02, v, v + 0.02) for name, v in (("r2_error_half", value), ("r2_error_norm_half", norm))}
-    return pd.DataFrame([interval(**ends)])
+def half_trained(value: float, norm: float, **whole: float) -> pd.DataFrame:
+    """SAEs trained on half the tokens, beside the same SAEs trained on all of them."""
+    numbers = {"r2_error": value, "r2_error_norm": norm} | whole
+    numbers |= {"r2_error_half": value, "r2_error_norm_half": norm}
+    return pd.DataFrame([sampled(**{name: (v - 0.02, v, v + 0.02) for name, v in numbers.items()})] * 2)
 
 
 @pytest.mark.parametrize(
@@ -91,6 +135,13 @@ def test_about_half_needs_every_control(columns: dict, half: float | None, expec
     if half is not None:
         tables["half_trained"] = half_trained(half, 0.9)
     assert verdict({"error_regression": tables}, "About half") == expected
+
+
+def test_half_trained_saes_stand_beside_the_same_saes() -> None:
+    tables = {"regressions": regressions(18, r2_error=0.5), "half_trained": half_trained(0.45, 0.9, r2_error=0.47)}
+    claim = next(claim for claim in decide({"error_regression": tables}) if claim.text.startswith("About half"))
+    assert "half the tokens 0.45 [0.43, 0.47], of the same 2 SAEs trained on all 0.47 [0.45, 0.49]" in claim.evidence
+    assert claim.verdict == HOLDS
 
 
 @pytest.mark.parametrize(
@@ -143,6 +194,18 @@ def introduced(**values: tuple[float, float, float]) -> dict:
         "synthetic_correlations": correlations,
         "synthetic_closed_form": pd.DataFrame({"deviation": [0.001, np.nan, 0.01]}),
     }
+
+
+def test_same_tokens_needs_more_than_the_norm_of_x() -> None:
+    def pairs(r2: tuple, beyond: tuple) -> dict:
+        widths = {"small_width": 256, "large_width": 512}
+        easy = widths | sampled(r2=(0.8, 0.9, 0.95), r2_beyond_x_norm=(0.8, 0.9, 0.95))
+        hard = widths | sampled(r2=r2, r2_beyond_x_norm=beyond)
+        return {"per_token_scaling": {"pairs": pd.DataFrame([easy, hard])}}
+
+    assert verdict(pairs((0.6, 0.7, 0.8), (0.55, 0.6, 0.65)), "Larger SAEs fail") == HOLDS
+    assert verdict(pairs((0.6, 0.7, 0.8), (0.0, 0.1, 0.2)), "Larger SAEs fail") == UNTOLD
+    assert verdict(pairs((0.1, 0.2, 0.3), (0.0, 0.1, 0.2)), "Larger SAEs fail") == FAILS
 
 
 @pytest.mark.parametrize(
@@ -238,7 +301,7 @@ def test_saes_on_the_error(ends: tuple, expected: str) -> None:
 
 def test_pursuit() -> None:
     for ends, expected in (((0.001, 0.002, 0.003), HOLDS), ((0.03, 0.04, 0.05), FAILS), ((0.005, 0.01, 0.015), UNTOLD)):
-        pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=ends)])
+        pursued = pd.DataFrame([sampled(encoder_share=tuple(10 * end for end in ends))])
         assert verdict({"pursuit": {"pursuit": pursued}}, "A better choice") == expected
 
 

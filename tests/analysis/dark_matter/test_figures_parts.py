@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+import torch
 
 from raysae.analysis.dark_matter.downstream_loss import ce_recovered
 from raysae.analysis.dark_matter.earlier_layers import earlier_layer_bars
+from raysae.analysis.dark_matter.error_parts import taken_apart
 from raysae.analysis.dark_matter.error_saes import error_sae_bars
 from raysae.analysis.dark_matter.measures.earlier_layers import BY_DEFINITION, TARGETS
-from raysae.analysis.dark_matter.pursuit import pursuit_bars
+from raysae.analysis.dark_matter.pursuit import pursued, pursuit_bars
+from raysae.analysis.instruments.intervals import with_intervals
 from raysae.analysis.instruments.plots import PAPER_WIDTH, SOURCE_PARTS, save
 
 
@@ -79,6 +82,18 @@ def test_pursuit_bars(tmp_path):
     assert [heights(ax) for ax in figure.axes] == [pytest.approx([0.2, 0.15]), pytest.approx([0.1, 0.09])]
     assert [ax.texts[0].get_text() for ax in figure.axes] == ["-25 %", "-10 %"]
     assert save(figure, tmp_path / "pursuit")[0].exists()
+
+
+def test_errors_after_pursuit_are_taken_apart():
+    values = {"fvu": 0.2, "fvu_pursuit": 0.15, "nonlinear_fvu": 0.1, "nonlinear_fvu_pursuit": 0.09}
+    numbers = {name: torch.full((41,), value, dtype=torch.float64) for name, value in values.items()}
+    table = pd.DataFrame([{"width": width} | with_intervals(numbers, 40) for width in (1, 2, 4)])
+    after = pursued(table)
+    assert after["fvu"].tolist() == [0.15] * 3
+    assert after["nonlinear_fvu_high"].tolist() == [0.09] * 3
+    parts, law, _ = taken_apart(after.assign(fvu=[0.3, 0.2, 0.15]))
+    assert law.warning
+    assert parts["linear_gap"].tolist() == pytest.approx([0.21, 0.11, 0.06])
 
 
 def test_earlier_layer_bars(tmp_path):

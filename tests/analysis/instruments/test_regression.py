@@ -70,6 +70,14 @@ def test_equal_to_lstsq_and_scikit_learn():
     torch.testing.assert_close(fit.maps["norm"](test), lstsq(x, y.square().sum(1), test), rtol=1e-6, atol=1e-5)
 
 
+def test_maps_through_the_origin_have_no_intercept():
+    x, y = data(900, offset=1)
+    found = moments(x, y).through_origin().solve().maps["y"]
+    expected = torch.linalg.lstsq(x.double(), y.double()).solution
+    torch.testing.assert_close(found.weight, expected, rtol=1e-6, atol=1e-8)
+    assert (found.bias == 0).all()
+
+
 def test_chunks_and_merging_do_not_matter():
     x, y = data(900)
     whole = moments(x, y, 900)

@@ -166,15 +166,12 @@ def beyond_pursuit(table: pd.DataFrame, target: str, pursued: pd.DataFrame) -> p
     if elsewhere.empty:
         return pd.DataFrame()
     of_sources = replicated(elsewhere, col.R2_WEIGHTED)
-    removed = (replicated(pursued, col.ENCODER_ERROR) / replicated(pursued, col.NONLINEAR_FVU))[0]
+    (removed,) = replicated(pursued, col.ENCODER_SHARE)
     explained = np.fmax.reduce(of_sources, axis=0)
-    values = {
-        col.EXPLAINED: explained,
-        col.ENCODER_SHARE: removed,
-        col.LEAD: explained - np.maximum(removed, 0.0),
-    }
+    lead = explained - np.maximum(removed, 0.0)
+    values = {col.EXPLAINED: explained, col.ENCODER_SHARE: removed, col.LEAD: lead}
     best = elsewhere[col.SOURCE].iloc[int(np.nanargmax(of_sources[:, 0]))]
-    return pd.DataFrame([{col.SOURCE: best, **with_intervals(values, int(elsewhere[col.GROUPS].iloc[0]))}])
+    return pd.DataFrame([{col.SOURCE: best, **with_intervals(values, elsewhere[col.GROUPS].iloc[0])}])
 
 
 def _probes(activations: Activations, saes: Mapping[str, SAE]) -> dict[str, Linear]:

@@ -75,7 +75,7 @@ class ErrorRegression:
     probe: Linear  # x → ê
     fit: Fit  # Pass A's rows, method, ridge, rank and condition, without its maps
     rescale: float  # α
-    loading: Tensor  # (n,), a*·decoder row, where a* is the probe x → ‖Sae(x) − b_dec‖²
+    loading: Tensor  # (n,), a*·decoder row, where a* is the probe z → ‖z‖² for z = Sae(x) − b_dec, no intercept
     mean_active: Tensor  # (n,), mean value of each latent over the rows of A where it is active
     active_rows: Tensor  # (n,), number of rows of A where each latent is active
 
@@ -178,13 +178,15 @@ class _PassA:
         self.activity = Activity(sae.n)
         self.on_x = self.on_itself = 0.0  # Σ⟨x − b_dec, Sae(x) − b_dec⟩ and Σ‖Sae(x) − b_dec‖²
         self.l0 = Moments()
+        self.along = Moments()  # Of z = Sae(x) − b_dec and ‖z‖²
 
     def finish(self, name: str, whole: Fit, half: Fit) -> None:
         self.rescale = self.on_x / self.on_itself if self.on_itself else 1.0
         self.probe, self.half_probe = whole.maps[f"{name}/e"], half.maps[f"{name}/e"]
         self.half_norm = half.maps[f"{name}/e_norm"]
         self.fit = Fit({}, whole.rows, whole.method, whole.ridge, whole.rank, whole.condition)
-        self.a = whole.maps[f"{name}/centred"].weight.squeeze(1)
+        self.a = self.along.through_origin().solve().maps["norm"].weight.squeeze(1)
+        del self.along
         self.l0_map = self.l0.solve().maps["e"]
 
     def parts(self, x: Tensor, reconstruction: Tensor) -> _Parts:
@@ -273,15 +275,14 @@ def _fit(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], fitted: dict[st
         reconstruction, l0 = reconstruct(sae, chunk.x[hook_point], state.activity)
         reconstruction = reconstruction.double()
         e, centred = x - reconstruction, reconstruction - state.bias
+        squared_centred = centred.square().sum(1)
         state.on_x += float(((x - state.bias) * centred).sum())
-        state.on_itself += float(centred.square().sum())
+        state.on_itself += float(squared_centred.sum())
+        state.along.add(centred, {"norm": squared_centred})
         norms[name] = e.square().sum(1)
         state.l0.add(l0.unsqueeze(1), {"e": norms[name]})
         targets |= {f"{name}/e": e, f"{name}/e_norm": norms[name]}
-        targets |= {
-            f"{name}/reconstruction_norm": reconstruction.square().sum(1),
-            f"{name}/centred": centred.square().sum(1),
-        }
+        targets[f"{name}/reconstruction_norm"] = reconstruction.square().sum(1)
     _, of_row = torch.unique_consecutive(chunk.group, return_inverse=True)
     odd = (of_row + shared.contexts) % 2 == 1
     shared.contexts += int(of_row[-1]) + 1

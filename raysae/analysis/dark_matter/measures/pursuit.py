@@ -65,6 +65,7 @@ def pursuit(
         `fvu_pursuit`, `nonlinear_fvu_pursuit`: the same with the pursued reconstruction in place of Sae(x). ê is then
             fitted to its own error.
         `encoder_error`: nonlinear_fvu − nonlinear_fvu_pursuit.
+        `encoder_share`: encoder_error/nonlinear_fvu.
         `l0`, `l0_pursuit`: mean active latents, of the encoder and of what as many steps of pursuit leave.
     """
     pursuits = {name: Pursuit(sae.decoder()) for name, sae in saes.items()}
@@ -132,6 +133,7 @@ def _numbers(sums: GroupSums) -> dict[str, float]:
         col.FVU_PURSUIT: fvu["after_error"],
         col.NONLINEAR_FVU_PURSUIT: fvu["after_nonlinear"],
         col.ENCODER_ERROR: fvu["before_nonlinear"] - fvu["after_nonlinear"],
+        col.ENCODER_SHARE: 1 - fvu["after_nonlinear"] / fvu["before_nonlinear"],
         col.L0: sums.mean("before_l0"),
         col.L0_PURSUIT: sums.mean("after_l0"),
     }

@@ -196,9 +196,7 @@ def with_replicates(name: str, value: float, noise: np.ndarray) -> dict[str, obj
 
 
 def pursuit_that_removes(share: float, noise: np.ndarray) -> pd.DataFrame:
-    return pd.DataFrame(
-        [with_replicates("encoder_error", 0.1 * share, 0.1 * noise) | with_replicates("nonlinear_fvu", 0.1, 0 * noise)]
-    )
+    return pd.DataFrame([with_replicates("encoder_share", share, noise)])
 
 
 def test_the_lead_over_pursuit_is_paired():

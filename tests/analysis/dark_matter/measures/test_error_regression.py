@@ -160,6 +160,14 @@ def test_a_sparse_sum_of_orthogonal_features_has_a_linear_norm():
     assert (found.active_rows[12:] == 0).all()
 
 
+def test_loadings_come_from_the_reconstruction_without_its_bias():
+    source, autoencoder = activations(), sae()
+    found = error_regression(source, HOOK, {"a": autoencoder}, replicates=2)["a"]
+    z = (autoencoder(gathered(source, "A")) - autoencoder.b_dec).double()
+    probe = torch.linalg.lstsq(z, z.square().sum(1, keepdim=True), driver="gelsd").solution
+    torch.testing.assert_close(found.loading, (autoencoder.decoder().double() @ probe).squeeze(1), rtol=1e-4, atol=1e-4)
+
+
 def test_dead_dimensions_and_no_losses():
     x = rows(3000)
     x[:, 3] = 1.5
