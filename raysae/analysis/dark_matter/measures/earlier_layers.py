@@ -26,7 +26,7 @@ from raysae.analysis.dark_matter.measures.pursuit import first_chunks
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
 from raysae.analysis.instruments.intervals import REPLICATES, GroupSums, replicated, with_intervals
-from raysae.analysis.instruments.regression import Linear, Moments, add_target, r2
+from raysae.analysis.instruments.regression import Linear, Moments, add_prediction, add_target, r2
 from raysae.config import UserError
 from raysae.lm.model import LanguageModel
 from raysae.sae.base import SAE
@@ -130,12 +130,11 @@ def earlier_layers(
     sums = GroupSums(replicates, seed)
     for chunk in first_chunks(activations.chunks("C"), rows):
         targets = _targets(chunk, target, used, probes)
-        predictions: dict[str, dict[str, Tensor]] = {name: {} for name in targets}
-        for source, predictor in _sources(chunk, sources, used, probes):
-            for name in targets:
-                predictions[name]["/".join(source)] = maps[source][name](predictor)
         for name, y in targets.items():
-            add_target(sums, chunk.group, name, y, predictions[name])
+            add_target(sums, chunk.group, name, y, {})
+        for source, predictor in _sources(chunk, sources, used, probes):
+            for name, y in targets.items():
+                add_prediction(sums, chunk.group, name, y, "/".join(source), maps[source][name](predictor))
     rows = []
     for hook_point, part in maps:
         for name in TARGETS:
