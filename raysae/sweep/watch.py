@@ -206,14 +206,14 @@ class Watch:
             failed = {"state": "failed", "message": str(error)}
             trainer.status = [row if row["state"] in ENDED else row | failed for row in trainer.status]
             trainer.asked = None
-            self.queue.leave.remote(bank)  # Nobody else may wait for it. Told at every look: the queue may restart.
+            self.queue.dismiss.remote(bank)  # Nobody else may wait for it. Told at every look: the queue may restart.
             return
         if self.abandoned:
             return
         trainer.asked = trainer.starts_since = None
         trainer.status = status
         if status and all(row["state"] in ENDED for row in status):
-            self.queue.leave.remote(bank)  # The bank has said so, perhaps to a relay that died with the message
+            self.queue.dismiss.remote(bank)  # The bank has said so, perhaps to a relay that died with the message
         for line in warnings:
             log.warning("trainer %s: %s", bank, line)
         for name, reports in news.items():
