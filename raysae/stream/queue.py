@@ -531,7 +531,8 @@ class StreamQueue:
 
         def failed(error: Exception, died: bool) -> None:
             reason = self._note_failure(*args, error) if produce else one_line(error)
-            if (died or produce) and not attempts.fail(died):
+            # A death in an evaluation counts whole: the memory that its SAEs take may be the cause.
+            if (died or produce) and not attempts.fail(died and produce):
                 self._send(replace(job, args=arguments(), seconds=patience()))
             elif produce and self._skip(*args, reason):
                 future.set_result((None, []))
