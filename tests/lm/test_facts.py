@@ -37,8 +37,8 @@ def llama(tmp_path_factory):
 )
 def test_sizes(architecture, d_attn, d_mlp, tmp_path):
     facts = model_facts(ModelConfig(name=str(save(architecture, tmp_path))))
-    assert facts.architecture == CONFIGS[architecture].model_type
-    assert (facts.layers, facts.d_model, facts.d_attn, facts.d_mlp, facts.context_length) == (3, 24, d_attn, d_mlp, 64)
+    assert facts.model_type == CONFIGS[architecture].model_type
+    assert (facts.layers, facts.d_model, facts.context_length) == (3, 24, 64)
     assert facts.kinds == ["resid_pre", "resid_post", "attn_out", "mlp_out", "attn_z", "mlp_act"]
     assert [hook_width(f"{kind}.2", facts) for kind in facts.kinds] == [24, 24, 24, 24, d_attn, d_mlp]
 
@@ -58,7 +58,7 @@ def test_digest_follows_content_not_place(llama, tmp_path, monkeypatch):
 
     copy = shutil.copytree(llama, tmp_path / "copy")
     assert digest_of(copy) == digest_of(llama)
-    assert digest_of(copy, modules={"mlp_norm": "input_layernorm"}) != digest_of(llama)
+    assert digest_of(copy, modules={"attn": "self_attn.o_proj"}) != digest_of(llama)
     assert digest_of(save("llama", tmp_path / "other", seed=1)) != digest_of(llama)
     weights = copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -148,14 +148,13 @@ def test_hub_names(llama, tmp_path):
 
 def test_stories(stories_model, llama):
     facts = model_facts(ModelConfig(name=str(stories_model)))
-    assert (facts.architecture, facts.layers, facts.d_model, facts.d_attn, facts.d_mlp, facts.context_length) == (
+    assert (facts.model_type, facts.layers, facts.d_model, facts.context_length) == (
         "llama",
         5,
         64,
-        64,
-        172,
         512,
     )
+    assert (hook_width("attn_z.4", facts), hook_width("mlp_act.0", facts)) == (64, 172)
     tokenizer = load_tokenizer(ModelConfig(name=str(stories_model)))
     ids = tokenizer("Once upon a time")["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "Once upon a time"

@@ -62,9 +62,10 @@ def run(lab: Lab) -> Findings:
 
 def earlier_hook_points(lab: Lab, hook_point: str) -> list[str]:
     """The previous residual, and this layer's mlp_out, attn_out and attn_z, where the model has them."""
-    kinds, layer = lab.plan.facts.kinds, int(hook_point.split(".")[1])
+    facts, layer = lab.plan.facts, int(hook_point.split(".")[1])
     previous = f"resid_post.{layer - 1}" if layer else "resid_pre.0"
-    hooks = [previous] + [f"{kind}.{layer}" for kind in ("mlp_out", "attn_out", "attn_z") if kind in kinds]
+    here = [kind for kind in ("mlp_out", "attn_out", "attn_z") if layer in facts.layers_with(kind)]
+    hooks = [previous] + [f"{kind}.{layer}" for kind in here]
     return [hook for hook in hooks if hook != hook_point]
 
 
