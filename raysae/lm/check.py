@@ -43,8 +43,7 @@ def check_modules(model: nn.Module, architecture: Architecture, tokens: Tensor) 
         ) from None
     if not isinstance(blocks, nn.ModuleList) or len(blocks) != len(architecture.blocks):
         raise UserError(
-            f"model.modules: 'blocks' is {architecture.path!r}, "
-            f"which is not the list of the model's {len(architecture.blocks)} blocks"
+            f"model.modules: 'blocks' is {architecture.path!r}, which is not the list of the model's decoder blocks"
         )
     seen = record(model, tokens)
     for layer, block in enumerate(architecture.blocks):
@@ -54,30 +53,29 @@ def check_modules(model: nn.Module, architecture: Architecture, tokens: Tensor) 
 
 def _check_block(model: nn.Module, seen: Record, architecture: Architecture, layer: int, block: Block) -> None:
     path = f"{architecture.path}.{layer}"
+    for field in ("attn", "mlp", "rest", "attn_proj", "mlp_proj"):
+        if name := getattr(block, field):
+            _call(model, seen, field, path, name)
+    for field in ("attn", "mlp"):
+        if getattr(block, field) and (name := getattr(block, f"{field}_proj")):
+            _check_projection(model, seen, path, f"{field}_proj", seen[f"{path}.{name}"], getattr(block, field))
     whole = _call(model, seen, "blocks", path, path)
     for kind, (field, side, _) in KINDS.items():
         expected = block.width(kind, architecture.d_model)
-        if expected is None:
-            continue
-        call = whole if field == "blocks" else _call(model, seen, field, path, getattr(block, field))
-        tensor = call.taken if side == "input" else call.given
+        call = whole if field == "blocks" else seen.get(f"{path}.{getattr(block, field)}")
+        tensor = call and (call.taken if side == "input" else call.given)
         found = None if tensor is None else tensor.shape[-1]
-        if found != expected:
+        if expected not in (None, found):
             raise UserError(
                 f"hook point '{kind}.{layer}' is {found} wide, but the model's configuration says {expected}: "
                 "check model.modules"
             )
-    for name, _ in block.parts:
-        _call(model, seen, "a part", path, name)
     if not adds_up(seen, path, block, model.dtype):
         raise UserError(
             f"model.modules: resid_pre + {' + '.join(name for name, _ in block.parts)} is not resid_post in block "
             f"{layer}, so 'attn' or 'mlp' is not what the block adds to the residual stream. Name its post-norms as "
             "'attn_norm' and 'mlp_norm', or leave 'attn' and 'mlp' out"
         )
-    for field in ("attn", "mlp"):
-        if getattr(block, field) and (name := getattr(block, f"{field}_proj")):
-            _check_projection(model, seen, path, f"{field}_proj", seen[f"{path}.{name}"], getattr(block, field))
 
 
 def _call(model: nn.Module, seen: Record, field: str, block: str, name: str) -> Call:

@@ -143,10 +143,8 @@ def _named(model: nn.Module, seen: Record, modules: Modules) -> list[Block]:
     Raises:
         UserError: a path is in no block.
     """
-    try:
-        inside = list(model.get_submodule(modules.blocks).children())
-    except AttributeError:
-        inside = []  # The check says so
+    blocks = dict(model.named_modules()).get(modules.blocks)
+    inside = list(blocks) if isinstance(blocks, nn.ModuleList) else []  # If it is none, the check says so
     for field, path in asdict(modules).items():
         if field != "blocks" and path and inside and not any(_has(block, path) for block in inside):
             kind = type(inside[0]).__name__

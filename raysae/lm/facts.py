@@ -86,10 +86,10 @@ def model_facts(config: ModelConfig) -> ModelFacts:
             f"model.name is {config.name!r}: its config.json is not the configuration of a transformers model"
         ) from None
     named = named_modules(config, model_type)
-    weights = _weights(path.parent, config) if commit is None else f"{config.name}@{commit}"
     architecture = None if config.modules else listed(content, named)
     if architecture is None:
         architecture = examined(config, path, content, commit, named)
+    weights = _weights(path.parent, config) if commit is None else f"{config.name}@{commit}"
     return ModelFacts(
         folder_or_name=str(path.parent) if commit is None else config.name,
         commit=commit,

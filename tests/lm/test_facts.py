@@ -104,13 +104,23 @@ def test_folders_without_a_model(tmp_path):
     assert "not the configuration of a transformers model" in refusal()
     (tmp_path / "config.json").write_text("[]")
     assert "not the configuration of a transformers model" in refusal()
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    for part in ("architecture 't5'", "model.modules", "gpt2"):
-        assert part in refusal()
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "lacks num_hidden_layers or hidden_size" in refusal()
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2}))
+    tiny = {"n_layer": 2, "n_embd": 8, "n_head": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **tiny}))
     assert "there are no weights" in refusal()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    assert "transformers cannot build a causal language model from its configuration (Unrecognized" in refusal()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobodys"}))
+    assert "transformers cannot build a causal language model from its configuration (The checkpoint" in refusal()
+
+
+def test_sizes_that_config_json_leaves_out_are_the_configurations(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 24, "n_head": 2}))
+    assert model_facts(ModelConfig(name=str(tmp_path))).context_length == 1024
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 24}))
+    facts = model_facts(ModelConfig(name=str(tmp_path)))
+    assert [hook_width(f"{kind}.1", facts) for kind in facts.kinds] == [24, 24, 24, 24, 24, 96]
 
 
 def test_unknown_key_in_modules(llama):
