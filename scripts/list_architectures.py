@@ -103,7 +103,10 @@ def try_architecture(name: str) -> Row:
     except UserError as error:
         return Row(name, blocks="", problem=str(error).split(". ")[0])
     lm = LanguageModel(model, ModelFacts(name, None, name, "", own))
-    found = next(problems(lm, tokens), "")
+    try:
+        found = next(problems(lm, tokens), "")
+    except Exception as error:  # One that fails must not end the list
+        found = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return Row(name, own.path, kinds_of_blocks(lm.facts), own.resumes, found, wrong=bool(found))
 
 

@@ -214,7 +214,7 @@ def _unchecked(shapes: nn.Module, real: PretrainedConfig, modules: Modules) -> A
 # ---------------------------------------------------------------- continuing
 
 
-def _resumes(model: nn.Module, tokens: torch.Tensor, seen: Record, own: Architecture, extras: list[int | None]) -> bool:
+def _resumes(model: nn.Module, tokens: torch.Tensor, own: Architecture, extras: list[int | None]) -> bool:
     """Whether the model gives the same logits if blocks below a changed residual stream are passed over."""
     seen = record(model, tokens)
     passes = [seen[f"{own.path}.{layer}"] for layer in range(len(extras))]
