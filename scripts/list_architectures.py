@@ -102,7 +102,7 @@ def try_architecture(name: str) -> Row:
         own = examine_twin(model, tokens)
     except UserError as error:
         return Row(name, blocks="", problem=str(error).split(". ")[0])
-    lm = LanguageModel(model, ModelFacts(name, None, name, "", own))
+    lm = LanguageModel(model, ModelFacts(name, None, name, "float32", "", own))
     try:
         found = next(problems(lm, tokens), "")
     except Exception as error:  # One that fails must not end the list

@@ -28,6 +28,7 @@ from pathlib import Path
 
 from raysae.config import ModelConfig, UserError, digest
 from raysae.lm.architecture import examined, listed, named_modules
+from raysae.lm.gguf import unpacked
 from raysae.lm.layout import KINDS, Architecture
 
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -45,6 +46,7 @@ class ModelFacts:
     folder_or_name: str  # Name that transformers loads
     commit: str | None  # Commit of a model on the hub, None for a folder
     model_type: str  # From config.json
+    dtype: str  # Number format that the checkpoint's config.json names, float32 where it names none
     digest: str  # Equal for equal weights, configuration and module paths
     architecture: Architecture
 
@@ -90,18 +92,28 @@ def model_facts(config: ModelConfig) -> ModelFacts:
     if architecture is None:
         architecture = examined(config, path, content, commit, named)
     weights = _weights(path.parent, config) if commit is None else f"{config.name}@{commit}"
+    modules = asdict(named) if named else [architecture.path, *map(asdict, architecture.blocks)]
     return ModelFacts(
         folder_or_name=str(path.parent) if commit is None else config.name,
         commit=commit,
         model_type=model_type,
-        digest=digest([weights, asdict(named) if named else asdict(architecture)]),
+        digest=digest([weights, modules]),
         architecture=architecture,
+        dtype=str(content.get("dtype") or content.get("torch_dtype") or "float32"),
     )
 
 
 def model_folder(config: ModelConfig) -> Path | None:
-    """The folder that `config` names, or None for the name of a model on the hub."""
+    """The folder that `config` names, or None for the name of a model on the hub.
+
+    A .gguf file stands for the folder that it is unpacked to.
+
+    Raises:
+        UserError: the .gguf file is not there or cannot be unpacked.
+    """
     folder = EMBEDDED if config.name == "embedded" else Path(config.name).expanduser()
+    if folder.suffix == ".gguf":
+        return unpacked(folder)
     return folder.resolve() if folder.is_dir() else None
 
 

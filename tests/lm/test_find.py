@@ -144,7 +144,7 @@ TOKENS = torch.arange(14).view(2, 7) + 10
 def planted(plant: str) -> LanguageModel:
     torch.manual_seed(0)
     model = Planted(plant)
-    return LanguageModel(model, ModelFacts("planted", None, "planted", "", examine_twin(model, TOKENS)))
+    return LanguageModel(model, ModelFacts("planted", None, "planted", "float32", "", examine_twin(model, TOKENS)))
 
 
 def test_a_factor_is_part_of_what_is_added():
