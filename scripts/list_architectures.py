@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -156,7 +157,12 @@ def _hidden_states(lm: LanguageModel, tokens: torch.Tensor, seen: dict[str, torc
     hidden = getattr(lm.model(input_ids=tokens, output_hidden_states=True, use_cache=False), "hidden_states", None)
     if not hidden:
         return
-    off = [i for i in range(lm.facts.layers - 1) if not _close(seen[f"resid_pre.{i + 1}"], hidden[i + 1])]
+    # Architectures differ in whether their list begins with the embeddings
+    off = [
+        layer
+        for layer, near in zip(range(lm.facts.layers - 1), pairwise(hidden), strict=False)
+        if not any(_close(seen[f"resid_post.{layer}"], state) for state in near)
+    ]
     if off:
         yield f"hidden states differ at {ranges(off)}"
 

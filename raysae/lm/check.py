@@ -53,13 +53,19 @@ def check_modules(model: nn.Module, architecture: Architecture, tokens: Tensor) 
 
 def _check_block(model: nn.Module, seen: Record, architecture: Architecture, layer: int, block: Block) -> None:
     path = f"{architecture.path}.{layer}"
+    whole = _call(model, seen, "blocks", path, path)
     for field in ("attn", "mlp", "rest", "attn_proj", "mlp_proj"):
         if name := getattr(block, field):
             _call(model, seen, field, path, name)
+    if not adds_up(seen, path, block, model.dtype):
+        raise UserError(
+            f"model.modules: resid_pre + {' + '.join(name for name, _ in block.parts)} is not resid_post in block "
+            f"{layer}, so 'attn' or 'mlp' is not what the block adds to the residual stream. Name its post-norms as "
+            "'attn_norm' and 'mlp_norm', or leave 'attn' and 'mlp' out"
+        )
     for field in ("attn", "mlp"):
         if getattr(block, field) and (name := getattr(block, f"{field}_proj")):
             _check_projection(model, seen, path, f"{field}_proj", seen[f"{path}.{name}"], getattr(block, field))
-    whole = _call(model, seen, "blocks", path, path)
     for kind, (field, side, _) in KINDS.items():
         expected = block.width(kind, architecture.d_model)
         call = whole if field == "blocks" else seen.get(f"{path}.{getattr(block, field)}")
@@ -70,12 +76,6 @@ def _check_block(model: nn.Module, seen: Record, architecture: Architecture, lay
                 f"hook point '{kind}.{layer}' is {found} wide, but the model's configuration says {expected}: "
                 "check model.modules"
             )
-    if not adds_up(seen, path, block, model.dtype):
-        raise UserError(
-            f"model.modules: resid_pre + {' + '.join(name for name, _ in block.parts)} is not resid_post in block "
-            f"{layer}, so 'attn' or 'mlp' is not what the block adds to the residual stream. Name its post-norms as "
-            "'attn_norm' and 'mlp_norm', or leave 'attn' and 'mlp' out"
-        )
 
 
 def _call(model: nn.Module, seen: Record, field: str, block: str, name: str) -> Call:

@@ -84,7 +84,7 @@ STRANGERS = {
     "phi3": Phi3Config(**_GROUPED, pad_token_id=0),
     # Has latent attention, and experts from layer 1 up
     "deepseek_v3": DeepseekV3Config(
-        **{**_SIZES, "head_dim": 8}, num_key_value_heads=4, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
+        **_SIZES, num_key_value_heads=4, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
         qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10, n_routed_experts=8, n_group=2, topk_group=1,
         moe_intermediate_size=16, num_experts_per_tok=2, n_shared_experts=1,
     ),
