@@ -1,6 +1,7 @@
 """Try every causal language model of the installed transformers: are its modules found, and are they right?
 
-Each configuration class is built with its defaults as a small random twin (see `raysae/lm/twin.py`). Then:
+Each configuration class is built with its defaults and at most `LAYERS` layers as a small random twin (see
+`raysae/lm/twin.py`). Then:
 
 - residual streams must equal the model's own `output_hidden_states`,
 - parts must add up in every kind of block,
@@ -15,6 +16,7 @@ The table goes to the terminal, or between the marks of a document. The exit cod
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import sys
 import time
@@ -36,6 +38,7 @@ from raysae.lm.facts import ModelFacts, ranges
 from raysae.lm.layout import KINDS, Block
 from raysae.lm.model import LanguageModel
 
+LAYERS = 8  # Most layers of a tried model. Patterns of layers repeat sooner
 BEGIN, END = "<!-- table of scripts/list_architectures.py -->", "<!-- end of the table -->"
 CLOSE = 1e-4  # Relative error of float32 in two orders of summation
 _LLAMA = ("self_attn.o_proj", "mlp.down_proj")
@@ -92,11 +95,31 @@ def complete(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def shallow(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration with at most `LAYERS` layers, lists of layers cut likewise."""
+    few = copy.deepcopy(config)
+    text = few.get_text_config(decoder=True)
+    layers = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == layers:
+            setattr(text, name, value[:LAYERS])
+    text.num_hidden_layers = min(layers, LAYERS)
+    return few
+
+
+def small_model(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A twin of an architecture's defaults and the tokens it reads. It has all layers if it does not run with few."""
+    config = complete(CONFIG_MAPPING[name]())
+    torch.manual_seed(0)
+    try:
+        return twin.smallest(shallow(config))
+    except Exception:  # A model's own code raises whatever it likes
+        return twin.smallest(config)
+
+
 def try_architecture(name: str) -> Row:
     try:
-        config = complete(CONFIG_MAPPING[name]())
-        torch.manual_seed(0)
-        model, tokens = twin.smallest(config)
+        model, tokens = small_model(name)
     except Exception as error:  # Whatever a configuration's or a model's own code raises
         return Row(name, problem=f"does not build: {' '.join(str(error).split())[:120]}")
     try:
@@ -105,7 +128,7 @@ def try_architecture(name: str) -> Row:
         return Row(name, blocks="", problem=str(error).split(". ")[0])
     lm = LanguageModel(model, ModelFacts(name, None, name, "float32", "", own))
     try:
-        found = next(problems(lm, tokens), "")
+        found = next(problems(lm, tokens), "") or wrong_projections(lm.facts)
     except Exception as error:  # One that fails must not end the list
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     return Row(name, own.path, kinds_of_blocks(lm.facts), own.resumes, found, wrong=bool(found))
@@ -137,6 +160,7 @@ def problems(lm: LanguageModel, tokens: torch.Tensor) -> Iterator[str]:
             added = seen[f"resid_post.{layer}"] - seen[f"resid_pre.{layer}"]
             if not _close(sum(parts), added):
                 yield f"parts do not add up in block {layer}"
+    clean = lm.logits(tokens)
     for name in names:
         prefix = lm.prefix(tokens, name)
         replaced = lm.logits(tokens, {name: torch.tanh})
@@ -144,13 +168,15 @@ def problems(lm: LanguageModel, tokens: torch.Tensor) -> Iterator[str]:
             yield f"reading {name} alone gives something else"
         if not _close(lm.resume(prefix, prefix.activation.tanh()), replaced):
             yield f"resume is not logits with a replacement at {name}"
-        if _close(replaced, lm.logits(tokens)):
+        if _close(replaced, clean):
             yield f"replacing {name} changes nothing"
-    expected = PROJECTIONS.get(facts.model_type)
-    if expected is not None:
-        found = tuple(dict.fromkeys((block.attn_proj, block.mlp_proj) for block in facts.architecture.blocks))
-        if found != expected:
-            yield f"projections are {found}, not {expected}"
+
+
+def wrong_projections(facts: ModelFacts) -> str:
+    """How the projections differ from those written here by hand. Empty where they do not, or none are written."""
+    found = tuple(dict.fromkeys((block.attn_proj, block.mlp_proj) for block in facts.architecture.blocks))
+    expected = PROJECTIONS.get(facts.model_type, found)
+    return "" if found == expected else f"projections are {found}, not {expected}"
 
 
 def _hidden_states(lm: LanguageModel, tokens: torch.Tensor, seen: dict[str, torch.Tensor]) -> Iterator[str]:
