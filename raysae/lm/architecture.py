@@ -66,7 +66,7 @@ def listed(content: dict, modules: Modules | None) -> Architecture | None:
         return None
     block = Block(
         modules.attn_norm or modules.attn, modules.attn_proj, heads * (size("head_dim") or d_model // heads), 1.0,
-        modules.mlp_norm or modules.mlp, modules.mlp_proj, d_mlp,
+        modules.mlp_norm or modules.mlp, modules.mlp_proj, d_mlp, normed=modules.post_normed,
     )  # fmt: skip
     context_length = size("max_position_embeddings", "n_positions") or UNLIMITED_CONTEXT
     return Architecture(modules.blocks, (block,) * layers, d_model, context_length)
@@ -97,8 +97,10 @@ def examined(
     kept = Path(CACHE).expanduser() / f"{key}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads(kept.read_text(encoding="utf-8"))
-        blocks = tuple(Block(**{**block, "sums": tuple(block["sums"])}) for block in found["blocks"])
-        return Architecture(**{**found, "blocks": blocks})
+        blocks = [
+            Block(**block | {field: tuple(block[field]) for field in ("normed", "sums")}) for block in found["blocks"]
+        ]
+        return Architecture(**found | {"blocks": tuple(blocks)})
     arguments = (config, str(path.parent) if commit is None else config.name, commit, modules)
     architecture = _examine(*arguments) if "torch" in sys.modules else apart(_examine, *arguments)
     with suppress(UserError):  # Where nothing can be kept, the next job searches again

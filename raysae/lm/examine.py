@@ -12,7 +12,18 @@ from transformers import AutoConfig, PretrainedConfig
 from raysae.config import ModelConfig, UserError
 from raysae.lm import twin
 from raysae.lm.check import adds_up, check_modules
-from raysae.lm.find import Record, find_blocks, find_parts, find_summed, like, mixing, norm_like, projection, record
+from raysae.lm.find import (
+    Record,
+    below_norms,
+    find_blocks,
+    find_parts,
+    find_summed,
+    like,
+    mixing,
+    norm_like,
+    projection,
+    record,
+)
 from raysae.lm.hooks import Site, hooked, passed_over
 from raysae.lm.layout import UNLIMITED_CONTEXT, Architecture, Block, Modules
 
@@ -126,6 +137,8 @@ def _found_block(model: nn.Module, seen: Record, path: str, mixers: set[str], no
     block = Block(sums=tuple(_below(path, norm) for norm in sums))
     for field, part in zip(fields, parts, strict=True):
         proj = projection(model, seen, path, part.call)
+        if below_norms(model, seen, path, part.call) is not part.call:
+            block = replace(block, normed=(*block.normed, field))
         block = replace(block, **{
             field: _below(path, part.call.path), f"{field}_factor": part.factor,
             f"{field}_proj": proj and _below(path, proj),
@@ -159,7 +172,8 @@ def _has(block: nn.Module, path: str) -> bool:
 def _named_block(seen: Record, path: str, block: nn.Module, modules: Modules) -> Block:
     kept = {field: name for field, name in asdict(modules).items() if name and _has(block, name)}
     added = {field: kept.get(f"{field}_norm") or kept.get(field) for field in ("attn", "mlp")}
-    found = Block(**added, attn_proj=kept.get("attn_proj"), mlp_proj=kept.get("mlp_proj"))
+    normed = tuple(field for field in added if f"{field}_norm" in kept)
+    found = Block(**added, attn_proj=kept.get("attn_proj"), mlp_proj=kept.get("mlp_proj"), normed=normed)
     parts = {field: f"{path}.{name}" for field, name in added.items() if name}
     if path not in seen or not all(name in seen and seen[name].given is not None for name in parts.values()):
         return found  # The check says so

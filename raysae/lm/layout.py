@@ -20,6 +20,11 @@ class Modules:
     attn_norm: str | None = None  # Post-norm between attn and the residual stream
     mlp_norm: str | None = None
 
+    @property
+    def post_normed(self) -> tuple[str, ...]:
+        """Which of attn and mlp have a post-norm."""
+        return tuple(field for field in ("attn", "mlp") if getattr(self, f"{field}_norm"))
+
 
 _LLAMA = Modules("model.layers", attn="self_attn", attn_proj="self_attn.o_proj", mlp="mlp", mlp_proj="mlp.down_proj")
 MODULES_OF: dict[str, Modules] = {
@@ -75,6 +80,7 @@ class Block:
     # The other part of a block of which model.modules names one part. It has no hook points.
     rest: str | None = None
     rest_factor: float = 1.0
+    normed: tuple[str, ...] = ()  # Which of attn and mlp are post-norms of the module that computes
     # Norms of the sums in blocks that norm after adding (BERT), in the order in which they run. The first norms
     # in + part, the second norms the first's output + the other part and gives what the block gives.
     sums: tuple[str, ...] = ()
@@ -85,6 +91,10 @@ class Block:
         if module != "blocks" and getattr(self, module) is None:
             return None
         return d_model if width == "d_model" else getattr(self, width)
+
+    def adds_as_is(self, field: Literal["attn", "mlp"]) -> bool:
+        """Whether the block adds a module's own output, without a post-norm or a factor."""
+        return field not in self.normed and getattr(self, f"{field}_factor") == 1
 
     @property
     def parts(self) -> list[tuple[str, float]]:
