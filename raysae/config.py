@@ -121,7 +121,7 @@ class ModelConfig(Strict):
     )
     modules: dict[str, str] = Field(
         default_factory=dict,
-        description="Module paths of an architecture that raysae does not know, or in place of those it knows, e.g. "
+        description="Module paths, in place of those that raysae knows or finds, e.g. "
         "blocks=transformer.h,attn=attn,attn_proj=attn.o,mlp=mlp,mlp_proj=mlp.o",
     )
 
