@@ -2,7 +2,7 @@
 
 Definitions. A context's first `skip` positions are left intact. At all later ones the activation is replaced.
 Cross-entropy (CE, nats per token) and KL are taken over the predictions made *at* a replaced position. These predict
-the tokens skip + 1 … t − 1.
+the tokens skip + 1 … t − 1. Padding at the end of a context is neither replaced nor predicted.
 
 - `ce_recovered` = (CE_mean − CE_sae) / (CE_mean − CE_clean). For CE_mean, every replaced activation is the mean over
   training rows.
@@ -95,6 +95,7 @@ def downstream_metrics(
     saes: Mapping[str, Callable[[Tensor], Tensor]],
     mean: Tensor,
     skip: int,
+    lengths: Tensor | None = None,
 ) -> DownstreamSums:
     """Sums of the metrics above over the contexts of one shard.
 
@@ -106,9 +107,10 @@ def downstream_metrics(
             reconstructions of the same shape. Several threads may call them at once.
         mean: (w,), mean activation over training rows.
         skip: how many first positions of each context are left intact, less than t − 1.
+        lengths: (c,), how many tokens of each context are real. Padding follows them. None: all are.
 
     Raises:
-        ValueError: `skip` is out of range, or there are no contexts.
+        ValueError: `skip` is out of range, or no context has a prediction.
     """
     length = tokens.shape[1]
     if not 0 <= skip < length - 1:
@@ -116,10 +118,14 @@ def downstream_metrics(
             f"skip is {skip}, but contexts have {length} tokens: "
             f"give a number from 0 to {length - 2}, so that a replaced position predicts a token"
         )
-    if not len(tokens):
+    lengths = torch.full(tokens.shape[:1], length) if lengths is None else lengths.cpu()
+    predicting = lengths > skip + 1
+    if not predicting.any():
         raise ValueError("there are no contexts to evaluate")
     at_once = lm.contexts_at_once(length)
-    batches = tokens.split(max(1, min(at_once, ROWS_AT_ONCE // length)))
+    size = max(1, min(at_once, ROWS_AT_ONCE // length))
+    chosen = tokens[predicting.to(tokens.device)]
+    batches = list(zip(chosen.split(size), lengths[predicting].split(size), strict=True))
     # With larger logits one context fills the cache, and contexts of each thread's own would fill memory.
     apart = lm.device.type == "cpu" and at_once > 1
     threads = min(torch.get_num_threads(), len(batches), THREADS) if apart else 1
@@ -127,10 +133,10 @@ def downstream_metrics(
     for model in (lm, *(lm.twin() for _ in range(threads - 1))):
         free.put(model)
 
-    def sums(batch: Tensor) -> DownstreamSums:
+    def sums(batch: tuple[Tensor, Tensor]) -> DownstreamSums:
         model = free.get()
         try:
-            return _batch_sums(model, batch, hook_point, saes, mean, skip)
+            return _batch_sums(model, *batch, hook_point, saes, mean, skip)
         finally:
             free.put(model)
 
@@ -159,6 +165,7 @@ def _mapping(threads: int) -> Iterator[Callable]:
 def _batch_sums(
     lm: LanguageModel,
     tokens: Tensor,
+    lengths: Tensor,
     hook_point: str,
     saes: Mapping[str, Callable[[Tensor], Tensor]],
     mean: Tensor,
@@ -166,21 +173,28 @@ def _batch_sums(
 ) -> DownstreamSums:
     prefix = lm.prefix(tokens, hook_point)
     original = prefix.activation  # (c, t, w)
-    rows = original[:, skip:].float().flatten(0, 1)  # (c · (t − skip), w)
+    positions = torch.arange(tokens.shape[1])
+    replaced = (positions >= skip) & (positions < lengths.unsqueeze(1))  # (c, t)
+    at = replaced.to(original.device).nonzero(as_tuple=True)
+    rows = original[at].float()  # (rows, w)
 
     def patched(replacement: Tensor) -> Tensor:
-        """Logits (c, t, V) with `replacement` (rows, w) or (w,) at every position from `skip` on."""
+        """Logits (c, t, V) with `replacement` (rows, w) or (w,) at every replaced position."""
         activation = original.clone()
-        activation[:, skip:] = replacement.expand_as(rows).view_as(original[:, skip:]).to(original)
+        activation[at] = replacement.expand_as(rows).to(original)
         return lm.resume(prefix, activation)
 
-    predicted = tokens[:, skip + 1 :].to(original.device).unsqueeze(-1)
+    predicted = tokens[:, skip + 1 :].to(original.device)  # (c, t − 1 − skip)
+    counted = (positions[skip + 1 :] < lengths.unsqueeze(1)).to(original.device)
 
     def log_probability(logits: Tensor) -> Tensor:
         return logits.float().log_softmax(-1)[:, skip:-1]  # (c, t − 1 − skip, V). Cutting first would copy the logits
 
+    def total(of_predictions: Tensor) -> float:
+        return of_predictions[counted].sum(dtype=torch.float64).item()
+
     def cross_entropy(log_probability: Tensor) -> float:
-        return -log_probability.gather(-1, predicted).sum(dtype=torch.float64).item()
+        return -total(log_probability.gather(-1, predicted.unsqueeze(-1)).squeeze(-1))
 
     clean_log_probability = log_probability(lm.resume(prefix, original))
     clean = cross_entropy(clean_log_probability)
@@ -190,9 +204,9 @@ def _batch_sums(
         found = log_probability(patched(reconstruct(rows)))
         sae[name] = cross_entropy(found)
         difference = torch.sub(clean_log_probability, found, out=found)
-        kl[name] = torch.linalg.vecdot(probability, difference).sum(dtype=torch.float64).item()
+        kl[name] = total(torch.linalg.vecdot(probability, difference))
     return DownstreamSums(
-        tokens=tokens.shape[0] * (tokens.shape[1] - 1 - skip),
+        tokens=int(counted.sum()),
         clean=clean,
         mean=cross_entropy(log_probability(patched(torch.as_tensor(mean)))),
         zero=cross_entropy(log_probability(patched(torch.zeros_like(rows[0])))),
