@@ -366,7 +366,7 @@ def _open_split(folder: Path, split: Split) -> Contexts | None:
         if lengths is not None:
             checksum.update(lengths)
         if checksum.hexdigest() != entry["sha256"]:
-            raise ValueError(f"{path.name} has a wrong checksum")
+            raise ValueError(f"{path.name} {'has' if lengths is None else 'or its lengths have'} a wrong checksum")
         documents = np.fromfile(path.with_suffix(".documents"), "<u8").reshape(-1, 2)
         if hashlib.sha256(documents).hexdigest() != entry["documents_sha256"]:
             raise ValueError(f"{path.stem}.documents has a wrong checksum")

@@ -283,6 +283,8 @@ def _hugging_face_texts(config: TextConfig) -> Iterator[Document]:
         # Read this column alone. The types of all columns were guessed from the first rows: casting the others to them
         # would fail at a column that is null first and text later.
         builder.info.features = None
+        if getattr(records.features[config.field], "dtype", None) == "null":  # So may this column be itself
+            records.info.features = None
         records = records.select_columns([config.field])
     columns = (_column(record, config, config.source) for record in records)
     return _with_sentence(itertools.chain.from_iterable(columns), config.source)

@@ -46,7 +46,7 @@ class Piece:
         """About how many characters it has. A token id counts as four."""
         if isinstance(self.content, str):
             return len(self.content)
-        return sum(4 if isinstance(item, int) else len(str(item["content"])) for item in self.content)
+        return sum(4 if isinstance(item, int) else len(str(item)) for item in self.content)
 
 
 def pieces(document: Document) -> Iterator[Document]:
