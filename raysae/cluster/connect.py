@@ -32,11 +32,11 @@ def connect(address: str | None, store_bytes: int) -> None:
     Raises:
         UserError: no cluster answers at the address, or this machine has no room for such a store.
     """
-    address = address or os.environ.get("RAY_ADDRESS")
+    address = named_cluster(address)
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # The driver handles interruptions, so that trainers checkpoint
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    if address and address != "local":
+    if address:
         _check_reachable(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
@@ -63,6 +63,12 @@ def connect(address: str | None, store_bytes: int) -> None:
             f"the tokens take {store_bytes / 2**30:.1f} GiB of shared memory, which this machine does not have "
             f"({str(error).splitlines()[0]}): choose less of them"
         ) from error
+
+
+def named_cluster(address: str | None) -> str | None:
+    """The cluster's address: `address` or RAY_ADDRESS. None where Ray is to start on this machine."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    return address if address and address != "local" else None
 
 
 def _check_reachable(address: str) -> None:

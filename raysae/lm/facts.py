@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from raysae.config import ModelConfig, UserError, digest
+from raysae.lm.gguf import unpacked
 
 EMBEDDED = Path(__file__).parent / "embedded"
 UNLIMITED_CONTEXT = 1024  # Context length taken for models that have no limit of their own (ALiBi)
@@ -100,6 +101,7 @@ class ModelFacts:
     d_attn: int | None  # Heads · head size, or None if config.json does not give it
     d_mlp: int | None
     context_length: int  # Longest context in tokens
+    dtype: str  # Number format that the checkpoint's config.json names, float32 where it names none
     digest: str  # Equal for equal weights, configuration and module paths
     modules: Modules
 
@@ -147,6 +149,7 @@ def model_facts(config: ModelConfig) -> ModelFacts:
         d_attn=heads * (size("head_dim") or d_model // heads) if heads else None,
         d_mlp=4 * d_model if d_mlp is None and architecture == "gpt2" else d_mlp,
         context_length=size("max_position_embeddings", "n_positions") or UNLIMITED_CONTEXT,
+        dtype=str(content.get("dtype") or content.get("torch_dtype") or "float32"),
         digest=digest(
             [_weights(path.parent, config) if commit is None else f"{config.name}@{commit}", asdict(modules)]
         ),
@@ -155,8 +158,16 @@ def model_facts(config: ModelConfig) -> ModelFacts:
 
 
 def model_folder(config: ModelConfig) -> Path | None:
-    """The folder that `config` names, or None for the name of a model on the hub."""
+    """The folder that `config` names, or None for the name of a model on the hub.
+
+    A .gguf file stands for the folder that it is unpacked to.
+
+    Raises:
+        UserError: the .gguf file is not there or cannot be unpacked.
+    """
     folder = EMBEDDED if config.name == "embedded" else Path(config.name).expanduser()
+    if folder.suffix == ".gguf":
+        return unpacked(folder)
     return folder.resolve() if folder.is_dir() else None
 
 

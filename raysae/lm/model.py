@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from raysae.config import ModelConfig, UserError
 from raysae.lm.facts import KINDS, ModelFacts, hook_width, model_facts, not_loadable, parse_hook_point
 from raysae.lm.hooks import Site, Stop, hooked, passed_over
+from raysae.lm.number_format import fast_formats, number_format
 
 Replacement = Callable[[Tensor], Tensor]
 # Elements of the logits held at a time if only sums over the vocabulary are wanted. In float32 they are 8 MiB, which
@@ -63,7 +64,7 @@ class LanguageModel:
 
     @classmethod
     def load(cls, config: ModelConfig, device: str | torch.device = "cpu") -> LanguageModel:
-        """Load weights in `config.dtype` onto `device`, or with `config.device_map` spread over all GPUs.
+        """Load weights onto `device`, or with `config.device_map` spread over all GPUs. See `number_format`.
 
         Attention is PyTorch's fused one. It is the eager one if the architecture does not allow that, as with Gemma 2's
         soft-capping.
@@ -74,11 +75,12 @@ class LanguageModel:
         from transformers import AutoModelForCausalLM
 
         facts = model_facts(config)
+        fast = fast_formats(gpu=bool(config.device_map) or torch.device(device).type == "cuda")
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 facts.folder_or_name,
                 revision=facts.commit,
-                dtype=getattr(torch, config.dtype),
+                dtype=getattr(torch, number_format(config, facts, fast)),
                 device_map=config.device_map,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,

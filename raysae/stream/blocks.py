@@ -1,8 +1,8 @@
 """Layout of a shard in blocks, and their wire format.
 
 Blocks are numpy arrays, because object stores share those without a copy. A block is `(rows, width)` and C-contiguous.
-It holds float32, or the bits of bfloat16 as int16, since numpy has no bfloat16. Importing this module does not import
-torch, because the driver and the queue do without it.
+It holds float32, float16, or the bits of bfloat16 as int16, since numpy has no bfloat16. Importing this module does
+not import torch, because the driver and the queue do without it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 
-WIRE_DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<i2")}
+WIRE_DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<i2"), "float16": np.dtype("<f2")}
 
 # Blocks from an object store are read-only, and so are the tensors over them. Torch cannot express that and warns.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)

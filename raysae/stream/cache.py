@@ -29,7 +29,7 @@ from raysae.stream.blocks import WIRE_DTYPES, bytes_per_shard
 from raysae.stream.spec import ActivationSpec
 
 LEFTOVER_SECONDS = 86_400  # A temporary file older than this was left by a dead process
-SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def open_cache(

@@ -155,7 +155,10 @@ def _predicting(spec: ActivationSpec, contexts: Contexts, predicted_tokens: int)
 def nonfinite(meta: Mapping[str, object]) -> str:
     """What is wrong with a shard, in words."""
     contexts = ", ".join(map(str, meta["nonfinite_contexts"]))
-    return f"activations at {', '.join(meta['nonfinite'])} are NaN or infinite in contexts {contexts}"
+    found = f"activations at {', '.join(meta['nonfinite'])} are NaN or infinite in contexts {contexts}"
+    if meta["numerics"]["dtype"] == "float16":
+        return f"{found}: model.dtype is float16, which holds at most 65,504, so set it to float32 or bfloat16"
+    return found
 
 
 def _where_rows_are(sae: SAE) -> Callable[[Tensor], Tensor]:

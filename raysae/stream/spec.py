@@ -14,12 +14,11 @@ Hook points are not in a spec, so streams at all hook points of a model share on
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from raysae.config import Strict, digest
+from raysae.config import NumberFormat, Strict, digest
 
 
 class ActivationSpec(Strict):
@@ -30,7 +29,7 @@ class ActivationSpec(Strict):
     contexts: int = Field(gt=0)  # Contexts in the text. Each epoch permutes them all.
     context_length: int = Field(ge=4)  # Tokens
     skip_positions: int = Field(ge=0)  # First positions of each context that give no rows
-    dtype: Literal["float32", "bfloat16"]
+    dtype: NumberFormat
     seed: int
     epochs: int = Field(gt=0)
     shard_contexts: int = Field(gt=0)  # Contexts per shard

@@ -17,8 +17,9 @@ from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.lm.tokenizer import load_tokenizer, load_vocabulary, tokenizer_digest
 from raysae.processes import apart
 from raysae.storage import open_location
-from raysae.stream.blocks import shards_in_flight
+from raysae.stream.blocks import WIRE_DTYPES, shards_in_flight
 from raysae.stream.spec import ActivationSpec
+from raysae.study.number_format import settled_dtype
 from raysae.text.contexts import Contexts, build_contexts
 
 LONGEST_DEFAULT_CONTEXT = 1024
@@ -110,7 +111,7 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
 
 
 def _with_defaults(config: SweepConfig, facts: ModelFacts) -> SweepConfig:
-    """`config` with hook points, context length, skipped positions and the model's revision settled."""
+    """`config` with hook points, context length, skipped positions, and the model's revision and dtype settled."""
     hooks = config.hook_points or [f"resid_post.{facts.layers // 2 - 1 if facts.layers > 1 else 0}"]
     for hook in hooks:
         kind, of = error_kind(hook)
@@ -129,7 +130,8 @@ def _with_defaults(config: SweepConfig, facts: ModelFacts) -> SweepConfig:
         )
     stream = config.stream.model_copy(update={"context_length": length, "skip_positions": skipped})
     # The hub may get a newer revision while the sweep runs
-    model = config.model.model_copy(update={"revision": facts.commit or config.model.revision})
+    revision, dtype = facts.commit or config.model.revision, settled_dtype(config, facts)
+    model = config.model.model_copy(update={"revision": revision, "dtype": dtype})
     return config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream, "model": model})
 
 
@@ -168,7 +170,7 @@ def store_bytes(settled: Plan, held_out_width: int | None = None, token_copies: 
         token_copies: how many times the contexts lie there.
     """
     width = sum(settled.streamed_widths.values()) if held_out_width is None else held_out_width
-    item = 2 if settled.config.model.dtype == "bfloat16" else 4
+    item = WIRE_DTYPES[settled.evaluation.dtype].itemsize
     held_out = settled.evaluation_shards * settled.evaluation.rows_per_shard * item * width
     tokens = sum(contexts.tokens.nbytes for contexts in settled.contexts.values())
     return int(settled.config.stream.mib_in_flight * MIB + 1.2 * held_out + token_copies * tokens) + 256 * MIB

@@ -68,7 +68,7 @@ class FakeProducer:
             "contexts_forwarded": CONTEXTS,
             "seconds": 0.01,
             "from_cache": False,
-            "numerics": {"threads": 1},
+            "numerics": {"threads": 1, "dtype": "float32"},
         } | broken
         return [meta, *(block for hook in WIDTHS for block in cut(rows_of(stream, hook, shard), "float32", BLOCK_MIB))]
 

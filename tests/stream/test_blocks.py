@@ -23,11 +23,11 @@ SPEC = ActivationSpec(
 )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(("width", "block_mib"), [(64, 1), (64, 32), (2304, 0.5), (100, 0.37), (1000, 0.0001)])
 def test_layout(dtype, width, block_mib):
     spec = SPEC.model_copy(update={"dtype": dtype})
-    size = {"float32": 4, "bfloat16": 2}[dtype]
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
     rows = rows_per_block(width, dtype, block_mib)
     assert rows == 1 or rows * width * size <= block_mib * 2**20
     assert (rows + 1) * width * size > block_mib * 2**20

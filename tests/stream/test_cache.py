@@ -41,10 +41,10 @@ def location(request, tmp_path):
         fsspec.filesystem("memory").store.clear()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_hit_equals_a_miss_bit_for_bit(location, dtype):
     spec = fake_spec(CONTEXTS, dtype=dtype)
-    lm = FakeLanguageModel(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    lm = FakeLanguageModel(getattr(torch, dtype))
     meta, produced = maker(BlockCache(location, spec, WIDTHS, 10 * SHARD), lm, spec=spec).make(2)
     assert (meta["from_cache"], meta["contexts_forwarded"], lm.forwarded) == (False, 256, 256)
     meta, cached = maker(BlockCache(location, spec, WIDTHS, 10 * SHARD), lm, spec=spec).make(2)
@@ -91,7 +91,7 @@ def test_specs_and_numerics_do_not_mix(location):
 
 
 def test_files_are_safetensors(tmp_path):
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "float16"):
         spec = fake_spec(CONTEXTS, dtype=dtype)
         cache = BlockCache(str(tmp_path), spec, WIDTHS, SHARD)
         _, blocks = maker(cache, spec=spec).make(0)

@@ -111,7 +111,7 @@ def test_bfloat16_rows_are_the_models_bits():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_activations_that_are_not_finite_are_reported_by_hook_point(value, dtype):
     lm = FakeLanguageModel(poison={"mlp_act.1": value})
     meta, _ = maker(lm=lm, dtype=dtype).make(0)

@@ -41,7 +41,7 @@ def test_the_object_store_holds_what_is_in_flight_and_the_held_out_rows() -> Non
     config = SweepConfig.model_validate({"stream": {"mib_in_flight": 100}})
     settled = SimpleNamespace(
         config=config, streamed_widths={"resid_post.1": 64, "mlp_out.1": 32}, evaluation_shards=3,
-        evaluation=SimpleNamespace(rows_per_shard=1000),
+        evaluation=SimpleNamespace(rows_per_shard=1000, dtype="float32"),
         contexts={"train": SimpleNamespace(tokens=np.zeros(500, np.int32))},
     )  # fmt: skip
     assert store_bytes(settled) == int((100 + 256) * MIB + 1.2 * 3 * 1000 * 4 * (64 + 32) + 2000)

@@ -22,6 +22,7 @@ from raysae.analysis.instruments.activations import CHUNK_ROWS, SPLITS, Chunk, s
 from raysae.analysis.lab.tasks import Task, language_model
 from raysae.config import SweepConfig, UserError, digest
 from raysae.stream.blocks import as_tensor
+from raysae.stream.producer import nonfinite
 from raysae.stream.shard import ShardMaker
 from raysae.stream.spec import ActivationSpec
 from raysae.text.contexts import Contexts
@@ -236,10 +237,7 @@ def _unpermuted(maker: ShardMaker, shard: int) -> dict[str, np.ndarray]:
     """The shard's rows per hook point, float32, in the order of contexts and positions."""
     meta, made = maker.make(shard)
     if meta["nonfinite"]:
-        raise UserError(
-            f"hook point {meta['nonfinite'][0]} has activations that are not finite in shard {shard}. "
-            "Try --model.dtype float32."
-        )
+        raise UserError(f"{nonfinite(meta)}, in shard {shard}")
     place = np.argsort(maker.spec.permutation_of(shard))
     return {
         hook: torch.cat([as_tensor(block, maker.spec.dtype).float() for block in blocks]).numpy()[place]

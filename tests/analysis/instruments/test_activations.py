@@ -164,7 +164,7 @@ def test_recording_that_is_broken_off_leaves_nothing(tmp_path):
 
 
 def test_activations_that_are_not_finite_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"mlp_act.1 has activations that are not finite in shard 0"):
+    with pytest.raises(UserError, match=r"activations at mlp_act.1 are NaN or infinite in contexts .*, in shard 0"):
         collect(
             tmp_path,
             fake_spec(CONTEXTS),
