@@ -1,8 +1,8 @@
 """Cross-entropy and KL of a language model whose activations give way to an SAE's reconstructions at a hook point.
 
-Definitions. A context's first `skip` positions are left intact. At all later ones the activation is replaced.
-Cross-entropy (CE, nats per token) and KL are taken over the predictions made *at* a replaced position. These predict
-the tokens skip + 1 … t − 1. Padding at the end of a context is neither replaced nor predicted.
+Definitions. A context's first `skip` positions are left intact, and so are positions left out of the stream. At all
+others the activation is replaced. Cross-entropy (CE, nats per token) and KL are taken over the predictions made *at* a
+replaced position. These predict the tokens skip + 1 … t − 1.
 
 - `ce_recovered` = (CE_mean − CE_sae) / (CE_mean − CE_clean). For CE_mean, every replaced activation is the mean over
   training rows.
@@ -95,7 +95,7 @@ def downstream_metrics(
     saes: Mapping[str, Callable[[Tensor], Tensor]],
     mean: Tensor,
     skip: int,
-    lengths: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> DownstreamSums:
     """Sums of the metrics above over the contexts of one shard.
 
@@ -107,10 +107,10 @@ def downstream_metrics(
             reconstructions of the same shape. Several threads may call them at once.
         mean: (w,), mean activation over training rows.
         skip: how many first positions of each context are left intact, less than t − 1.
-        lengths: (c,), how many tokens of each context are real. Padding follows them. None: all are.
+        kept: (c, t) bool, whether a later position is replaced. None is that predicts padding. Unset: all are.
 
     Raises:
-        ValueError: `skip` is out of range, or no context has a prediction.
+        ValueError: `skip` is out of range, there are no contexts, or no prediction is made at a replaced position.
     """
     length = tokens.shape[1]
     if not 0 <= skip < length - 1:
@@ -118,14 +118,15 @@ def downstream_metrics(
             f"skip is {skip}, but contexts have {length} tokens: "
             f"give a number from 0 to {length - 2}, so that a replaced position predicts a token"
         )
-    lengths = torch.full(tokens.shape[:1], length) if lengths is None else lengths.cpu()
-    predicting = lengths > skip + 1
-    if not predicting.any():
+    if not len(tokens):
         raise ValueError("there are no contexts to evaluate")
+    replaced = torch.ones_like(tokens, dtype=torch.bool) if kept is None else kept
     at_once = lm.contexts_at_once(length)
     size = max(1, min(at_once, ROWS_AT_ONCE // length))
-    chosen = tokens[predicting.to(tokens.device)]
-    batches = list(zip(chosen.split(size), lengths[predicting].split(size), strict=True))
+    pairs = zip(tokens.split(size), replaced[:, skip:].split(size), strict=True)
+    batches = [(batch, of_batch) for batch, of_batch in pairs if bool(of_batch[:, :-1].any())]
+    if not batches:
+        raise ValueError("no prediction is made at a replaced position")
     # With larger logits one context fills the cache, and contexts of each thread's own would fill memory.
     apart = lm.device.type == "cpu" and at_once > 1
     threads = min(torch.get_num_threads(), len(batches), THREADS) if apart else 1
@@ -136,7 +137,7 @@ def downstream_metrics(
     def sums(batch: tuple[Tensor, Tensor]) -> DownstreamSums:
         model = free.get()
         try:
-            return _batch_sums(model, *batch, hook_point, saes, mean, skip)
+            return _batch_sums(model, *batch, hook_point, saes, mean)
         finally:
             free.put(model)
 
@@ -165,36 +166,32 @@ def _mapping(threads: int) -> Iterator[Callable]:
 def _batch_sums(
     lm: LanguageModel,
     tokens: Tensor,
-    lengths: Tensor,
+    replaced: Tensor,
     hook_point: str,
     saes: Mapping[str, Callable[[Tensor], Tensor]],
     mean: Tensor,
-    skip: int,
 ) -> DownstreamSums:
+    """The sums over contexts `tokens` (c, t). `replaced` (c, t − skip) tells where activations are replaced."""
     prefix = lm.prefix(tokens, hook_point)
     original = prefix.activation  # (c, t, w)
-    positions = torch.arange(tokens.shape[1])
-    replaced = (positions >= skip) & (positions < lengths.unsqueeze(1))  # (c, t)
-    at = replaced.to(original.device).nonzero(as_tuple=True)
-    rows = original[at].float()  # (rows, w)
+    skip = tokens.shape[1] - replaced.shape[1]
+    replaced = replaced.to(original.device)
+    counted = replaced[:, :-1]  # Predictions made at these positions
+    rows = original[:, skip:][replaced].float()
 
     def patched(replacement: Tensor) -> Tensor:
-        """Logits (c, t, V) with `replacement` (rows, w) or (w,) at every replaced position."""
+        """Logits (c, t, V) with `replacement` (rows, w) or (w,) at the replaced positions."""
         activation = original.clone()
-        activation[at] = replacement.expand_as(rows).to(original)
+        activation[:, skip:][replaced] = replacement.expand_as(rows).to(original)
         return lm.resume(prefix, activation)
 
-    predicted = tokens[:, skip + 1 :].to(original.device)  # (c, t − 1 − skip)
-    counted = (positions[skip + 1 :] < lengths.unsqueeze(1)).to(original.device)
+    predicted = tokens[:, skip + 1 :].to(original.device).unsqueeze(-1)
 
     def log_probability(logits: Tensor) -> Tensor:
         return logits.float().log_softmax(-1)[:, skip:-1]  # (c, t − 1 − skip, V). Cutting first would copy the logits
 
-    def total(of_predictions: Tensor) -> float:
-        return of_predictions[counted].sum(dtype=torch.float64).item()
-
     def cross_entropy(log_probability: Tensor) -> float:
-        return -total(log_probability.gather(-1, predicted.unsqueeze(-1)).squeeze(-1))
+        return -log_probability.gather(-1, predicted).squeeze(-1)[counted].sum(dtype=torch.float64).item()
 
     clean_log_probability = log_probability(lm.resume(prefix, original))
     clean = cross_entropy(clean_log_probability)
@@ -204,7 +201,7 @@ def _batch_sums(
         found = log_probability(patched(reconstruct(rows)))
         sae[name] = cross_entropy(found)
         difference = torch.sub(clean_log_probability, found, out=found)
-        kl[name] = total(torch.linalg.vecdot(probability, difference))
+        kl[name] = torch.linalg.vecdot(probability, difference)[counted].sum(dtype=torch.float64).item()
     return DownstreamSums(
         tokens=int(counted.sum()),
         clean=clean,

@@ -125,31 +125,18 @@ class Producer:
         from raysae.sae.base import share_buffers
         from raysae.sae.files import load_sae
 
-        spec, contexts = self.production.specs[stream], self.contexts[stream]
-        indices = _predicting(spec, contexts, predicted_tokens)
-        lengths = None if contexts.lengths is None else torch.from_numpy(contexts.lengths[indices])
-        tokens = torch.from_numpy(contexts[indices]).to(self.lm.device)
+        spec = self.production.specs[stream]
+        predictions = spec.context_length - 1 - spec.skip_positions  # Predictions per context
+        wanted = min(-(-predicted_tokens // predictions), spec.shards * spec.shard_contexts)
+        shards = range(-(-wanted // spec.shard_contexts))
+        indices = np.concatenate([spec.contexts_of(shard) for shard in shards])[:wanted]
+        tokens = torch.from_numpy(self.contexts[stream][indices]).to(self.lm.device)
         mean = torch.from_numpy(np.array(mean)).to(self.lm.device)
         with torch.no_grad():
             loaded = {name: load_sae(folder) for name, folder in saes.items()}
             share_buffers(loaded.values())
             functions = {name: _where_rows_are(sae) for name, sae in loaded.items()}
-            skip = spec.skip_positions
-            return downstream_metrics(self.lm, tokens, hook_point, functions, mean, skip, lengths).finish()
-
-
-def _predicting(spec: ActivationSpec, contexts: Contexts, predicted_tokens: int) -> np.ndarray:
-    """The first contexts of a stream that have `predicted_tokens` predictions after skipped positions, or all."""
-    chosen, found = [], 0
-    for shard in range(spec.shards):
-        indices = spec.contexts_of(shard)
-        lengths = spec.context_length if contexts.lengths is None else contexts.lengths[indices]
-        counts = np.cumsum(np.broadcast_to(np.maximum(lengths - 1 - spec.skip_positions, 0), len(indices)))
-        chosen.append(indices[: 1 + int(np.searchsorted(counts, predicted_tokens - found))])
-        found += int(counts[-1])
-        if found >= predicted_tokens:
-            break
-    return np.concatenate(chosen)
+            return downstream_metrics(self.lm, tokens, hook_point, functions, mean, spec.skip_positions).finish()
 
 
 def nonfinite(meta: Mapping[str, object]) -> str:

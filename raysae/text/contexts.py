@@ -83,6 +83,16 @@ class Contexts:
         """Token ids of some contexts, `(n, context_length)` int64."""
         return self.tokens[indices].astype(np.int64)
 
+    def real(self, indices: np.ndarray) -> np.ndarray:
+        """Whether each position of some contexts has a token and no padding, `(n, context_length)` bool."""
+        length = self.tokens.shape[1]
+        lengths = np.full(len(indices), length) if self.lengths is None else self.lengths[indices]
+        return np.arange(length) < lengths[:, None]
+
+    def before_no_padding(self, indices: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """Of the positions `kept` `(n, context_length)` bool of some contexts, those that padding does not follow."""
+        return kept & np.pad(self.real(indices)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
+
 
 def build_contexts(
     text: TextConfig,

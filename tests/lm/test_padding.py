@@ -1,9 +1,11 @@
 """Padding at the end of contexts changes no number before it, and counts in none."""
 
+import numpy as np
 import pytest
 import torch
 
 from raysae.lm.patched_loss import downstream_metrics
+from raysae.text.contexts import Contexts
 from tests.lm.models import CONFIGS_OF_ALL, LAYERS, LENGTH, load, random_tokens, save
 
 LENGTHS = torch.tensor([20, 11, 3, 7, 1, 20])
@@ -27,12 +29,23 @@ def test_no_activation_before_the_padding_depends_on_it(architecture, tmp_path):
         torch.testing.assert_close(seen[0][name][1:2, :11], alone[name], equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
-def test_cross_entropy_counts_each_context_up_to_its_padding(tmp_path):
-    lm = load(save("llama", tmp_path))
+@pytest.fixture
+def lm(tmp_path):
+    return load(save("llama", tmp_path))
+
+
+def predicting(lengths: torch.Tensor) -> torch.Tensor:
+    """(c, LENGTH) bool, the positions that predict a real token."""
+    contexts = Contexts("t", np.zeros((len(lengths), LENGTH), np.uint16), lengths=lengths.numpy())
+    indices = np.arange(len(lengths))
+    return torch.from_numpy(contexts.before_no_padding(indices, contexts.real(indices)))
+
+
+def test_cross_entropy_counts_each_context_up_to_its_padding(lm):
     tokens = random_tokens(len(LENGTHS))
     weight = torch.randn(24, 24, generator=torch.Generator().manual_seed(0)) / 5
     saes, mean = {"a": lambda x: x @ weight}, torch.full((24,), 0.1)
-    found = downstream_metrics(lm, tokens, "resid_post.1", saes, mean, SKIP, LENGTHS)
+    found = downstream_metrics(lm, tokens, "resid_post.1", saes, mean, SKIP, predicting(LENGTHS))
     parts = [
         downstream_metrics(lm, context[None, :length], "resid_post.1", saes, mean, SKIP)
         for context, length in zip(tokens, LENGTHS.tolist(), strict=True)
@@ -46,16 +59,17 @@ def test_cross_entropy_counts_each_context_up_to_its_padding(tmp_path):
     assert whole.finish()["a"]["ce_clean"] != pytest.approx(found.finish()["a"]["ce_clean"], rel=1e-3)
 
 
-def test_saes_see_no_padding(tmp_path):
-    lm = load(save("llama", tmp_path))
+def test_saes_see_no_padding(lm):
     tokens, seen = random_tokens(len(LENGTHS)), []
-    downstream_metrics(lm, tokens, "mlp_out.1", {"a": lambda x: seen.append(x) or x}, torch.zeros(24), SKIP, LENGTHS)
+    saes, kept = {"a": lambda x: seen.append(x) or x}, predicting(LENGTHS)
+    downstream_metrics(lm, tokens, "mlp_out.1", saes, torch.zeros(24), SKIP, kept)
     rows = lm.activations(tokens, ["mlp_out.1"])["mlp_out.1"]
-    expected = [row[SKIP:length] for row, length in zip(rows, LENGTHS.tolist(), strict=True) if length > SKIP + 1]
-    torch.testing.assert_close(torch.cat(seen), torch.cat(expected))
+    expected = [row[SKIP : length - 1] for row, length in zip(rows[1:-1], LENGTHS[1:-1].tolist(), strict=True)]
+    full = [rows[0, SKIP:], *expected, rows[-1, SKIP:]]  # Nothing follows a full context's last position
+    torch.testing.assert_close(torch.cat(seen), torch.cat(full))
 
 
-def test_contexts_that_predict_nothing_are_refused(tmp_path):
-    lm = load(save("llama", tmp_path))
-    with pytest.raises(ValueError, match="no contexts"):
-        downstream_metrics(lm, random_tokens(2), "resid_post.1", {}, torch.zeros(24), SKIP, torch.tensor([3, 1]))
+def test_contexts_that_predict_nothing_are_refused(lm):
+    kept = predicting(torch.tensor([3, 1]))
+    with pytest.raises(ValueError, match="no prediction"):
+        downstream_metrics(lm, random_tokens(2), "resid_post.1", {}, torch.zeros(24), SKIP, kept)

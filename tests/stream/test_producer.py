@@ -17,7 +17,6 @@ from raysae.lm.patched_loss import downstream_metrics
 from raysae.sae.architectures import build
 from raysae.sae.files import save_sae
 from raysae.stream.client import StreamClient
-from raysae.stream.producer import _predicting
 from raysae.stream.queue import start_stream
 from raysae.stream.shard import ShardMaker
 from raysae.stream.spec import ActivationSpec
@@ -106,20 +105,3 @@ assert all(nice[thread] == NICENESS for thread in own | {threading.get_native_id
 assert all(nice[thread] == 0 for thread in others - {threading.get_native_id()}), nice
 """
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_the_first_contexts_with_enough_predictions_are_evaluated():
-    lengths = np.random.default_rng(0).integers(1, 17, 64).astype(np.int32)
-    tokens = np.zeros((64, 16), np.uint16)
-    spec = ActivationSpec(
-        model="m", text="t", contexts=64, context_length=16, skip_positions=4, dtype="float32", seed=3, epochs=1,
-        shard_contexts=16, batch_contexts=8,
-    )  # fmt: skip
-    order = np.concatenate([spec.contexts_of(shard) for shard in range(4)])
-    for of, counts in ((None, np.full(64, 11)), (lengths, np.maximum(lengths[order] - 5, 0))):
-        for wanted in (1, 11, 12, 100, 176, 177, int(counts.sum()), 100_000):
-            found = _predicting(spec, Contexts("t", tokens, lengths=of), wanted)
-            assert found.tolist() == order[: len(found)].tolist()
-            enough = counts[: len(found)].sum() >= wanted
-            assert enough or len(found) == 64
-            assert not enough or counts[: len(found) - 1].sum() < wanted
