@@ -28,7 +28,7 @@ from raysae.config import AnalysisConfig, ErrorsConfig, SAEConfig, SweepConfig, 
 from raysae.knobs import earlier, from_flat
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.processes import INTERRUPTED
-from raysae.sae.importers import load_any, require_width
+from raysae.sae.origins import doubt_of, require_fit
 from raysae.storage import file_system
 from raysae.study.place import saved_config, with_absolute_paths
 from raysae.study.plan import Plan, plan
@@ -119,17 +119,22 @@ class Lab:
         self.study, sweep, swept = _settings(config, given, found)
         self.config, self.sweep = config, with_absolute_paths(sweep)
         self.saes = {sae.name: sae for sae in subjects_of(config, found)}
+        self._check_fit()
         self.plan, self.stream = self._plan(swept)
-        facts = self.plan.facts
-        for sae in self.saes.values():
-            d = hook_width(sae.hook_point, facts)
-            if not sae.run_id:
-                require_width(load_any(sae.where, sae.hook_point), d)
         self.folder = Path(self.sweep.output) / self.study / "analysis"
         self.replicates, self.seed = config.replicates, config.seed
         self.warning = _check_origin(found, self.plan, self.stream if swept else None)
         if self.warning:
             print(f"Warning: {self.warning}", file=sys.stderr)
+
+    def _check_fit(self) -> None:
+        """Raises UserError where an SAE does not fit the language model. Warns where that is not certain."""
+        model = self.sweep.model.name
+        facts = model_facts(self.sweep.model)
+        for sae in self.saes.values():
+            require_fit(sae.name, sae.hook_point, sae.d_in, sae.origin, facts, model)
+            if doubt := doubt_of(sae.name, sae.origin, model):
+                print(f"Warning: {doubt}.", file=sys.stderr)
 
     def _plan(self, swept: bool) -> tuple[Plan, str]:
         """The settled plan, and the hash of the stream that the settings train SAEs on.

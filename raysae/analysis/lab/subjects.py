@@ -13,6 +13,7 @@ from raysae.knobs import from_flat
 from raysae.sae.base import SAE
 from raysae.sae.files import OWN
 from raysae.sae.importers import FILES, NamedSAE, load_any
+from raysae.sae.origins import UNKNOWN, Origin
 from raysae.storage import file_system
 from raysae.tracking.find import TrackedSAE, find_saes
 
@@ -30,6 +31,8 @@ class Subject:
         run_id: its run in MLflow. None for an SAE that MLflow does not know.
         params: the run's parameters, or hook point, width and place.
         metrics: the run's metrics.
+        d_in: width of the activations that it takes. None for an SAE of a sweep.
+        origin: what its files say of its activations.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Subject:
     run_id: str | None
     params: Mapping[str, str]
     metrics: Mapping[str, float]
+    d_in: int | None = None
+    origin: Origin = UNKNOWN
 
     @property
     def config(self) -> SAEConfig:
@@ -93,9 +98,11 @@ def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | 
     for where, tracked in found:
         if tracked:
             hook_point, width, name = tracked.params["hook_point"], int(tracked.params["width"]), tracked.name
+            d_in, origin = None, UNKNOWN
         else:
             loaded = _loaded(where, given)
             hook_point, width, name = loaded.sae.config.hook_point, loaded.sae.n, loaded.name
+            d_in, origin = loaded.sae.d_in, loaded.origin
         known.add(hook_point)
         if config.hook_points and hook_point not in config.hook_points:
             continue
@@ -108,7 +115,8 @@ def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | 
             name += "+"
         params = tracked.params if tracked else {"hook_point": hook_point, "width": str(width), "where": where}
         run_id, metrics = (tracked.run_id, tracked.metrics) if tracked else (None, {})
-        subjects[name] = Subject(name, where, hook_point, width, content_of(where), run_id, params, metrics)
+        content = content_of(where)
+        subjects[name] = Subject(name, where, hook_point, width, content, run_id, params, metrics, d_in, origin)
     if not subjects:
         there = sorted(known)
         others = f", there are some of {', '.join(there)}" if there else ""
