@@ -171,7 +171,7 @@ def _batch_sums(
     saes: Mapping[str, Callable[[Tensor], Tensor]],
     mean: Tensor,
 ) -> DownstreamSums:
-    """The sums over contexts `tokens` (c, t). `replaced` (c, t − skip) tells where activations are replaced."""
+    """The sums over contexts `tokens` (c, t). `replaced` (c, t − skip) bool tells which of the last positions are."""
     prefix = lm.prefix(tokens, hook_point)
     original = prefix.activation  # (c, t, w)
     skip = tokens.shape[1] - replaced.shape[1]

@@ -62,7 +62,7 @@ def pieces(document: Document) -> Iterator[Document]:
 def special_tokens(tokenizer: Any) -> list[str]:
     """Every special token of a tokenizer. `all_special_tokens` lacks those that have no role such as BOS."""
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+    return [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if token]
 
 
 class Encoder:
