@@ -55,13 +55,19 @@ class ActivationSpec(Strict):
     def rows(self) -> int:
         return self.shards * self.rows_per_shard
 
+    @staticmethod
+    @lru_cache(maxsize=2)  # A producer makes shards of the training stream and of the held-out stream by turns
+    def _order(seed: int, epoch: int, contexts: int) -> np.ndarray:
+        """The order of an epoch's contexts. Drawing it takes 0.1 s for four million contexts, so shards share it."""
+        return np.random.default_rng([seed, epoch]).permutation(contexts)
+
     def contexts_of(self, shard: int) -> np.ndarray:
         """Indices of the shard's contexts in the text, (shard_contexts,).
 
         Each epoch has an order of its own: a permutation of all contexts, seeded with (seed, epoch).
         """
         epoch, within = divmod(shard, self.shards_per_epoch)
-        order = _order(self.seed, epoch, self.contexts)
+        order = self._order(self.seed, epoch, self.contexts)
         return order[within * self.shard_contexts : (within + 1) * self.shard_contexts].copy()
 
     def permutation_of(self, shard: int) -> np.ndarray:
@@ -72,9 +78,3 @@ class ActivationSpec(Strict):
         return np.random.default_rng([self.seed, shard // self.shards_per_epoch, shard, 1]).permutation(
             self.rows_per_shard
         )
-
-
-@lru_cache(maxsize=2)  # A producer makes shards of the training stream and of the held-out stream by turns
-def _order(seed: int, epoch: int, contexts: int) -> np.ndarray:
-    """The order of an epoch's contexts. Drawing it takes 0.1 s for four million contexts, so shards share it."""
-    return np.random.default_rng([seed, epoch]).permutation(contexts)

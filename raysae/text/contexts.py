@@ -64,10 +64,9 @@ class Contexts:
     - `documents`: `(documents,)` uint64, the first 64 bits of each document's SHA-256, in order.
     - `spans`: `(contexts, 2)` int64, the first and the last document (inclusive) that have text in a context. The
       separator counts as a document's text.
-    - `lengths`: `(contexts,)` int32, memory-mapped: how many tokens of each context are real. Padding follows them. It
-      is None where nothing is padded.
 
-    `documents` and `spans` are None if nobody recorded them.
+    `documents` and `spans` are None if nobody recorded them. `lengths` `(contexts,)` int64 counts each context's tokens
+    before its padding. It is None if no context is padded.
     """
 
     digest: str
@@ -269,7 +268,7 @@ class _DocumentWriter(_SplitWriter):
         self._write(rows)
 
     def close(self) -> dict[str, object]:
-        lengths = np.array(self.lengths, "<i4")
+        lengths = np.array(self.lengths, "<i8")
         self.content.update(lengths)
         _write_array(self.path.with_suffix(".lengths"), lengths)
         return super().close() | {"padded": bool((lengths < self.context_length).any())}
@@ -370,7 +369,7 @@ def _open_split(folder: Path, split: Split) -> Contexts | None:
         if path.stat().st_size != shape[0] * length * np.dtype(dtype).itemsize:
             raise ValueError(f"{path.name} has a wrong size")
         tokens = _mapped(path, dtype, shape)
-        lengths = _mapped(path.with_suffix(".lengths"), "<i4", shape[:1]) if "padded" in entry else None
+        lengths = _mapped(path.with_suffix(".lengths"), "<i8", shape[:1]) if "padded" in entry else None
         checksum = _content_hash(length, dtype)
         checksum.update(tokens)
         if lengths is not None:

@@ -36,7 +36,7 @@ def test_many_shards_of_a_large_text_draw_an_epochs_order_once(monkeypatch):
         return default_rng(seed)
 
     monkeypatch.setattr(module.np.random, "default_rng", counted)
-    module._order.cache_clear()
+    ActivationSpec._order.cache_clear()
     spec, held_out = make(4_000_000), make(1000, seed=4)
     for shard in range(300):
         spec.contexts_of(shard)
