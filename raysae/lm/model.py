@@ -1,6 +1,7 @@
 """A causal language model whose activations can be read and replaced at named hook points (see `facts`).
 
-Every method works on whole contexts of equal length without padding, in evaluation mode and without gradients. Shapes
+Every method works on whole contexts of equal length, in evaluation mode and without gradients. Padding at their end
+needs no mask: attention is causal, so nothing before it changes. Shapes
 are in contexts `c`, positions `t`, a hook point's width `w`, the model's width `d` and the vocabulary `V`.
 
 The model's own forward pass does all the computing. Hooks read and replace tensors on the way. An exception ends the
