@@ -113,12 +113,12 @@ class ShardMaker:
     def unpermuted(self, shard: int) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
         """The shard before any row is left out or moved, as (meta, rows (rows_per_shard, width) by hook point).
 
-        Meta holds `nonfinite` and `nonfinite_contexts`, as in `make`. The cache is not used.
+        Meta holds `nonfinite`, `nonfinite_contexts` and `numerics`, as in `make`. The cache is not used.
         """
         self._check(shard)
         rows, bad, norms = self._read(shard, self.hook_points, np.arange(self.spec.rows_per_shard))
         self._judge(shard, norms)
-        return _nonfinite(bad), rows
+        return {**_nonfinite(bad), "numerics": numerics(self.lm)}, rows
 
     def kept(self, shard: int) -> np.ndarray:
         """Which of the shard's rows are not left out, *unpermuted*, (rows_per_shard,) bool.
