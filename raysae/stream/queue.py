@@ -45,6 +45,7 @@ CALLS = 10_000  # Concurrent calls. Waiting fetches occupy slots, so leave room 
 
 COUNTERS = {
     "contexts_forwarded": "Contexts the language model has read for training",
+    "rows_left_out": "Positions of these that yield no row, and whose places other rows take",
     "evaluation_contexts_forwarded": "Contexts the language model has read for held-out activations",
     "shards_produced": "Shards of the training stream produced, by the language model or from the cache",
     "shards_from_cache": "Shards of the training stream that were read from the cache",
@@ -440,6 +441,7 @@ class StreamQueue:
         self._count("shards_produced", 1)
         self._count("shards_from_cache", int(meta["from_cache"]))
         self._count("contexts_forwarded", meta["contexts_forwarded"])
+        self._count("rows_left_out", meta["rows_left_out"])
         self._note_seconds(meta)
         if meta["nonfinite"]:
             self._note_failure(TRAIN, shard, ValueError(nonfinite(meta)))
