@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from raysae.config import ModelConfig, digest
+from raysae.config import ModelConfig, UserError, digest
 from raysae.lm.digests import file_digest
 from raysae.lm.facts import hub_commit, model_folder, not_loadable, not_loading
 
@@ -56,12 +56,10 @@ def load_vocabulary(config: ModelConfig) -> tuple[int, int | None]:
     """
     from transformers import AutoConfig
 
-    try:
+    with not_loading(config):
         found = AutoConfig.from_pretrained(
             model_folder(config) or config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         ).get_text_config()
-    except (OSError, ValueError) as error:
-        raise not_loadable(config, error) from None
     try:
         of = load_tokenizer(config)
     except UserError:

@@ -167,8 +167,9 @@ class StreamQueue:
         self.faults = faults
         self.skipped = Skipped(skipped)
         self.state = StreamState(shards, cap, config.lag, faults.shard_attempts, self.skipped.of(TRAIN))
-        # The machine's clock counts on when the queue's process is restarted: later processes have greater numbers.
-        self._processes = itertools.count(time.monotonic_ns())
+        # Later reading processes have greater numbers, also when this process is restarted: the clock goes on. On a
+        # machine whose clock is behind, the readers that join again tell their numbers.
+        self._last_process = time.time_ns()
         self.held_out = held_out
         self.shard_bytes = bytes_per_shard(production.specs[TRAIN], production.widths.values())
         self._blocks = blocks
@@ -218,7 +219,8 @@ class StreamQueue:
 
     async def new_process(self) -> int:
         """A number for a process that is to read the stream, greater than all before. Its lives have it, see `Life`."""
-        return next(self._processes)
+        self._last_process += 1
+        return self._last_process
 
     async def join(self, life: Life, hook_point: str, row: int, until_shard: int | None = None) -> None:
         """Register a reader of the training stream at `hook_point`, from global row `row` on.
@@ -233,6 +235,7 @@ class StreamQueue:
         await self.start()
         if hook_point not in self.production.widths:
             raise StreamError(f"hook point {hook_point} is not streamed: {', '.join(self.production.widths)} are")
+        self._last_process = max(self._last_process, life.process)
         self.state.join(life, row // self.production.specs[TRAIN].rows_per_shard, until_shard)
         self._hook_point[life.consumer] = hook_point
         self._wake_consumer(life.consumer)

@@ -415,6 +415,14 @@ def process(actor, name: str = "a") -> Life:
     return Life(name, ray.get(actor.new_process.remote()), 1)
 
 
+def test_a_queue_whose_clock_is_behind_gives_later_processes_greater_numbers(stream):
+    """A queue that was restarted on another machine hears of earlier processes only from those that join again."""
+    actor = stream()
+    before = Life("a", ray.get(actor.new_process.remote()) + 10**18, 1)
+    ray.get(actor.join.remote(before, "resid_post.0", 0))
+    assert process(actor) > before
+
+
 def say_late(actor, life: Life) -> None:
     """Says what a killed process may have on its way: an acknowledgement, its leaving, its joining."""
     for call in (

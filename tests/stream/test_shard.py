@@ -257,8 +257,9 @@ def test_padding_gives_no_rows():
     lengths = np.random.default_rng(4).integers(5, 13, len(CONTEXTS.tokens))
     padded = Contexts(CONTEXTS.digest, CONTEXTS.tokens, lengths=lengths)
     made = ShardMaker(FakeLanguageModel(), padded, fake_spec(CONTEXTS), HOOKS, BLOCK_MIB)
-    notes = made.annotations(0, token_loss=False)
+    notes = made.annotations(0)
     assert np.array_equal(notes["kept"], notes["position"] < lengths[notes["context"]])
+    assert np.array_equal(~np.isnan(notes["token_loss"]), notes["position"] + 1 < lengths[notes["context"]])
     rows = rows_of(made, 0)["resid_post.0"][:, 0]
     order = made.spec.order_of(0, notes["kept"])
     np.testing.assert_allclose(rows, (notes["token"] + notes["position"] / 100)[order], rtol=1e-6)
