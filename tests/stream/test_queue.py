@@ -328,14 +328,20 @@ def test_the_death_of_a_producer_weighs_the_same_for_held_out_shards(stream, die
     """`test_state.py` has the same numbers for training shards. No producer has a place, so the test answers."""
     queue = stream(faults=FaultsConfig(shard_attempts=2), resources=ResourcesConfig(producer_cpus=64))
 
+    waiting = queue.evaluation_block.remote("mlp_out.1", 0, 0)
+    while not ray.get(queue.__ray_call__.remote(lambda self: len(self._errands))):
+        time.sleep(0.02)
+
     def fail(self):
-        future, failures = self._held_out(0), 0
-        while not future.done():
+        failures = 0
+        while not self._evaluation[0].done():
             self._errands.pop().failed(RuntimeError("out of luck"), died)
             failures += 1
         return failures
 
     assert ray.get(queue.__ray_call__.remote(fail)) == failures
+    with pytest.raises(StreamError, match="held-out shard 0 could not be produced in 2 attempts"):
+        ray.get(waiting, timeout=TIMEOUT)
 
 
 def test_a_producer_that_has_no_place_is_told_to_consumers(stream):

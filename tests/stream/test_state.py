@@ -99,6 +99,11 @@ class StreamMachine(RuleBasedStateMachine):
         with pytest.raises(SupersededError):
             getattr(self.state, message)(life, shard)
 
+    @rule(name=st.sampled_from(NAMES), message=st.sampled_from(["advance", "ready"]))
+    def a_life_that_has_not_joined_yet_is_unknown(self, name, message):
+        with pytest.raises(NotJoinedError):
+            getattr(self.state, message)(Life(name, self.processes), 0)
+
     @precondition(lambda self: self.range)
     @rule(data=st.data(), message=st.sampled_from(["join", "advance"]))
     def a_message_of_the_present_life_comes_again(self, data, message):

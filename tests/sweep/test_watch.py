@@ -28,7 +28,7 @@ class Actor:
 @pytest.fixture
 def watch() -> Watch:
     """A watch of one trainer that trains two SAEs. It is not entered, so no thread asks the trainer."""
-    settled = SimpleNamespace(config=SweepConfig())
+    settled = SimpleNamespace(config=SweepConfig(), saes=())
     return Watch(settled, Actor(), {"bank": Actor()}, {"bank": ["a", "b"]}, study=None)
 
 
