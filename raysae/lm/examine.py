@@ -101,10 +101,19 @@ def examine_twin(model: nn.Module, tokens: torch.Tensor, modules: Modules | None
             f"no list of blocks in {type(model).__name__} hands one residual stream from block to block, so raysae "
             f"does not find the model's blocks. {_HOW}"
         )
-    blocks = _named(model, seen, modules) if modules else _found(model, tokens, seen, path)
     d_model = seen[f"{path}.0"].given.shape[-1] if f"{path}.0" in seen else 1
-    own = Architecture(path, _with_widths(model, path, blocks, d_model), d_model, tokens.shape[1])
-    extras = check_modules(model, own, tokens)
+
+    def with_blocks(blocks: list[Block]) -> Architecture:
+        return Architecture(path, _with_widths(model, path, blocks, d_model), d_model, tokens.shape[1])
+
+    own = with_blocks(_named(model, seen, modules) if modules else _found(model, tokens, seen, path))
+    try:
+        extras = check_modules(model, own, tokens)
+    except UserError:
+        if modules:
+            raise
+        own = with_blocks([Block() for _ in own.blocks])  # What a search finds must pass the check, or is not offered
+        extras = check_modules(model, own, tokens)
     return replace(own, resumes=_resumes(model, tokens, own, extras))
 
 
