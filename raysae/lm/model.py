@@ -1,6 +1,7 @@
 """A causal language model whose activations can be read and replaced at named hook points (see `facts`).
 
-Every method works on whole contexts of equal length without padding, in evaluation mode and without gradients. Shapes
+Every method works on whole contexts of equal length, in evaluation mode and without gradients. Padding at their end
+needs no mask: attention is causal, so nothing before it changes. Shapes
 are in contexts `c`, positions `t`, a hook point's width `w`, the model's width `d` and the vocabulary `V`.
 
 The model's own forward pass does all the computing. Hooks read and replace tensors on the way. An exception ends the
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from raysae.config import ModelConfig, UserError
 from raysae.lm.check import check_modules, probe
-from raysae.lm.facts import ModelFacts, model_facts, not_loadable, parse_hook_point
+from raysae.lm.facts import ModelFacts, model_facts, not_loading, parse_hook_point
 from raysae.lm.hooks import Site, Stop, hooked, passed_over
 from raysae.lm.layout import KINDS
 from raysae.lm.number_format import fast_formats, number_format
@@ -77,7 +78,7 @@ class LanguageModel:
 
         facts = model_facts(config)
         fast = fast_formats(gpu=bool(config.device_map) or torch.device(device).type == "cuda")
-        try:
+        with not_loading(config):
             model, report = AutoModelForCausalLM.from_pretrained(
                 facts.folder_or_name,
                 revision=facts.commit,
@@ -86,8 +87,6 @@ class LanguageModel:
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
-            raise not_loadable(config, error) from None
         missing = sorted(report["missing_keys"])
         if missing:
             raise UserError(
