@@ -65,7 +65,15 @@ def examine(config: ModelConfig, name: str, commit: str | None, modules: Modules
                     f"runs ({_first_line(error)}). {_HOW}"
                 ) from None
             return _unchecked(shapes, real, modules)
-        own = examine_twin(small, tokens, modules)
+        try:
+            own = examine_twin(small, tokens, modules)
+        except UserError:
+            raise
+        except Exception as error:  # The model's own code does not bear other tensors in place of its own
+            raise UserError(
+                f"model.name is {config.name!r}: its modules cannot be searched ({_first_line(error)}), so raysae "
+                "cannot read it"
+            ) from None
     d_model = _d_model(real, small.config, own.d_model)
     blocks = _with_widths(shapes, own.path, own.blocks, d_model)
     return replace(own, blocks=blocks, d_model=d_model, context_length=_context_length(real))
