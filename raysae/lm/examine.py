@@ -65,7 +65,15 @@ def examine(config: ModelConfig, name: str, commit: str | None, modules: Modules
                     f"runs ({_first_line(error)}). {_HOW}"
                 ) from None
             return _unchecked(shapes, real, modules)
-        own = examine_twin(small, tokens, modules)
+        try:
+            own = examine_twin(small, tokens, modules)
+        except UserError:
+            raise
+        except Exception as error:  # The model's own code does not bear other tensors in place of its own
+            raise UserError(
+                f"model.name is {config.name!r}: its modules cannot be searched ({_first_line(error)}), so raysae "
+                "cannot read it"
+            ) from None
     d_model = _d_model(real, small.config, own.d_model)
     blocks = _with_widths(shapes, own.path, own.blocks, d_model)
     return replace(own, blocks=blocks, d_model=d_model, context_length=_context_length(real))
@@ -101,10 +109,19 @@ def examine_twin(model: nn.Module, tokens: torch.Tensor, modules: Modules | None
             f"no list of blocks in {type(model).__name__} hands one residual stream from block to block, so raysae "
             f"does not find the model's blocks. {_HOW}"
         )
-    blocks = _named(model, seen, modules) if modules else _found(model, tokens, seen, path)
     d_model = seen[f"{path}.0"].given.shape[-1] if f"{path}.0" in seen else 1
-    own = Architecture(path, _with_widths(model, path, blocks, d_model), d_model, tokens.shape[1])
-    extras = check_modules(model, own, tokens)
+
+    def with_blocks(blocks: list[Block]) -> Architecture:
+        return Architecture(path, _with_widths(model, path, blocks, d_model), d_model, tokens.shape[1])
+
+    own = with_blocks(_named(model, seen, modules) if modules else _found(model, tokens, seen, path))
+    try:
+        extras = check_modules(model, own, tokens)
+    except UserError:
+        if modules:
+            raise
+        own = with_blocks([Block() for _ in own.blocks])  # What a search finds must pass the check, or is not offered
+        extras = check_modules(model, own, tokens)
     return replace(own, resumes=_resumes(model, tokens, own, extras))
 
 

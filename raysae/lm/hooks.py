@@ -91,9 +91,18 @@ def _on_output(shown: Look):
         new = shown(given(output))
         if new is None:
             return None
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+        return _with_first(output, new)
 
     return hook
+
+
+def _with_first(output: Tensor | Sequence, new: Tensor) -> Tensor | Sequence:
+    """What a module returned, with another first tensor. Tuples with names and lists stay what they are."""
+    if isinstance(output, Tensor):
+        return new
+    if hasattr(output, "_replace"):
+        return output._replace(**{output._fields[0]: new})
+    return [new, *output[1:]] if isinstance(output, list) else (new, *output[1:])
 
 
 @contextmanager

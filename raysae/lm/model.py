@@ -135,7 +135,8 @@ class LanguageModel:
 
     def contexts_at_once(self, length: int) -> int:
         """How many contexts of `length` tokens have logits of at most LOGITS_AT_ONCE elements. It is at least 1."""
-        return max(1, LOGITS_AT_ONCE // (length * self.model.config.get_text_config().vocab_size))
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        return max(1, LOGITS_AT_ONCE // (length * vocabulary))
 
     # ---------------------------------------------------------------- reading
 

@@ -22,7 +22,8 @@ LARGEST = 400_000_000  # Parameters of a twin. More would not fit into the memor
 HEADS = re.compile(r"(^|_)(n_head|n_heads|num_heads|heads|num_head|n_layer_heads)$|_heads$|^num_.*_heads(_.*)?$")
 WIDTHS = re.compile(
     r"hidden_(size|dim)(_|$)|d_model|n_embd|intermediate|ffn_dim|n_inner|d_ff|ffn_hidden|mlp_(dim|size|hidden)"
-    r"|embedding_size|word_embed_proj|mamba_d_ssm|mamba_intermediate|attention_hidden|inner_dim|emb_dim|embedding_dim|lru_width|d_inner|(^|_)n_embed$|^dim$"
+    r"|embedding_(size|dim)|emb_dim|word_embed_proj|mamba_d_ssm|attention_hidden|inner_dim|lru_width|d_inner"
+    r"|(^|_)n_embed$|^dim$"
 )
 EXPERTS = re.compile(r"num_experts$|num_local_experts|n_routed_experts|n_experts$|moe_num_experts$")
 CHOSEN = ("num_experts_per_tok", "moe_topk", "top_k", "moe_k", "num_experts_per_token", "moe_top_k", "topk")
@@ -122,5 +123,5 @@ def _shrink(part: PretrainedConfig, factor: int) -> None:
 
 
 def _fewest(experts: int, chosen: int, groups: int) -> int:
-    """The fewest experts with two per group and twice as many as are chosen, ."""
+    """The fewest experts with two per group and twice as many as are chosen."""
     return min(experts, groups * max(2, -(-2 * chosen // groups)))

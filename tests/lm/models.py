@@ -12,6 +12,7 @@ from transformers import (
     DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
@@ -80,6 +81,13 @@ STRANGERS = {
     "opt": OPTConfig(**{**_SIZES, "ffn_dim": 40}, word_embed_proj_dim=24, pad_token_id=0),
     "falcon": FalconConfig(**_SIZES),  # Has parallel blocks that add in place
     "gemma3": Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, pad_token_id=0),
+    # Keeps its sizes in text_config
+    "gemma3_of_images": Gemma3Config(
+        text_config={**_GROUPED, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8, "pad_token_id": 0},
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4, image_token_index=60, boi_token_index=59, eoi_token_index=58,
+    ),
     "qwen3_moe": Qwen3MoeConfig(**_GROUPED, **_EXPERTS, head_dim=8, mlp_only_layers=[1]),  # Mixes MoE and dense blocks
     "phi3": Phi3Config(**_GROUPED, pad_token_id=0),
     # Has latent attention, and experts from layer 1 up

@@ -31,6 +31,9 @@ EXPECTED = {
     "opt": [("self_attn", "self_attn.out_proj", 24, "fc2", "fc2", 40)],
     "falcon": [("self_attention", "self_attention.dense", 24, "mlp", "mlp.dense_4h_to_h", 96)],
     "gemma3": [("post_attention_layernorm", "self_attn.o_proj", 32, "post_feedforward_layernorm", "mlp.down_proj", 40)],
+    "gemma3_of_images": [
+        ("post_attention_layernorm", "self_attn.o_proj", 32, "post_feedforward_layernorm", "mlp.down_proj", 40)
+    ],
     "qwen3_moe": [("self_attn", "self_attn.o_proj", 32, "mlp", None, None),
                   ("self_attn", "self_attn.o_proj", 32, "mlp", "mlp.down_proj", 40)],
     "phi3": [("self_attn", "self_attn.o_proj", 24, "mlp", "mlp.down_proj", 40)],
@@ -55,7 +58,9 @@ def test_an_architecture_is_found_and_right(name, folder):
     assert [(b.attn, b.attn_proj, b.d_attn, b.mlp, b.mlp_proj, b.d_mlp) for b in kinds] == EXPECTED[name]
     assert (lm.facts.d_model, lm.facts.architecture.resumes) == (24, True)
     assert {b.attn_factor for b in kinds} == {b.attn_factor for b in kinds} == ({0.3} if name == "granite" else {1.0})
-    assert list(problems(lm, random_tokens())) == []
+    tokens = random_tokens() % 58  # The last ids stand for images
+    assert list(problems(lm, tokens)) == []
+    assert lm.activations(tokens, [], token_loss=True)["token_loss"][:, 1:].isfinite().all()
 
 
 def test_bfloat16_passes_the_same_checks(folder):
