@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import transformers
 
 from raysae.determinism import Scalar, device_facts
@@ -140,8 +141,8 @@ class ShardMaker:
         - `position`: its position in its context.
         - `context`: the context's index in the text.
         - `kept`: whether the row is not left out, see `kept`.
-        - `token_loss`: the language model's loss in nats in predicting this token from those before it. It takes a
-          whole forward pass.
+        - `token_loss`: the language model's loss in nats of the prediction made at this position, of the token after
+          it. NaN at the last position and before padding. It takes a whole forward pass.
         """
         self._check(shard)
         spec = self.spec
@@ -159,8 +160,10 @@ class ShardMaker:
                 self.lm.activations(batch.to(self.lm.device), [], token_loss=True)["token_loss"]
                 for batch in self._batches(tokens)
             ]
-            kept = torch.cat([loss[:, spec.skip_positions :].float().cpu() for loss in losses])
-            found["token_loss"] = kept.reshape(-1).numpy()
+            of_next = torch.cat([F.pad(loss[:, 1:].float(), (0, 1), value=torch.nan).cpu() for loss in losses])
+            padded = torch.from_numpy(~self.contexts.real(indices)[:, 1:])
+            of_next[:, :-1].masked_fill_(padded, torch.nan)
+            found["token_loss"] = of_next[:, spec.skip_positions :].reshape(-1).numpy()
         return found
 
     def _produce(self, shard: int, hook_points: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:

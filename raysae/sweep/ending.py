@@ -22,7 +22,7 @@ from ray.actor import ActorHandle
 from rich.console import Console
 
 from raysae.config import SweepConfig, error_kind
-from raysae.processes import command
+from raysae.processes import command, job_script
 from raysae.stream.queue import patiently
 from raysae.stream.state import StreamError
 from raysae.study.place import Place
@@ -31,6 +31,7 @@ from raysae.sweep.notes import held_out_notes, left_out_note
 from raysae.sweep.summary import EVALUATED, summary_table, write_summary
 from raysae.sweep.trials import RUNGS
 from raysae.sweep.watch import Watch, track
+from raysae.tracking.database import database_file
 from raysae.tracking.find import URL_TAG
 from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
@@ -44,7 +45,7 @@ EVALUATED_BYTES = 2 << 30  # Bytes of the SAEs that a producer evaluates togethe
 
 def resume_command(config: SweepConfig, place: Place) -> str:
     """The command that goes on with the study."""
-    return command(f"jobs/scaling_sweep.py --output {config.output} --resume {place.name}")
+    return command(job_script("scaling_sweep.py"), "--output", config.output, "--resume", place.name)
 
 
 def counted(number: int, noun: str) -> str:
@@ -197,7 +198,7 @@ def finish(
     counts = {"saes": len(results), "saes_failed": failed, "minutes": seconds / 60}
     study.metrics(None, _headlines(results, stream, needed) | counts, step=0)
     study.end(None, "FAILED" if failed == len(results) else "FINISHED")
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console = Console(width=None if sys.stdout.isatty() else WIDE, markup=False)  # Paths may have brackets
     console.print(summary_table(results, f"Study {place.name}"))
     console.print(_told_of_the_stream(stream, needed, settled.shards, seconds), highlight=False)
     told = (*_told_of_skipped(skipped), *notes, *unmeasured)
@@ -297,6 +298,7 @@ def _headlines(results: pd.DataFrame, stream: dict, needed: int) -> dict[str, fl
 
 def _how_to_open(uri: str) -> str:
     """What to type or do to see the tracked study."""
-    if uri == f"sqlite:///{Path.cwd() / 'mlflow.db'}":
+    file = database_file(uri)
+    if file == Path.cwd() / "mlflow.db":
         return "`make ui` opens it"
-    return command(f"-m raysae.commands.ui --uri {uri}") if uri.startswith("sqlite") else "open it in a browser"
+    return command("-m", "raysae.commands.ui", "--uri", uri) if file else "open it in a browser"

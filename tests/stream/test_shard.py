@@ -94,7 +94,10 @@ def test_annotations_belong_to_the_rows():
     expected = notes["token"][order] + notes["position"][order] / 100
     np.testing.assert_allclose(rows[:, 0], expected, rtol=1e-6)
     assert np.array_equal(notes["token"], CONTEXTS.tokens[notes["context"], notes["position"]])
-    np.testing.assert_allclose(notes["token_loss"], notes["token"] / 7, rtol=1e-6)
+    length = CONTEXTS.tokens.shape[1]
+    last = notes["position"] == length - 1
+    after = CONTEXTS.tokens[notes["context"], np.minimum(notes["position"] + 1, length - 1)]
+    np.testing.assert_allclose(notes["token_loss"], np.where(last, np.nan, after / 7), rtol=1e-6)
     assert {len(note) for note in notes.values()} == {made.spec.rows_per_shard}
     assert {hooks for _, hooks in lm.asked} == {()}
     lm.asked.clear()
@@ -176,9 +179,11 @@ def test_a_real_model(stories_model):
         output = lm.model(torch.from_numpy(contexts[spec.contexts_of(0)]), output_hidden_states=True)
     laid = output.hidden_states[3][:, 8:].flatten(0, 1).numpy()
     np.testing.assert_allclose(found["resid_post.2"], laid[spec.permutation_of(0)], atol=1e-4, rtol=1e-4)
-    predicted = output.logits.log_softmax(-1)[:, 7:-1].flatten(0, 1)
-    loss = -predicted[torch.arange(len(predicted)), torch.from_numpy(notes["token"])]
-    np.testing.assert_allclose(notes["token_loss"], loss.numpy(), atol=1e-4)
+    predicted = output.logits.log_softmax(-1)[:, 8:-1]  # Made at positions 8 to the last but one
+    loss = -predicted.gather(2, torch.from_numpy(contexts[spec.contexts_of(0)][:, 9:, None])).squeeze(2)
+    found_loss = notes["token_loss"].reshape(len(loss), -1)
+    np.testing.assert_allclose(found_loss[:, :-1], loss.numpy(), atol=1e-4)
+    assert np.isnan(found_loss[:, -1]).all()
 
 
 # ---------------------------------------------------------------- rows left out
@@ -252,8 +257,9 @@ def test_padding_gives_no_rows():
     lengths = np.random.default_rng(4).integers(5, 13, len(CONTEXTS.tokens))
     padded = Contexts(CONTEXTS.digest, CONTEXTS.tokens, lengths=lengths)
     made = ShardMaker(FakeLanguageModel(), padded, fake_spec(CONTEXTS), HOOKS, BLOCK_MIB)
-    notes = made.annotations(0, token_loss=False)
+    notes = made.annotations(0)
     assert np.array_equal(notes["kept"], notes["position"] < lengths[notes["context"]])
+    assert np.array_equal(~np.isnan(notes["token_loss"]), notes["position"] + 1 < lengths[notes["context"]])
     rows = rows_of(made, 0)["resid_post.0"][:, 0]
     order = made.spec.order_of(0, notes["kept"])
     np.testing.assert_allclose(rows, (notes["token"] + notes["position"] / 100)[order], rtol=1e-6)

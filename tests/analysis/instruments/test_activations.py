@@ -41,7 +41,7 @@ def lengths_for(contexts: int, longest: int, seed: int = 0, body: int = 11) -> l
     return lengths
 
 
-@pytest.mark.parametrize(("longest", "dropped"), [(5, 0.06), (60, 0.06), (700, 0.06)])
+@pytest.mark.parametrize(("longest", "dropped"), [(5, 0.1), (60, 0.1), (700, 0.1)])
 @pytest.mark.parametrize("twins", [0, 5])
 def test_no_document_is_in_two_splits(longest, dropped, twins):
     lengths = lengths_for(900, longest)
@@ -49,24 +49,42 @@ def test_no_document_is_in_two_splits(longest, dropped, twins):
     if twins:  # Some documents occur twice
         hashes[len(hashes) // 2 :: twins * 7] = hashes[1 : 1 + len(hashes[len(hashes) // 2 :: twins * 7])]
     contexts = with_documents(900, lengths, hashes.tolist())
-    split = split_contexts(contexts, seed=3)
+    found = split_contexts(contexts, seed=3)
+    split = found.split
     owners: dict[int, set[int]] = {}
+    groups: dict[int, set[int]] = {}
     for (first, last), part in zip(contexts.spans, split, strict=True):
         if part >= 0:
             for document in range(first, last + 1):
                 owners.setdefault(int(contexts.documents[document]), set()).add(int(part))
     assert all(len(parts) == 1 for parts in owners.values())
+    assert ((split < 0) == (found.group < 0)).all()
+    for (first, last), group in zip(contexts.spans, found.group, strict=True):
+        if group >= 0:
+            for document in range(first, last + 1):
+                groups.setdefault(int(contexts.documents[document]), set()).add(int(group))
+    assert all(len(each) == 1 for each in groups.values()), "no document is in two groups"
     assert (split < 0).mean() < dropped + 0.1 * bool(twins)
     shares = [(split == i).mean() for i in range(3)]
     assert min(shares) > 0.22
-    assert np.array_equal(split, split_contexts(contexts, seed=3))
+    assert np.array_equal(split, split_contexts(contexts, seed=3).split)
     if longest < 100:
-        assert not np.array_equal(split, split_contexts(contexts, seed=4))
+        assert not np.array_equal(split, split_contexts(contexts, seed=4).split)
 
 
 def test_shares_of_the_splits():
-    split = split_contexts(with_documents(900, lengths_for(900, 40)), fractions=(0.6, 0.1, 0.3))
+    split = split_contexts(with_documents(900, lengths_for(900, 40)), fractions=(0.6, 0.1, 0.3)).split
     assert [(split == i).sum() / (split >= 0).sum() for i in range(3)] == pytest.approx([0.6, 0.1, 0.3], abs=0.04)
+
+
+def test_there_are_as_many_groups_as_documents_where_those_are_long():
+    long = split_contexts(with_documents(900, [11 * 30 + 4] * 30))  # One context in 30 joins two documents
+    assert len(np.unique(long.group[long.group >= 0])) == 30
+    assert (long.split < 0).sum() == 27, "two of the 29 borders lie between contexts"
+    short = split_contexts(with_documents(900, [3] * 4000))
+    groups, contexts = np.unique(short.group[short.group >= 0], return_counts=True)
+    assert len(groups) > 80
+    assert contexts.max() <= 16
 
 
 def test_texts_that_cannot_be_split_are_refused():
@@ -115,7 +133,8 @@ def test_recorded_activations_are_the_models(tmp_path, shards):
     load = Recorder(CONTEXTS)
     spec = fake_spec(CONTEXTS)
     found = collect(tmp_path, spec, CONTEXTS, list(WIDTHS), load, shards)
-    split = split_contexts(CONTEXTS)
+    parts = split_contexts(CONTEXTS)
+    split = parts.split
     used = np.concatenate([spec.contexts_of(i) for i in range(shards or 3)])
     assert found.widths == WIDTHS
     for i, name in enumerate(SPLITS):
@@ -123,11 +142,13 @@ def test_recorded_activations_are_the_models(tmp_path, shards):
         context = torch.cat([chunk.context for chunk in chunks]).view(-1, 9)
         assert context[:, 0].tolist() == [c for c in used if split[c] == i]
         assert found.rows(name) == context.numel()
+        group = torch.cat([chunk.group for chunk in chunks]).view(-1, 9)
+        assert group[:, 0].tolist() == parts.group[context[:, 0].numpy()].tolist()
         tokens = torch.from_numpy(CONTEXTS[context[:, 0].numpy()])
         assert torch.equal(torch.cat([chunk.token for chunk in chunks]), tokens[:, 3:].flatten())
         assert torch.equal(torch.cat([chunk.position for chunk in chunks]), torch.arange(3, 12).repeat(len(tokens)))
         torch.testing.assert_close(
-            torch.cat([chunk.token_loss for chunk in chunks]), (tokens.float() / 7)[:, 3:].flatten()
+            torch.cat([chunk.token_loss for chunk in chunks]).view(-1, 9)[:, :-1], (tokens.float() / 7)[:, 4:]
         )
         for hook in WIDTHS:
             assert torch.equal(
