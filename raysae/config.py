@@ -181,7 +181,7 @@ class StreamConfig(Strict):
         description="Positions at the start of each context that yield no rows, because BOS has an outlier norm. "
         "Larger leaves fewer rows. Unset: 8, or 200 for contexts of 1,024 tokens and more.",
     )
-    leave_out_tokens: list[int | str] = newer_knob(
+    leave_out_tokens: list[str | int] = newer_knob(
         [],
         before=[],
         description="Tokens whose positions yield no rows: 'special' (all special tokens of the tokenizer), token ids, "

@@ -156,17 +156,18 @@ def leave_out_ids(config: SweepConfig) -> tuple[int, ...]:
     return apart(_token_ids, config.model, wanted) if wanted else ()
 
 
-def _token_ids(model: ModelConfig, wanted: list[int | str]) -> tuple[int, ...]:
+def _token_ids(model: ModelConfig, wanted: list[str | int]) -> tuple[int, ...]:
     tokenizer = load_tokenizer(model)
     id_of = tokenizer.get_vocab()
     known = set(id_of.values())
-    ids = {id_of.get(token, token) for token in wanted if token != "special"}
-    if unknown := [token for token in wanted if token in ids - known]:
+    named = {token: int(token) if str(token).isdecimal() else id_of.get(token) for token in {*wanted} - {"special"}}
+    special = tokenizer.all_special_ids if "special" in wanted else ()
+    if unknown := [token for token, id_ in named.items() if id_ not in known]:
         raise UserError(
             f"stream.leave_out_tokens has {unknown[0]!r}, which is no token of {model.name}: give 'special', "
             f"ids up to {max(known)}, or tokens as the tokenizer spells them"
         )
-    return tuple(sorted(ids | set(tokenizer.all_special_ids if "special" in wanted else ())))
+    return tuple(sorted({*named.values(), *special}))
 
 
 def _check_errors(config: SweepConfig, hook: str) -> None:
