@@ -58,6 +58,7 @@ _TRAINERS = (*_ARITHMETIC, "kernels", "numba", "fast_integers", "triton", "preci
 _PRODUCERS = (*_ARITHMETIC, "numpy", "transformers", "attention", "dtype", "transform")
 # Facts on which the bits of an SAE depend, beside the knobs. See docs/determinism.md.
 FACTS = (*_TRAINERS, *(f"producer.{fact}" for fact in _PRODUCERS))
+OUTLIER_NORM = 10.0  # A row is an outlier where its norm is above this multiple of the median norm
 
 
 class UserError(ValueError):
@@ -120,7 +121,7 @@ class ModelConfig(Strict):
     )
     modules: dict[str, str] = Field(
         default_factory=dict,
-        description="Module paths of an architecture that raysae does not know, or in place of those it knows, e.g. "
+        description="Module paths, in place of those that raysae knows or finds, e.g. "
         "blocks=transformer.h,attn=attn,attn_proj=attn.o,mlp=mlp,mlp_proj=mlp.o",
     )
 
@@ -134,18 +135,29 @@ class TextConfig(Strict):
         "files or globs separated by commas. Files are txt, md, py, jsonl or parquet, or these as .gz, "
         ".xz or .zst.",
     )
-    field: str = Field("text", description="Column that holds the text in jsonl, parquet and Hugging Face datasets.")
+    field: str = Field(
+        "text",
+        description="Column that holds the documents in jsonl, parquet and Hugging Face datasets. It holds text, lists "
+        "of token ids, or chats: lists of messages with role and content, which go through the model's chat template.",
+    )
     subset: str | None = Field(None, description="Configuration name of a Hugging Face dataset. Unset: its default.")
     split: str = Field("train", description="Split of a Hugging Face dataset.")
     max_documents: int | None = Field(None, gt=0, description="Most documents to read. Unset: no limit.")
     separator: str = Field(
         "\n\n",
-        description="Text put after each document, before the next. No BOS is put between the documents of a context.",
+        description="Text put after each text, before the next. No BOS is put between the documents of a context. A "
+        "special token here lies inside contexts, where its activations can have outlier norms.",
     )
     delimiter: str | None = Field(
         None,
-        description="String that separates documents inside .txt and .md files, e.g. '<|endoftext|>'. Unset: each "
-        "file is one document.",
+        description="String that separates documents inside a text, e.g. '<|endoftext|>'. Unset: each txt or md file, "
+        "each line of jsonl and each row is one document. Python files are never split.",
+    )
+    join_documents: bool = newer_knob(
+        True,
+        before=True,
+        description="Contexts join documents one after the other. False: each context is the start of one document, "
+        "cut at the context length. What a shorter document leaves free is padded and yields no rows.",
     )
     evaluation_fraction: float = Field(
         0.15,
@@ -168,6 +180,26 @@ class StreamConfig(Strict):
         ge=1,
         description="Positions at the start of each context that yield no rows, because BOS has an outlier norm. "
         "Larger leaves fewer rows. Unset: 8, or 200 for contexts of 1,024 tokens and more.",
+    )
+    leave_out_tokens: list[int | str] = newer_knob(
+        [],
+        before=[],
+        description="Tokens whose positions yield no rows: 'special' (all special tokens of the tokenizer), token ids, "
+        "or tokens as the tokenizer spells them, e.g. special,198,Ġthe. A row of the same shard takes the "
+        "place of each one left out.",
+    )
+    leave_out_norm: float | None = newer_knob(
+        None,
+        before=None,
+        gt=1,
+        description="Leave out rows whose norm is above this multiple of their shard's median norm, such as 10. "
+        "Smaller leaves out more. Unset: none.",
+    )
+    leave_out_hook_point: str | None = newer_knob(
+        None,
+        before=None,
+        description="Hook point at which leave_out_norm judges the norm. Rows are left out at every hook point alike. "
+        "Unset: the study's first.",
     )
     epochs: int = Field(
         1,
@@ -254,6 +286,11 @@ class StreamConfig(Strict):
         if self.producers_max < self.producers_min:
             raise ValueError(
                 f"producers_max is {self.producers_max}: it must be at least producers_min, {self.producers_min}"
+            )
+        if self.leave_out_hook_point and self.leave_out_norm is None:
+            raise ValueError(
+                f"leave_out_hook_point is {self.leave_out_hook_point}, but leave_out_norm is unset: "
+                "set leave_out_norm to a multiple of the median norm, such as 10"
             )
         return self
 
@@ -488,6 +525,13 @@ class EvaluationConfig(Strict):
         ge=0,
         description="Held-out tokens for ce_recovered and kl. More give steadier numbers and take more time. 0 "
         "leaves both metrics out.",
+    )
+    outlier_norm: float = newer_knob(
+        OUTLIER_NORM,
+        before=OUTLIER_NORM,
+        gt=1,
+        description="Rows whose norm is above this multiple of the median norm count as outliers. fvu_inliers is the "
+        "FVU without them. Smaller counts more rows as outliers.",
     )
 
 
@@ -794,8 +838,8 @@ class AnalysisConfig(Strict):
     replicates: int = Field(
         200,
         ge=20,
-        description="Bootstrap replicates of every interval. More give steadier intervals and take more time and "
-        "memory.",
+        description="Bootstrap replicates of every interval over more than 30 groups of documents. More give steadier "
+        "intervals and take more time and memory.",
     )
     seed: int = Field(0, ge=0, description="Seed of splits, bootstrap and noise.")
     model: ModelConfig = ModelConfig()

@@ -1,8 +1,9 @@
 """What all sparse autoencoders share: parameters, initialisation, folding, files, and the steps around an optimiser's.
 
 Training works in normalised units. Activations are divided by `scale`, measured once, so that the mean of ‖x / scale‖²
-is the activation's width d. The tied architecture takes raw activations, with a scale of 1. `folded()` gives the same
-autoencoder for raw activations. Evaluation, analyses and files know only folded ones.
+is the activation's width d. Outliers do not count there, see `Bank.initialise`. The tied architecture takes raw
+activations, with a scale of 1. `folded()` gives the same autoencoder for raw activations. Evaluation, analyses and
+files know only folded ones.
 
 One training step is
 

@@ -16,9 +16,9 @@ from collections import deque
 
 import torch
 
-from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig
+from raysae.config import ARCHITECTURES, OUTLIER_NORM, SAEConfig, TrainConfig
 from raysae.determinism import precision_of_training
-from raysae.kernels.rows import sum_of_rows
+from raysae.kernels.rows import sum_of_rows, without_outliers
 from raysae.sae.architectures import build
 from raysae.sae.base import StepInfo, centre_of, share_buffers
 from raysae.train.adam import Adam
@@ -29,6 +29,7 @@ from raysae.train.schedule import dead_after, learning_rate_factor, sparsity_fac
 EVERY = 16
 
 State = tuple[dict[str, torch.Tensor], dict]  # Tensors and JSON scalars
+ROUNDING = 1e-10  # Rows whose variance is below this share of their mean square differ by rounding alone
 
 
 class Member:
@@ -248,9 +249,18 @@ class Bank:
     def initialise(self, members: list[Member], rows: torch.Tensor) -> None:
         """Initialise these members from the first raw rows of the stream, `(r, d)`.
 
-        The centre of the rows is computed once for all of them.
+        Outliers among the rows do not count: a few rows of a hundred times the median norm would set the scale alone.
+        The centre of the rows is computed once for all members. Where the rows are all alike, every member fails.
         """
         rows = rows.to(self.device, torch.float32)
+        if alike := _alike(rows):
+            for member in members:
+                member.failed = (
+                    f"{member.name}: the first {len(rows):,} activations at {member.config.hook_point} are {alike}, so "
+                    "there is nothing to learn. Check the hook point, model.modules and the model's weights"
+                )
+            return
+        rows = without_outliers(rows, OUTLIER_NORM)
         centre = centre_of(rows, self.train)
         for member in members:
             member.initialise(rows, centre)
@@ -298,3 +308,11 @@ class Bank:
         if scale not in self._normalised:
             self._normalised[scale] = torch.empty_like(x)
         return torch.div(x, scale, out=self._normalised[scale])
+
+
+def _alike(rows: torch.Tensor) -> str | None:
+    """How rows (r, d) are alike, "all zero" or "all the same", or None where they differ by more than rounding."""
+    if not bool(rows.any()):
+        return "all zero"
+    spread = (rows - rows.mean(0)).square().mean()
+    return "all the same" if bool(spread <= ROUNDING * rows.square().mean()) else None

@@ -47,14 +47,17 @@ def rows(n: int, d: int = D, seed: int = 0) -> Tensor:
 def activations(
     contexts: int = 150, d: int = D, seed: int = 0, x: Tensor | None = None, chunk_rows: int = 500
 ) -> ArrayActivations:
-    """Activations of contexts with PER_CONTEXT rows each, with tokens and losses."""
+    """Activations of contexts with PER_CONTEXT rows each, with tokens and losses. Each is a document."""
     n = contexts * PER_CONTEXT
     generator = torch.Generator().manual_seed(seed + 7)
+    token = torch.randint(0, 40, (n,), generator=generator)
+    loss = torch.rand(n, generator=generator)
+    loss[PER_CONTEXT - 1 :: PER_CONTEXT] = torch.nan  # The last position predicts nothing
     return ArrayActivations(
         {HOOK: rows(n, d, seed) if x is None else x},
         context=torch.arange(contexts).repeat_interleave(PER_CONTEXT),
-        token=torch.randint(0, 40, (n,), generator=generator),
-        token_loss=torch.rand(n, generator=generator),
+        token=token,
+        token_loss=loss,
         chunk_rows=chunk_rows,
     )
 

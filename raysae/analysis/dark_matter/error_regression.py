@@ -13,9 +13,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from raysae.analysis.dark_matter.measures.error_regression import BASELINES, NORMS, ErrorRegression
-from raysae.analysis.dark_matter.probes import Shown, model_name, per_hook_point, regression_table, regressions, shown
+from raysae.analysis.dark_matter.measures.error_regression import BASELINES, FEWEST_ACTIVE, NORMS, ErrorRegression
+from raysae.analysis.dark_matter.probes import (
+    Shown,
+    largest_group,
+    model_name,
+    per_hook_point,
+    regression_table,
+    regressions,
+    shown,
+)
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.plots import (
     BLUE,
@@ -44,6 +53,7 @@ COMPARED = (  # Numbers of SAEs trained on half the tokens, to compare with thos
     col.FVU, col.L0, col.NONLINEAR_FVU, col.R2_ERROR, col.R2_ERROR_WEIGHTED, col.R2_ERROR_NORM,
     col.R2_ERROR + col.RESCALED, col.R2_ERROR_NORM + col.RESCALED,
 )  # fmt: skip
+RUNNING = 20  # A running mean is over one in so many latents, and over five at least.
 OFF_LINE = 0.1  # SAEs span a plane when one lies this far off a common line, in doublings of width or L0.
 
 
@@ -64,13 +74,16 @@ def run(lab: Lab) -> Findings:
     for hook, found in results.items():
         here = table[table["hook_point"] == hook]
         where = f"{model_name(lab)} · {hook}"
-        findings.draw(per_hook_point("contours", hook, lab), contours, here, f"{where} · {len(here)} SAEs")
+        alike = largest_group(here)
+        of = f"{where} · {len(alike)} SAEs · {alike[col.ALIKE].iloc[0]}".removesuffix(" · ")
+        findings.draw(per_hook_point("contours", hook, lab), contours, alike, of)
         findings.figures[per_hook_point("norms", hook, lab)] = norm_prediction(here, where)
         some = list(chosen.saes if hook == chosen.hook_point else found)
         some = some[:: max(1, (len(some) - 1) // 2)]  # The narrowest, the central and the widest.
         findings.draw(per_hook_point("loadings", hook, lab), loadings, {name: found[name] for name in some}, hook)
     if table["layer"].nunique() > 1:
         findings.figures["layers"] = r2_per_layer(table, model_name(lab))
+        findings.figures["baselines"] = baselines_per_layer(table, model_name(lab))
     else:
         how = "train them with --hook_points resid_post.1,resid_post.3,…"
         findings.notes.append(f"R² per layer needs SAEs at several layers: {how}")
@@ -109,8 +122,9 @@ def _half_trained(lab: Lab, chosen: Shown, findings: Findings) -> pd.DataFrame |
         made |= lab.train("half", [chosen.hook_point], widths, group[0], whole_training // 2)
     half = regression_table(lab, made, regressions(lab, chosen.hook_point, made)).set_index("width")
     whole = chosen.table.set_index("width")
-    ends = {f"{column}{end}": f"{column}{col.HALF}{end}" for column, end in product(COMPARED, ("", col.LOW, col.HIGH))}
-    both = whole[list(COMPARED)].join(half[list(ends)].rename(columns=ends), how="inner").reset_index()
+    ends = ("", col.LOW, col.HIGH, col.REPLICATES)
+    of_half = {f"{column}{end}": f"{column}{col.HALF}{end}" for column, end in product(COMPARED, ends)}
+    both = whole[[*of_half, col.GROUPS]].join(half[list(of_half)].rename(columns=of_half), how="inner").reset_index()
     findings.numbers["median/r2_error_half_trained"] = float(both[col.R2_ERROR + col.HALF].median())
     rescaled = col.R2_ERROR + col.RESCALED
     findings.numbers[f"median/{rescaled}"] = float(both[rescaled].median())
@@ -124,7 +138,7 @@ def _half_trained(lab: Lab, chosen: Shown, findings: Findings) -> pd.DataFrame |
 def contours(table: pd.DataFrame, title: str = "") -> Figure:
     """Nonlinear FVU and both R² over width × L0.
 
-    `table` has a row per SAE. The figure leaves out SAEs that are never active or lack one of the numbers.
+    `table` has a row per SAE, all of one kind. The figure leaves out SAEs that are never active or lack a number.
 
     Raises:
         UserError: there are fewer than three SAEs, or all lie on a line.
@@ -186,6 +200,28 @@ def r2_per_layer(table: pd.DataFrame, title: str = "") -> Figure:
 
 
 @styled
+def baselines_per_layer(table: pd.DataFrame, title: str = "") -> Figure:
+    """R² of ‖e‖² from each of BASELINES against the layer: a point per SAE, and a line through the medians."""
+    figure = Figure(figsize=(PAPER_WIDTH * 0.62, 2.8))
+    ax = figure.subplots()
+    colors = (BLUE, GREEN, ORANGE, PURPLE, SKY)
+    for (label, column), color, marker in zip(BASELINES.items(), colors, "osD^v", strict=True):
+        if column not in table:
+            continue
+        medians = table.groupby("layer")[column].median()
+        ax.plot(medians.index, medians, color=color, marker=marker, label=label)
+        ax.plot(table["layer"], table[column], marker, color=color, alpha=0.35, markersize=3, markeredgewidth=0)
+    ax.axhline(0, color="0.5", linewidth=0.6)
+    ax.set(xlabel="layer", ylabel="R² on held-out tokens")
+    ax.set_ylim(top=1)
+    ax.set_xticks(sorted(table["layer"].unique()))
+    ax.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=5, title="predictor of ‖e‖²")
+    titled(figure, "What predicts the error's norm", title)
+    return figure
+
+
+@styled
 def norm_prediction(table: pd.DataFrame, title: str = "") -> Figure:
     """R² of ‖v‖² predicted from x for each v of NORMS, and of ‖e‖² predicted from each of BASELINES.
 
@@ -222,30 +258,45 @@ def _violin(ax: Axes, place: int, values: np.ndarray, color: str) -> None:
 
 @styled
 def loadings(results: Mapping[str, ErrorRegression], title: str = "") -> Figure:
-    """a*·decoder row against the latent's mean value when active, for up to three SAEs that have active latents.
+    """a*·decoder row beside the latent's mean value when active, for up to three SAEs that have active latents.
 
-    A point is a latent. a* is the probe x → ‖Sae(x) − b_dec‖².
+    Latents come by ascending mean value, with the running mean of a*·decoder row. a* is the probe z → ‖z‖² without
+    intercept, for z = Sae(x) − b_dec. Latents active on fewer than FEWEST_ACTIVE rows are left out.
 
     Raises:
-        UserError: no SAE has an active latent.
+        UserError: no SAE has such a latent.
     """
-    shown = dict([(name, result) for name, result in results.items() if (result.active_rows > 0).any()][:3])
+    often = {name: (result.active_rows >= FEWEST_ACTIVE).numpy() for name, result in results.items()}
+    shown = [name for name in results if often[name].any()][:3]
     if not shown:
-        raise UserError("the norm probe along latents needs SAEs that are active, none of these ever is")
-    figure = Figure(figsize=(PAPER_WIDTH, 2.6))
+        raise UserError(
+            f"the norm probe along latents needs latents that are active on {FEWEST_ACTIVE} rows, no SAE has one"
+        )
+    figure = Figure(figsize=(PAPER_WIDTH, 2.8))
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for i, (ax, (name, result)) in enumerate(zip(axes, shown.items(), strict=True)):
-        active = (result.active_rows > 0).numpy()
-        x, y = result.mean_active.numpy()[active], result.loading.numpy()[active]
-        often = result.active_rows.numpy()[active] / result.fit.rows
-        ax.scatter(x, y, s=4 + 20 * np.sqrt(often), color=BLUE, alpha=0.4, linewidth=0)
-        line = np.array([0, x.max()])
-        ax.plot(line, line, color="0.4", linewidth=0.8, linestyle="--", label="equal")
+    for ax, name in zip(axes, shown, strict=True):
+        result = results[name]
+        value, loading = result.mean_active.numpy()[often[name]], result.loading.numpy()[often[name]]
+        order = np.argsort(value)
+        place, value, loading = np.arange(len(order)), value[order], loading[order]
+        ax.scatter(place, loading, s=4, color=BLUE, alpha=0.3, linewidth=0, label="a*·decoder row")
+        window = max(5, len(order) // RUNNING)
+        smooth = pd.Series(loading).rolling(window, center=True, min_periods=1).mean()
+        ax.plot(place, smooth, color=VERMILION, linewidth=1.2, label="its running mean")
+        ax.plot(place, value, color="black", linewidth=1, linestyle="--", label="mean value when active")
+        ax.set_ylim(*_without_outliers(loading, value))
         ax.set_title(f"{name}\ncorrelation {result.loading_correlation:.2f}", fontsize=6)
-        ax.set_xlabel("mean value when active")
-        if i == 0:
-            ax.set_ylabel("a*·decoder row")
-            ax.legend(loc="upper left")
+        ax.set_xlabel("latent, by mean value")
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.grid(axis="y")
-    titled(figure, "The norm probe along each latent (area: how often it is active)", title)
+    axes[0].set_ylabel("activation units")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=2)
+    titled(figure, "The norm probe along each latent", title)
     return figure
+
+
+def _without_outliers(loading: np.ndarray, value: np.ndarray) -> tuple[float, float]:
+    """Limits of an axis that leaves out the most extreme hundredth of the loadings."""
+    low, high = np.percentile(loading, [0.5, 99.5])
+    low, high = min(low, 0.0), max(high, value.max())
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)

@@ -49,7 +49,7 @@ def run(lab: Lab) -> Findings:
     findings = Findings("per_token_scaling", key, pd.DataFrame({"sae": list(chosen.saes)}), files=files)
     findings.tables = {"pairs": pairs, "lines": lines}
     if len(pairs):
-        numbers = pairs[[col.R2, col.SQUARED_CORRELATION, col.R2_WITH_NONLINEAR, col.GAIN]]
+        numbers = pairs[[col.R2, col.SQUARED_CORRELATION, col.R2_BEYOND_X_NORM, col.R2_WITH_NONLINEAR, col.GAIN]]
         findings.numbers = {f"mean/{name}": float(value) for name, value in numbers.mean().items()}
         findings.figures["pairs"] = pair_maps(pairs, described(lab, chosen))
     else:
@@ -149,7 +149,7 @@ def _names(groups: list[pd.DataFrame]) -> list[str]:
 
 @styled
 def pair_maps(pairs: pd.DataFrame, title: str = "") -> Figure:
-    """Two heat maps over pairs of SAEs: R² of ‖e_large‖ from ‖e_small‖, and what ‖ε_small‖ gains.
+    """Heat maps over pairs of SAEs: R² of ‖e_large‖ from ‖e_small‖, the same beyond ‖x‖, and what ‖ε_small‖ gains.
 
     `pairs` is the table of `measures.per_token_scaling.per_token_scaling`.
     """
@@ -158,18 +158,20 @@ def pair_maps(pairs: pd.DataFrame, title: str = "") -> Figure:
     names = sorted(order, key=order.__getitem__)
     unique = len(set(order.values())) == len(order)
     labels = [short(order[name]) if unique else name for name in names]
-    figure = Figure(figsize=(PAPER_WIDTH, 3.1))
+    figure = Figure(figsize=(PAPER_WIDTH, 2.6))
     panels = {
         col.R2: (r"R² of ‖e$_\mathrm{large}$‖ from ‖e$_\mathrm{small}$‖", (0, 1)),
+        col.R2_BEYOND_X_NORM: ("the same, ‖x‖ partialled out", (0, 1)),
         col.GAIN: (r"relative gain of adding ‖ε$_\mathrm{small}$‖", None),
     }
-    for ax, (column, (label, limits)) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    for ax, (column, (label, limits)) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
         grid = np.full((len(names) - 1, len(names) - 1), np.nan)
         for small, large, value in zip(pairs[col.SMALL], pairs[col.LARGE], pairs[column], strict=True):
             grid[names.index(small), names.index(large) - 1] = value
         limits = limits or (min(0, np.nanmin(grid)), max(np.nanmax(grid), 1e-3))
         heat_map(figure, ax, grid, labels[1:], labels[:-1], label, limits)
-        ax.set(xlabel="larger SAE (width)", ylabel="smaller SAE (width)")
+        ax.set_xlabel("larger SAE (width)")
         ax.tick_params(length=0)
+    figure.axes[0].set_ylabel("smaller SAE (width)")
     titled(figure, "Errors of small SAEs predict those of large ones", title)
     return figure

@@ -47,25 +47,37 @@ def _regress(
 
 
 def regression_table(lab: Lab, saes: Mapping[str, Subject], found: Mapping[str, ErrorRegression]) -> pd.DataFrame:
-    """A row per SAE: sae, hook_point, layer, width, architecture, and `ErrorRegression.row`."""
+    """A row per SAE: sae, hook_point, layer, width, architecture, alike, and `ErrorRegression.row`."""
     rows = []
     for name, result in found.items():
         sae = saes[name]
         layer = next((int(word) for word in sae.hook_point.split(".") if word.isdigit()), 0)
         architecture = sae.params.get("architecture", "")
         known = {"sae": name, "hook_point": sae.hook_point, "layer": layer, "width": sae.width}
-        rows.append(known | {"architecture": architecture} | result.row())
+        rows.append(known | {"architecture": architecture, col.ALIKE: alike(sae.params)} | result.row())
     return pd.DataFrame(rows)
 
 
+def alike(params: Mapping[str, str]) -> str:
+    """Architecture, learning rate and seed of an SAE in words. Empty for one that no sweep trained."""
+    named = {"architecture": "", "learning_rate": "learning rate ", "seed": "seed "}
+    return ", ".join(f"{label}{params[knob]}" for knob, label in named.items() if params.get(knob))
+
+
 # ---------------------------------------------------------------- what the figures show
+
+
+def largest_group(table: pd.DataFrame) -> pd.DataFrame:
+    """The SAEs of `table` of one architecture, learning rate and seed: of most widths, then of most SAEs."""
+    sizes = table.groupby(col.ALIKE, sort=False)["width"].agg(["nunique", "size"])
+    return table[table[col.ALIKE] == sizes.sort_values(["nunique", "size"], ascending=False, kind="stable").index[0]]
 
 
 @dataclass(frozen=True)
 class Shown:
     """The SAEs that figures against width show: one per width at a hook point, narrowest first.
 
-    Each is the SAE of its width whose L0 is nearest to the target.
+    All have one architecture, learning rate and seed. Each is the SAE of its width whose L0 is nearest to the target.
     """
 
     hook_point: str
@@ -90,13 +102,12 @@ def main_hook_point(lab: Lab) -> str:
 
 
 def shown(lab: Lab) -> Shown:
-    """What the figures show: SAEs of the main hook point, of the architecture that most SAEs there have."""
+    """What the figures show: SAEs of the main hook point, of its largest group of SAEs alike."""
     hook_point = main_hook_point(lab)
     saes = lab.of(hook_point)
     found = regressions(lab, hook_point, saes)
     table = regression_table(lab, saes, found)
-    table = table[table["architecture"] == table["architecture"].mode()[0]]
-    table = at_nearest_l0(table, lab.config.target_l0).reset_index(drop=True)
+    table = at_nearest_l0(largest_group(table), lab.config.target_l0).reset_index(drop=True)
     names = list(table["sae"])
     return Shown(hook_point, table, {name: found[name] for name in names}, {name: saes[name] for name in names})
 

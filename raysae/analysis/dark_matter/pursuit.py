@@ -1,4 +1,4 @@
-"""How much of the nonlinear error is the encoder's (analysis 7): the experiment, its tasks and its figure.
+"""How much of the nonlinear error is the encoder's (analysis 7): the experiment, its tasks and figures.
 
 The slowest analysis by far, so it reads a part of the recorded rows. Its intervals are narrow all the same.
 """
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from raysae.analysis.dark_matter.error_parts import FEWEST_WIDTHS, breakdown_figure, taken_apart
 from raysae.analysis.dark_matter.measures.pursuit import pursuit
 from raysae.analysis.dark_matter.probes import Shown, described, shown
 from raysae.analysis.instruments import columns as col
@@ -32,12 +33,25 @@ def run(lab: Lab) -> Findings:
     chosen = shown(lab)
     table = pd.concat(lab.run(pursuit_tasks(lab, chosen))).sort_values("width", ignore_index=True)
     findings = Findings("pursuit", lab.key(*chosen.saes.values()), table, tables={"pursuit": table})
-    encoder_error = table[col.ENCODER_ERROR]
-    share = encoder_error / table[col.NONLINEAR_FVU]
-    findings.numbers[f"median/{col.ENCODER_ERROR}"] = float(encoder_error.median())
-    findings.numbers["median/encoder_share"] = float(share.median())
+    for column in (col.ENCODER_ERROR, col.ENCODER_SHARE):
+        findings.numbers[f"median/{column}"] = float(table[column].median())
     findings.figures["pursuit"] = pursuit_bars(table, title=described(lab, chosen))
+    if table["width"].nunique() >= FEWEST_WIDTHS:
+        parts, law, level = taken_apart(pursued(table))
+        findings.tables["pursuit_breakdown"] = parts
+        what = "What the error consists of after pursuit"
+        findings.figures["pursuit_breakdown"] = breakdown_figure(parts, law, level, described(lab, chosen), what)
     return findings
+
+
+def pursued(table: pd.DataFrame) -> pd.DataFrame:
+    """FVU and nonlinear FVU after pursuit, with their intervals, under the names that they have before it."""
+    renamed = {
+        f"{column}{col.PURSUIT}{end}": f"{column}{end}"
+        for column in (col.FVU, col.NONLINEAR_FVU)
+        for end in ("", col.LOW, col.HIGH, col.REPLICATES)
+    }
+    return table[["width", col.GROUPS, *renamed]].rename(columns=renamed)
 
 
 def pursuit_tasks(lab: Lab, chosen: Shown) -> list[Task]:
@@ -75,7 +89,7 @@ def pursuit_bars(table: pd.DataFrame, along: str = "width", title: str = "") -> 
             pursued = column + col.PURSUIT
             for shift, (suffix, (label, color)) in zip((-0.2, 0.2), BEFORE_AFTER.items(), strict=True):
                 bars(ax, place + shift, table, f"{column}{suffix}", 0.38, color, 1, label)
-            tops = np.maximum(table[col.high(column)], table[col.high(pursued)])
+            tops = table[[column, pursued, col.high(column), col.high(pursued)]].max(axis=1)  # Ends may be missing
             changes = 100 * (table[pursued] / table[column] - 1)
             for x, top, change in zip(place, tops, changes, strict=True):
                 ax.text(x, top, f"{change:+.0f} %", ha="center", va="bottom", fontsize=6.5)

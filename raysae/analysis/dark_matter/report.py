@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from raysae.analysis.dark_matter.claims import decide
-from raysae.analysis.dark_matter.earlier_layers import earlier_hook_points
+from raysae.analysis.dark_matter.earlier_layers import earlier_places
 from raysae.analysis.dark_matter.probes import main_hook_point, model_name
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.lab.lab import Lab
@@ -54,23 +54,31 @@ SECTIONS = {  # Analysis: heading, and what it asks.
     ),
 }
 CAPTIONS = {  # Beginning of a figure's name: what the figure shows.
-    "breakdown": "Left: FVU and nonlinear FVU against width with their fits. Right: what the error consists of. Where "
-    "a bar is hatched, c lies below the nonlinear FVU, and the fit cannot tell linear error from absent features.",
-    "contours": "Nonlinear FVU and both R² over width and L0. Circles are the SAEs.",
+    "breakdown": "Left: FVU and nonlinear FVU against width with their fits. FVU's goes on to ten times the widest "
+    "SAE. Right: what the error consists of. Where a bar is hatched, c does not lie between nonlinear FVU and FVU, so "
+    "the fit cannot tell linear error from absent features.",
+    "contours": "Nonlinear FVU and both R² over width and L0. Circles are the SAEs, all of one architecture, learning "
+    "rate and seed.",
     "norms": "R² of squared norms predicted from x (left), and of ‖e‖² predicted from other things (right). A point is "
     "an SAE.",
-    "loadings": "What the probe for ‖Sae(x) − b_dec‖² makes of each decoder row, against the latent's mean value when "
-    "active.",
+    "loadings": "What the probe from Sae(x) − b_dec to its squared norm makes of each decoder row, beside the latent's "
+    "mean value when active, by which latents are sorted.",
     "layers": "Both R² against the layer.",
-    "pairs": "R² of the wider SAE's error norm from the narrower one's, and what ‖ε‖ adds.",
+    "baselines": "R² of ‖e‖² from x, the token, the loss of the prediction there, L0 and ‖x‖², against the layer. "
+    "Lines are medians over SAEs.",
+    "pairs": "R² of the wider SAE's error norm from the narrower one's, what it explains of what ‖x‖ leaves, and what "
+    "‖ε‖ adds.",
     "lines": "Error norms along the first held-out context, and a stretch of it with its tokens.",
-    "grid": "Estimates under introduced errors, on the central SAE.",
-    "synthetic": "The same on a fully synthetic model, where every error is known.",
+    "grid": "Estimates under introduced errors, on the central SAE. They are to be those of the closed form. The "
+    "correlations judge no SAE: a bad one may have those of a perfect one.",
+    "synthetic": "The same on a fully synthetic model, where every error is known: a check of the code.",
     "widths": "Cross-entropy recovered by each part of the error, beside its shares of norm and variance, over widths.",
     "sparsities": "The same over L0 at one width.",
-    "error_saes": "SAEs of equal width and k, trained on e, ê and ε.",
+    "error_saes": "SAEs of equal width and k on e, ê and ε. FVU is that at equal L0. A circle is one seed.",
+    "pursuit_breakdown": "The breakdown of the errors that pursuit leaves.",
     "pursuit": "FVU and nonlinear FVU before and after pursuit.",
-    "earlier_layers": "R² of e, ê and ε from each source. Hatched bars are 1 by definition.",
+    "earlier_layers": "R² of e, ê and ε from each source. Hatched bars are 1 by definition. The dotted line is the "
+    "share of ε that pursuit removes, to compare with reconstructions.",
 }
 PAPER = (  # Label, analysis, table, column, the paper's value.
     ("R² of e, mean over dimensions", "error_regression", "regressions", col.R2_ERROR, "about 0.5"),
@@ -82,6 +90,7 @@ PAPER = (  # Label, analysis, table, column, the paper's value.
     ("FVU", "error_regression", "regressions", col.FVU, "–"),
     ("nonlinear FVU", "error_regression", "regressions", col.NONLINEAR_FVU, "flat in width"),
     ("R² of ‖e_large‖ from ‖e_small‖", "per_token_scaling", "pairs", col.R2, "high for all pairs"),
+    ("the same, ‖x‖ partialled out", "per_token_scaling", "pairs", col.R2_BEYOND_X_NORM, "–"),
     ("cross-entropy recovered by ê", "downstream_loss", "downstream", col.recovered(col.LINEAR), "–"),
     (
         "cross-entropy recovered by ε",
@@ -92,7 +101,8 @@ PAPER = (  # Label, analysis, table, column, the paper's value.
     ),
     ("ε's share of the error's variance", "downstream_loss", "downstream", col.variance_share(col.NONLINEAR), "–"),
     ("ε's share of the error's norm", "downstream_loss", "downstream", col.norm_share(col.NONLINEAR), "–"),
-    ("encoder error (FVU)", "pursuit", "pursuit", col.ENCODER_ERROR, "a few % of the nonlinear FVU"),
+    ("encoder error (FVU)", "pursuit", "pursuit", col.ENCODER_ERROR, "–"),
+    ("encoder error's share of the nonlinear FVU", "pursuit", "pursuit", col.ENCODER_SHARE, "a few %"),
 )
 
 
@@ -110,14 +120,16 @@ def run_all(config: AnalysisConfig, given: Mapping[str, Any], analyses: Mapping[
     began = time.monotonic()
     lab = Lab(config, given)
     print(f"Study {lab.study}: {len(lab.saes)} SAEs at {', '.join(lab.hook_points)}", flush=True)
-    hooks = [*lab.hook_points, *earlier_hook_points(lab, main_hook_point(lab))]
-    lab.record(list(dict.fromkeys(hooks)))  # One pass of the language model serves all analyses.
+    hooks = [*lab.hook_points, *earlier_places(lab, main_hook_point(lab))]
+    recorded = lab.record(list(dict.fromkeys(hooks)))  # One pass of the language model serves all analyses.
+    if lab.shortage:
+        print(f"Warning: {lab.shortage}", flush=True)
     found: dict[str, Findings] = {}
     for analysis, experiment in analyses.items():
         started = time.monotonic()
         found[analysis] = carry_out(lab, analysis, experiment)
         print(f"{analysis}: {time.monotonic() - started:.0f} s", flush=True)
-    findings, claims = _report(lab, found)
+    findings, claims = _report(lab, found, len(set(recorded.groups("C").tolist())))
     track(lab, findings)
     for claim in claims:
         print(f"  {claim.verdict:<20} {claim.text}")
@@ -128,8 +140,11 @@ def run_all(config: AnalysisConfig, given: Mapping[str, Any], analyses: Mapping[
     return 0
 
 
-def _report(lab: Lab, found: Mapping[str, Findings]) -> tuple[Findings, list[Claim]]:
-    """Decides the claims and writes the report. The findings are what MLflow gets of it."""
+def _report(lab: Lab, found: Mapping[str, Findings], groups: int) -> tuple[Findings, list[Claim]]:
+    """Decides the claims and writes the report. The findings are what MLflow gets of it.
+
+    `groups` is the number of groups of documents that C has.
+    """
     tables = {analysis: findings.tables for analysis, findings in found.items()}
     claims = decide(tables)
     spec = lab.plan.evaluation
@@ -140,11 +155,14 @@ def _report(lab: Lab, found: Mapping[str, Findings]) -> tuple[Findings, list[Cla
         f"{len(lab.saes)} SAEs at {', '.join(lab.hook_points)}",
         f"{lab.shards * spec.rows_per_shard:,} held-out tokens for A, B and C",
         f"context {spec.context_length}, first {spec.skip_positions} skipped",
+        f"intervals over the {groups} groups of documents in C",
     ]
     figures = {analysis: [file for file in each.files if file.suffix == ".png"] for analysis, each in found.items()}
     notes = {analysis: each.notes for analysis, each in found.items()}
     path = lab.folder / "report.html"
-    report = write_report(path, DARK_MATTER, facts, claims, tables, figures, notes, lab.warning)
+    report = write_report(
+        path, DARK_MATTER, facts, claims, tables, figures, notes, [each for each in (lab.warning, lab.shortage) if each]
+    )
     findings = Findings("dark_matter", [each.key for each in found.values()], pd.DataFrame({"sae": []}), files=[report])
     for verdict in (HOLDS, FAILS, UNTOLD):
         count = sum(claim.verdict == verdict for claim in claims)
@@ -183,9 +201,10 @@ def _regressions(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataF
 def _breakdown(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
     if "breakdown" not in tables:
         return []
-    columns = ["width", col.FVU, col.NONLINEAR_FVU, col.ABSENT, col.LINEAR, col.NONLINEAR, col.ENCODER]
+    columns = ["width", col.FVU, col.NONLINEAR_FVU, col.LINEAR_GAP, col.ABSENT, col.LINEAR, col.ENCODER]
     caption = (
-        "What the error consists of, as FVU; linear below 0: the fit cannot tell linear error from absent features"
+        "What the error consists of, as FVU. Linear gap: FVU − nonlinear FVU, which needs no fit. Absent or linear "
+        "below 0: the fit cannot tell linear error from absent features"
     )
     return [(caption, tables["breakdown"][columns])]
 
@@ -199,7 +218,13 @@ def _introduced(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
     caption = (
         "Estimates on the synthetic model beside their closed form; deviation: relative, where the closed form is "
     )
+    judged = [f"{column}{end}" for column in (col.DEVIATION, col.REENCODING_FVU) for end in ("", col.LOW, col.HIGH)]
+    caption_of_sae = (
+        "The SAE, over the whole grid at no ablation: deviation, the distance of the estimates from the closed form as "
+        "a share of it, and FVU(x′, Sae(x′))"
+    )
     return [
+        (caption_of_sae, tables["judged"][judged]),
         ("Estimates on the SAE beside the closed form for a perfect re-encoding", some("closed_form")),
         (f"{caption}not below 0.01", synthetic[synthetic[col.ABLATED].isin((0, 0.5))]),
     ]
@@ -213,10 +238,13 @@ def _downstream(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
 
 
 def _error_saes(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
-    columns = [col.KIND, "width", col.L0, col.FVU, col.low(col.FVU), col.high(col.FVU)]
-    columns += [col.WORSE, col.low(col.WORSE), col.high(col.WORSE), col.SHARE, col.DEAD_FRACTION]
+    columns = [col.KIND, "width", col.SEEDS, col.L0, col.FVU, col.EQUAL_L0]
+    for column in (col.FVU_EQUAL_L0, col.WORSE):
+        columns += [column, col.low(column), col.high(column)]
+    columns += [col.SHARE, col.DEAD_FRACTION]
     caption = (
-        "SAEs on the parts of the error; worse: FVU/FVU of the linear part − 1; share: the part's variance over e's"
+        "SAEs on the parts of the error, means over seeds; worse: FVU at equal L0 over that of the linear part, − 1; "
+        "share: the part's variance over e's"
     )
     return [(caption, tables["error_saes"][columns])]
 
@@ -233,10 +261,11 @@ DARK_MATTER = Paper(
     captions=CAPTIONS,
     numbers=PAPER,
     shown=shown_tables,
-    reading="R² is measured on contexts of other documents than those it was fitted on. Intervals are 95 %, from "
-    "resampled contexts. The mean over dimensions is the paper's figure. The variance-weighted R² weighs each "
-    "dimension by its variance. FVU is the fraction of variance unexplained. Paper: Engels, Riggs, Tegmark, "
-    "Decomposing the dark matter of sparse autoencoders (arXiv 2410.14670), on Gemma 2 with Gemma Scope SAEs. The "
-    "accuracy of explanations "
-    "per activation decile, which belongs to analysis 6, is left out: it needs interpretability scores.",
+    reading="R² is measured on contexts of other documents than those it was fitted on. Intervals are 95 %, over "
+    "groups of documents: a jackknife for 10 to 30 groups, a bootstrap above. With fewer than 10 there are none, and "
+    "no claim that needs one can be told. Ratios, slopes and medians are worked out per replicate. The mean over "
+    "dimensions is the paper's figure. The variance-weighted R² weighs each dimension by its variance. FVU is the "
+    "fraction of variance unexplained. Paper: Engels, Riggs, Tegmark, Decomposing the dark matter of sparse "
+    "autoencoders (arXiv 2410.14670), on Gemma 2 with Gemma Scope SAEs. The accuracy of explanations per activation "
+    "decile, which belongs to analysis 6, is left out: it needs interpretability scores.",
 )

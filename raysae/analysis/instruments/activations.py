@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 SPLITS = "ABC"
 THIRDS = (1 / 3, 1 / 3, 1 / 3)
 CHUNK_ROWS = 8192  # Approximate rows of a chunk, which holds whole contexts
-BLOCK_CONTEXTS = 16  # Contexts that a group of neighbouring documents covers. Fewer than 960 contexts make it smaller
+# Documents of a group begin within a window of at most so many contexts, and there are at least so many windows
+MOST_WINDOW, FEWEST_WINDOWS = 16, 12
+MOST_DROPPED = 0.1  # Share of the contexts that may join two groups and are dropped
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ class Chunk:
     token: Tensor  # (b,) int64 token ids
     position: Tensor  # (b,) int64, position in the context
     context: Tensor  # (b,) int64, index of the context. All rows of a context are in one chunk, next to each other
-    token_loss: Tensor | None = None  # (b,) float32, the language model's loss in nats in predicting this token
+    group: Tensor  # (b,) int64, the group of documents that the context belongs to. Intervals are over groups
+    # (b,) float32, the language model's loss in nats of the prediction made at the position, of the token after it. NaN
+    # at the last position
+    token_loss: Tensor | None = None
 
 
 class Activations(Protocol):
@@ -60,7 +65,7 @@ class ArrayActivations:
         x: hook point → (n, d).
         context: (n,) int64. Rows of a context need not lie together.
         token, position, token_loss: (n,). token defaults to 0, position to the row's place in its context.
-        document: (n,) the document of each row, constant within a context.
+        document: (n,) int64, the document of each row, constant within a context. A document is a group.
         seed: draws the order in which documents (or contexts) of equal size are assigned.
         chunk_rows: rows after which a chunk ends with its context.
 
@@ -89,7 +94,8 @@ class ArrayActivations:
         self._position = place if position is None else position[order]
         self._token = torch.zeros_like(self._context) if token is None else token[order]
         self._token_loss = None if token_loss is None else token_loss[order]
-        unit = (self._context if document is None else document[order])[self._edges[:-1]]
+        self._group = self._context if document is None else document[order]
+        unit = self._group[self._edges[:-1]]
         units, of_context = torch.unique(unit, return_inverse=True)
         sizes = torch.zeros(len(units)).index_add_(0, of_context, lengths.float())
         self._split = _assign(sizes.numpy(), THIRDS, seed)[of_context.numpy()]
@@ -107,53 +113,69 @@ class ArrayActivations:
 
     def _chunk(self, rows: Tensor) -> Chunk:
         loss = None if self._token_loss is None else self._token_loss[rows]
-        return Chunk(
-            {h: x[rows] for h, x in self._x.items()}, self._token[rows], self._position[rows], self._context[rows], loss
-        )
+        x = {hook: x[rows] for hook, x in self._x.items()}
+        return Chunk(x, self._token[rows], self._position[rows], self._context[rows], self._group[rows], loss)
 
 
 # ---------------------------------------------------------------- splits
 
 
-def split_contexts(contexts: Contexts, fractions: Sequence[float] = THIRDS, seed: int = 0) -> np.ndarray:
+@dataclass(frozen=True)
+class Split:
+    """Which contexts belong to which split and group.
+
+    split: (contexts,) int8. 0, 1 and 2 are A, B and C, and −1 is none.
+    group: (contexts,) int64, the group of documents of each context in a split.
+    """
+
+    split: np.ndarray
+    group: np.ndarray
+
+
+def split_contexts(contexts: Contexts, fractions: Sequence[float] = THIRDS, seed: int = 0) -> Split:
     """Splits contexts by document: no document has a token in two splits.
 
-    Contexts join documents. Neighbouring documents form groups, so that few contexts lie on an edge. Whole groups go to
-    a split. Documents of equal content follow the first of them. A context is in a split if all its documents are in
-    it. Otherwise it is dropped.
-
-    Returns:
-        The split of each context, `(contexts,)` int8. 0, 1 and 2 are A, B and C, and −1 is none.
+    Contexts join documents. Documents that begin within a few contexts form a group, and so do documents of equal
+    content. A context belongs to the group that has all its documents, and a context that joins two groups is dropped.
+    So no context ties a group to another, and intervals may take groups as independent. Groups are as small as they can
+    be without dropping more than a tenth of the contexts. Whole groups go to a split.
 
     Raises:
         UserError: the documents of the contexts are not recorded, or too few for three splits.
     """
     if contexts.spans is None or contexts.documents is None:
         raise UserError("text: these contexts do not say which documents they join: build them from the text again")
-    first, last = contexts.spans.T
-    seen = int(last.max(initial=-1)) + 1  # Number of documents up to the last with text in some context
-    start = np.searchsorted(last, np.arange(seen))  # First context with text of each document
-    size = int(np.clip(len(contexts) // 60, 1, BLOCK_CONTEXTS))
-    _, block = np.unique(start // size, return_inverse=True)
-    _, original, alike = np.unique(contexts.documents[:seen], return_index=True, return_inverse=True)
-    block = block[original][alike]  # Equal documents take the group of the first of them
-    if len(np.unique(block)) < len(SPLITS):
+    group = _groups(contexts.spans, contexts.documents)
+    groups, of_context = np.unique(group[group >= 0], return_inverse=True)
+    if len(groups) < len(SPLITS):
+        seen = int(contexts.spans.max(initial=-1)) + 1
         raise UserError(
             f"the held-out text has {seen} document{'s' * (seen != 1)} in {len(contexts)} contexts, too few for three "
             "splits by document: raise text.evaluation_fraction, set text.delimiter to what separates documents inside "
             "its files, or give more text"
         )
-    spread = np.diff(start, append=len(contexts)) + 1e-6
-    used, block = np.unique(block, return_inverse=True)
-    document = _assign(np.bincount(block, spread, len(used)), fractions, seed)[block]
-    changes = np.concatenate([[0], np.cumsum(document[1:] != document[:-1])])
-    split = np.where(changes[first] == changes[last], document[first], -1).astype(np.int8)
-    if missing := [name for i, name in enumerate(SPLITS) if not (split == i).any()]:
-        raise UserError(
-            f"the held-out text has no whole context for split {missing[0]}: raise text.evaluation_fraction, lower "
-            "stream.context_length or give more text"
-        )
-    return split
+    split = np.full(len(contexts), -1, np.int8)
+    split[group >= 0] = _assign(np.bincount(of_context), fractions, seed)[of_context]
+    return Split(split, group)
+
+
+def _groups(spans: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """The group of each context, (contexts,) int64. −1 is a context that joins two groups.
+
+    Documents of a group begin within `size` contexts. `size` is the least that drops no more than MOST_DROPPED of the
+    contexts. Many groups matter more than contexts where there are few.
+    """
+    first, last = spans.T
+    seen = int(last.max(initial=-1)) + 1  # Number of documents up to the last with text in some context
+    start = np.searchsorted(last, np.arange(seen))  # First context with text of each document
+    _, original, alike = np.unique(documents[:seen], return_index=True, return_inverse=True)
+    for size in range(1, int(np.clip(len(spans) // FEWEST_WINDOWS, 2, MOST_WINDOW)) + 1):
+        of_document = (start // size)[original][alike]  # Equal documents take the group of the first of them
+        changes = np.concatenate([[0], np.cumsum(of_document[1:] != of_document[:-1])])
+        whole = changes[first] == changes[last]
+        if whole.mean() >= 1 - MOST_DROPPED:
+            break
+    return np.where(whole, of_document[first], -1)
 
 
 def _assign(sizes: np.ndarray, fractions: Sequence[float], seed: int) -> np.ndarray:

@@ -10,6 +10,8 @@ from __future__ import annotations
 # ---------------------------------------------------------------- endings of a name
 
 LOW, HIGH = "_low", "_high"  # The ends of a number's 95 % interval, beside the number itself.
+REPLICATES = "_replicates"  # The number on each replicate of the groups, a list.
+GROUPS = "groups"  # Groups of documents that a row's numbers were measured on.
 RESCALED = "_rescaled"  # After the best rescaling of the reconstruction.
 HALF_FIT = "_half_fit"  # The fit has read half the contexts.
 HALF = "_half"  # The SAE has trained on half the tokens.
@@ -28,8 +30,14 @@ def high(column: str) -> str:
     return column + HIGH
 
 
+def replicates(column: str) -> str:
+    """A number's replicates."""
+    return column + REPLICATES
+
+
 # ---------------------------------------------------------------- an SAE and its error
 
+ALIKE = "alike"  # Architecture, learning rate and seed in words. Figures compare SAEs in which these are equal.
 L0 = "l0"  # Mean active latents per row.
 FVU = "fvu"  # FVU(x, Sae(x)).
 NONLINEAR_FVU = "nonlinear_fvu"  # FVU(x, Sae(x) + ê).
@@ -61,9 +69,8 @@ R2_NORM_NONLINEAR_LACK = "r2_norm_nonlinear_lack"  # R2_ERROR_NORM less R2_NORM_
 # ---------------------------------------------------------------- breakdown
 
 ABSENT = "absent"  # FVU less c: features that no latent stands for.
-ENCODER = "encoder"  # The share of the nonlinear error that pursuit removes.
-STACKS = "stacks"  # Whether absent, linear and nonlinear error add up to FVU.
-PURSUIT_NONLINEAR_FVU = "pursuit_nonlinear_fvu"  # Nonlinear FVU after pursuit, as the breakdown takes it.
+ENCODER = "encoder"  # Nonlinear error that pursuit removes, as FVU.
+STACKS = "stacks"  # Whether absent, linear and nonlinear error are parts of FVU.
 LEVEL = "level_"  # Beginning of the columns that hold a `Level` of the nonlinear FVU.
 
 # ---------------------------------------------------------------- per_token_scaling
@@ -72,6 +79,8 @@ SMALL, LARGE = "small", "large"  # Names of the SAEs of a pair.
 SMALL_WIDTH, LARGE_WIDTH = "small_width", "large_width"
 R2 = "r2"  # R² of ‖e_large‖ from ‖e_small‖. In earlier_layers: of a target from a source.
 SQUARED_CORRELATION = "squared_correlation"
+R2_FROM_X_NORM = "r2_from_x_norm"  # R² of ‖e_large‖ from ‖x‖.
+R2_BEYOND_X_NORM = "r2_beyond_x_norm"  # What ‖e_small‖ explains of what ‖x‖ leaves.
 R2_WITH_NONLINEAR = "r2_with_nonlinear"  # ‖ε_small‖ is a predictor too.
 GAIN = "gain"
 POSITION, TOKEN = "position", "token"
@@ -82,6 +91,7 @@ ABLATED = "ablated"  # Share of the latents that are left out.
 SIGMA_X, SIGMA_R = "sigma_x", "sigma_r"  # Noise in x and in Sae(x).
 DENSE, INTRODUCED = "dense", "introduced"  # What was put in, as shares of the variance.
 DEVIATION = "deviation"  # The larger relative distance of both estimates from their closed forms.
+REENCODING_FVU = "reencoding_fvu"  # FVU(x′, Sae(x′)).
 NOISE = "noise"  # SIGMA_X or SIGMA_R, in the table of correlations.
 
 # ---------------------------------------------------------------- downstream_loss
@@ -112,8 +122,11 @@ def variance_share(part: str) -> str:
 # ---------------------------------------------------------------- error_saes
 
 KIND = "kind"  # ERROR, LINEAR or NONLINEAR: what the SAE was trained on.
-WORSE = "worse"  # FVU over that of the SAE on ê, less 1.
-SHARE = "share"  # Variance of what the SAE reads over that of e.
+SEED, SEEDS = "seed", "seeds"  # Which of the SAEs of a kind, and how many there are.
+EQUAL_L0 = "equal_l0"  # The L0 at which the SAEs are compared.
+FVU_EQUAL_L0 = FVU + "_" + EQUAL_L0
+WORSE = "worse"  # FVU at equal L0 over that of the SAEs on ê, less 1.
+SHARE = "share"  # Variance of what the SAEs read over that of e.
 
 # ---------------------------------------------------------------- pursuit
 
@@ -121,11 +134,14 @@ FVU_PURSUIT = FVU + PURSUIT
 NONLINEAR_FVU_PURSUIT = NONLINEAR_FVU + PURSUIT
 L0_PURSUIT = L0 + PURSUIT
 ENCODER_ERROR = "encoder_error"  # NONLINEAR_FVU less NONLINEAR_FVU_PURSUIT.
+ENCODER_SHARE = "encoder_share"  # ENCODER_ERROR as a share of NONLINEAR_FVU.
 
 # ---------------------------------------------------------------- earlier_layers
 
 SOURCE = "source"  # Hook point that a prediction reads.
 PART = "part"  # What of it: activation, reconstruction or one of the errors.
 TARGET = "target"  # What is predicted: e, ê or ε.
+EXPLAINED = "explained"  # Share of ε's variance that the best earlier reconstruction explains.
+LEAD = "lead"  # EXPLAINED less ENCODER_SHARE.
 BY_DEFINITION = "by_definition"  # Whether the source determines the target.
 R2_WEIGHTED = R2 + WEIGHTED

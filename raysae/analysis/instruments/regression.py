@@ -1,22 +1,19 @@
-"""Least squares with an intercept from streamed moments in float64.
+"""Least squares with an intercept from streamed moments in float64, and R² on other tokens per replicate of the groups.
 
-It also measures R² on other tokens, with bootstrap intervals over contexts. Sums are co-moments, and weighted sums per
-bootstrap replicate. Their sizes do not depend on the number of tokens.
+Sums are co-moments, whose sizes do not depend on the number of tokens.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from raysae.analysis.instruments import columns as col
+from raysae.analysis.instruments.intervals import GroupSums
 
 RIDGE = 1e-12  # Added to the diagonal of the predictors' correlation matrix
 # Least squared pivot for Cholesky. Below it the eigen-decomposition takes over. A squared pivot is the share of a
@@ -24,8 +21,6 @@ RIDGE = 1e-12  # Added to the diagonal of the predictors' correlation matrix
 SINGULAR = 1e-8
 # Share of the largest eigenvalue. Directions of less variance are left out: in float32 they may be rounding.
 EIGENVALUE_CUTOFF = 1e-10
-REPLICATES = 200
-LEVEL = 0.95  # Confidence level of every interval
 
 
 # ---------------------------------------------------------------- linear maps
@@ -130,6 +125,16 @@ class Moments:
         self.mean = self.mean + shift * (other.rows / rows)
         self.rows = rows
 
+    def through_origin(self) -> Moments:
+        """The moments about 0 in place of the means. Solving them gives maps without an intercept."""
+        about = Moments()
+        about.rows, about.mean = self.rows, torch.zeros_like(self.mean)
+        about.xx = self.xx + self.rows * torch.outer(self.mean, self.mean)
+        for name, mean in self.target_mean.items():
+            about.target_mean[name] = torch.zeros_like(mean)
+            about.xy[name] = self.xy[name] + self.rows * torch.outer(self.mean, mean)
+        return about
+
     def solve(self, ridge: float = RIDGE) -> Fit:
         """Solves least squares for every target.
 
@@ -172,106 +177,29 @@ class Moments:
         return Fit(maps, self.rows, method, ridge, rank, float(eigenvalues[-1] / eigenvalues[0]))
 
 
-# ---------------------------------------------------------------- pass 2: bootstrapped sums over contexts
+# ---------------------------------------------------------------- pass 2: R² per replicate
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval from resampled contexts."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Tensor) -> Estimate:
-        """From `values` (1 + replicates,): first the number itself, then its replicates.
-
-        Replicates that are not finite do not count. With none left, the ends are NaN.
-        """
-        replicates = values[1:][values[1:].isfinite()].numpy()
-        tail = 50 * (1 - LEVEL)
-        low, high = np.percentile(replicates, [tail, 100 - tail]) if len(replicates) else (math.nan, math.nan)
-        return cls(float(values[0]), float(low), float(high))
-
-    def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
-
-
-class ContextSums:
-    """Sums of per-row quantities over all rows, and over bootstrap resamples of the contexts.
-
-    Every quantity's sum is `(1 + replicates, m)`. The first entry is over all rows. In the others a context counts as
-    often as the replicate drew it. The counts are Poisson(1), the streamed form of drawing contexts with replacement
-    (Chamandy et al. 2012). Their generator is seeded with (seed, context), so all quantities, SAEs and passes see the
-    same resamples. Any function of the sums has a paired interval, ratios and differences included.
-    """
-
-    def __init__(self, replicates: int = REPLICATES, seed: int = 0) -> None:
-        self.replicates, self.seed = replicates, seed
-        self.sums: dict[str, Tensor] = {}
-        self.rows: dict[str, Tensor] = {}  # Rows behind each quantity, (1 + replicates, 1)
-        # Contexts and weights of the last chunk, because many SAEs ask for the same.
-        self._drawn: tuple[Tensor, Tensor] | None = None
-
-    def add(self, context: Tensor, **rows: Tensor) -> None:
-        """Takes in named quantities (b,) or (b, m) of rows of `context` (b,).
-
-        All rows of a context must come in one call.
-        """
-        contexts, of_row = torch.unique(context, return_inverse=True)
-        weights = self._weights(contexts)
-        counted = weights @ torch.bincount(of_row).double().unsqueeze(1)
-        for name, values in rows.items():
-            values = values.double().reshape(len(context), -1)
-            per_context = torch.zeros(len(contexts), values.shape[1], dtype=torch.float64).index_add_(0, of_row, values)
-            total = weights @ per_context
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-            self.rows[name] = self.rows[name] + counted if name in self.rows else counted
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Sum of the quantity `name`, (1 + replicates, m)."""
-        return self.sums[name]
-
-    def mean(self, name: str) -> Tensor:
-        """Mean per row of a scalar quantity, (1 + replicates,)."""
-        return (self.sums[name] / self.rows[name]).squeeze(1)
-
-    def variation(self, name: str) -> Tensor:
-        """Σ(y − ȳ)² per dimension, (1 + replicates, m).
-
-        y was added as `name` and its square as `name_squared`. What may be rounding counts as 0.
-        """
-        total = self.sums[f"{name}_squared"] - self.sums[name].square() / self.rows[name].clamp_min(1)
-        rounding = 1e-12 * self.sums[f"{name}_squared"]
-        return torch.where(total > rounding, total, 0.0)
-
-    def _weights(self, contexts: Tensor) -> Tensor:
-        """How often each replicate counts each context, (1 + replicates, c)."""
-        if self._drawn is None or not torch.equal(self._drawn[0], contexts):
-            drawn = [
-                np.random.default_rng([self.seed, context]).poisson(1.0, self.replicates)
-                for context in contexts.tolist()
-            ]
-            weights = torch.from_numpy(np.stack(drawn, 1)).double()
-            self._drawn = contexts, torch.cat([torch.ones(1, len(contexts), dtype=torch.float64), weights])
-        return self._drawn[1]
-
-
-def add_target(sums: ContextSums, context: Tensor, name: str, y: Tensor, predicted: Mapping[str, Tensor]) -> None:
+def add_target(sums: GroupSums, group: Tensor, name: str, y: Tensor, predicted: Mapping[str, Tensor]) -> None:
     """Adds what R² of a target `y` (b, m) or (b,) needs, under `name`: see `r2`.
 
     `predicted` maps the name of a prediction to its values.
     """
     y = y.double()
-    residuals = {f"{name}_missed_{by}": (y - ŷ.reshape(y.shape)).square() for by, ŷ in predicted.items()}
-    sums.add(context, **{name: y, f"{name}_squared": y.square()}, **residuals)
+    sums.add(group, **{name: y, f"{name}_squared": y.square()})
+    for by, ŷ in predicted.items():
+        add_prediction(sums, group, name, y, by, ŷ)
 
 
-def r2(sums: ContextSums, name: str, by: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_prediction(sums: GroupSums, group: Tensor, name: str, y: Tensor, by: str, predicted: Tensor) -> None:
+    """Adds what R² of one more prediction of the target `name` needs. `add_target` has added `y` before."""
+    sums.add(group, **{f"{name}_missed_{by}": (y.double() - predicted.reshape(y.shape)).square()})
+
+
+def r2(sums: GroupSums, name: str, by: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """R² of prediction `by` of target `name`: the mean over dimensions, and the variance-weighted one.
 
-    Both are (1 + replicates,). Dimensions that do not vary count in neither. `residual` (1 + replicates, m) replaces
+    Both are (1 + r,). Dimensions that do not vary count in neither. `residual` (1 + r, m) replaces
     the residual sums of squares where they are known otherwise.
     """
     missed = sums[f"{name}_missed_{by}"] if residual is None else residual
@@ -279,15 +207,3 @@ def r2(sums: ContextSums, name: str, by: str, residual: Tensor | None = None) ->
     varies = total > 0
     per_dimension = torch.where(varies, 1 - missed / torch.where(varies, total, 1.0), torch.nan)
     return per_dimension.nanmean(1), 1 - torch.where(varies, missed, 0.0).sum(1) / total.sum(1)
-
-
-def with_intervals(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Each number under its name, and the ends of its interval under `NAME_low` and `NAME_high`.
-
-    `values` are (1 + replicates,), as in `Estimate.of`.
-    """
-    row: dict[str, float] = {}
-    for name, replicates in values.items():
-        estimate = Estimate.of(replicates)
-        row |= {name: estimate.value, col.low(name): estimate.low, col.high(name): estimate.high}
-    return row

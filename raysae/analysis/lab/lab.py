@@ -24,15 +24,17 @@ from typing import Any
 from raysae.analysis.lab.recording import Recorded, Recording
 from raysae.analysis.lab.subjects import Subject, content_of, find, subjects_of
 from raysae.analysis.lab.tasks import Task, ensure_ray, work
+from raysae.borders import border
 from raysae.config import AnalysisConfig, ErrorsConfig, SAEConfig, SweepConfig, TrainConfig, UserError, digest
 from raysae.knobs import earlier, from_flat
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.processes import INTERRUPTED
 from raysae.sae.origins import doubt_of, require_fit
-from raysae.storage import file_system
-from raysae.study.place import saved_config, with_absolute_paths
+from raysae.storage import file_system, is_there
+from raysae.study.place import config_of, saved_config, with_absolute_paths
 from raysae.study.plan import Plan, plan
-from raysae.tracking.find import TrackedSAE, study_params
+from raysae.tracking.find import STUDY_CONFIG, TrackedSAE, study_params, study_settings
+from raysae.tracking.runs import is_cut
 
 # Default rows of each split. With 256 rows per dimension, the fit costs R² on other rows about 1/256.
 ROWS_PER_DIMENSION = 256
@@ -53,7 +55,7 @@ def _settings(
             f"--sae names SAEs of {len(studies)} sweeps. Name those of one, since they share model and text."
         )
     if tracked:
-        name, sweep = tracked[0].study, from_flat(SweepConfig, study_params(tracked[0]))
+        name, sweep = tracked[0].study, _trained_with(tracked[0], given)
     else:
         name = f"saes-{digest(sorted(where for where, _ in found))[:8]}"
         sweep = SweepConfig(model=config.model, text=config.text, stream=config.stream)
@@ -65,6 +67,37 @@ def _settings(
     sections = {section: getattr(sweep, section).model_copy(update=fields) for section, fields in changed.items()}
     sections |= {"resources": config.resources, "tracking": config.tracking, "output": config.output}
     return name, sweep.model_copy(update=sections), bool(tracked)
+
+
+def _trained_with(sae: TrackedSAE, given: Mapping[str, Any]) -> SweepConfig:
+    """The config of the sweep that trained `sae`.
+
+    It is the study's config.yaml: that in the study's folder, else the copy in MLflow. Older studies may lack both.
+    Then it is MLflow's parameters, if none is cut.
+
+    Raises:
+        UserError: the settings are damaged or cut, or the sweep ran code from the model's repository and the user has
+            not said that it may run here.
+    """
+    params = study_params(sae)
+    output = params.get("output", "")
+    if not is_cut(output) and is_there(f"{output}/{sae.study}/{STUDY_CONFIG}"):
+        sweep = saved_config(output, sae.study)
+    elif settings := study_settings(sae):
+        sweep = config_of(settings, f"{STUDY_CONFIG} of {sae.study} in MLflow")
+    else:
+        if lost := [knob for knob, value in params.items() if is_cut(value) and knob not in given]:
+            raise UserError(
+                f"sweep is {sae.study}, whose {STUDY_CONFIG} is not in {output}/{sae.study} any more, and MLflow has "
+                f"only the beginning of {lost[0]}: put the folder back, or give --{lost[0]}"
+            )
+        sweep = from_flat(SweepConfig, params)
+    if sweep.model.trust_remote_code and "model.trust_remote_code" not in given:
+        raise UserError(
+            f"sweep is {sae.study}, which ran code from the repository of {sweep.model.name}: "
+            "give --model.trust_remote_code true if you trust it here too"
+        )
+    return sweep
 
 
 def _check_origin(found: Sequence[tuple[str, TrackedSAE | None]], settled: Plan, stream: str | None) -> str | None:
@@ -81,9 +114,10 @@ def _check_origin(found: Sequence[tuple[str, TrackedSAE | None]], settled: Plan,
     streams = set()
     for where, _ in found:
         files, path = file_system(where)
-        if not files.exists(f"{path}/cfg.json"):
-            continue
-        origin = json.loads(files.cat_file(f"{path}/cfg.json")).get("metadata") or {}
+        with border("sae", where, "whose cfg.json cannot be read", "name another SAE, or train it again"):
+            if not files.exists(f"{path}/cfg.json"):
+                continue
+            origin = json.loads(files.cat_file(f"{path}/cfg.json")).get("metadata") or {}
         if origin.get("model_digest", settled.facts.digest) != settled.facts.digest:
             raise UserError(
                 f"model.name is {settled.config.model.name}, whose weights are not those that {where} was trained on. "
@@ -182,6 +216,25 @@ class Lab:
             )
         return min(shards, spec.shards)
 
+    @property
+    def shortage(self) -> str | None:
+        """A warning where the held-out text yields fewer tokens than wanted, with what that does to R².
+
+        Least squares with d predictors and n rows leaves d/(n − d − 1) more than the best map would on other rows, for
+        normal predictors (Breiman and Freedman 1983).
+        """
+        spec, wanted = self.plan.evaluation, self.config.tokens or self._usual(self.plan.facts)
+        have = self.shards * spec.rows_per_shard
+        if self.shards < spec.shards or have >= wanted:
+            return None
+        widest = max(hook_width(hook_point, self.plan.facts) for hook_point in self.hook_points)
+        lost, usual = (widest / max(1, tokens // 3 - widest - 1) for tokens in (have, wanted))
+        return (
+            f"The held-out text yields {have:,} of the {wanted:,} tokens wanted, and a third of them fits {widest:,} "
+            f"predictors. That lowers R² on other tokens by about {lost:.1%} of 1 − R², where all would lower it by "
+            f"{usual:.1%}. Intervals are wider too. Raise text.evaluation_fraction or give more text."
+        )
+
     # ---------------------------------------------------------------- activations and tasks
 
     def record(self, hook_points: Sequence[str]) -> Recorded:
@@ -222,6 +275,7 @@ class Lab:
         like: SAEConfig,
         tokens: int,
         errors: ErrorsConfig | None = None,
+        seeds: int = 1,
     ) -> dict[str, Subject]:
         """SAEs that the sweep lacks, by name. One sweep with the study's settings trains them, beside the study.
 
@@ -232,6 +286,7 @@ class Lab:
             like: what the SAEs have in common.
             tokens: how many each trains on.
             errors: the SAE and probe that the hook points' errors come from.
+            seeds: SAEs per hook point and width. Their seeds count up from that of `like`.
 
         Raises:
             UserError: some of them could not be trained.
@@ -240,8 +295,8 @@ class Lab:
         update = {
             "hook_points": list(hook_points), "architectures": [like.architecture], "widths": list(widths),
             "k": [] if like.k is None else [like.k], "sparsities": [] if like.sparsity is None else [like.sparsity],
-            "learning_rates": [like.learning_rate], "seeds": [like.seed], "search": "grid", "scheduler": "none",
-            "train": train, "errors": errors or ErrorsConfig(),
+            "learning_rates": [like.learning_rate], "seeds": [like.seed + i for i in range(seeds)],
+            "search": "grid", "scheduler": "none", "train": train, "errors": errors or ErrorsConfig(),
             "evaluation": self.sweep.evaluation.model_copy(update={"predicted_tokens": 0}),
         }  # fmt: skip
         config = self.sweep.model_copy(update=update)

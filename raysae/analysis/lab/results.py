@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.plots import save
 from raysae.analysis.lab.lab import Lab
 from raysae.analysis.lab.tasks import RESULTS_DEFINITION
@@ -62,12 +63,15 @@ def carry_out(lab: Lab, analysis: str, experiment: Callable[[Lab], Findings]) ->
 
 
 def save_results(folder: Path, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Any]) -> list[Path]:
-    """Writes tables (CSV and Parquet) and figures (PNG) to `folder`, and returns the files."""
+    """Writes tables (CSV and Parquet) and figures (PNG) to `folder`, and returns the files.
+
+    Replicates are in the Parquet files alone.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, table in tables.items():
         files += [folder / f"{name}.csv", folder / f"{name}.parquet"]
-        table.to_csv(files[-2], index=False)
+        table.drop(columns=table.filter(regex=f"{col.REPLICATES}$")).to_csv(files[-2], index=False)
         table.to_parquet(files[-1], index=False)
     for name, figure in figures.items():
         files += save(figure, folder / name)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from raysae.analysis.instruments import columns as col
+from raysae.analysis.instruments.intervals import median_of
 from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD, Claim
 
 COLORS = {HOLDS: "#00795a", FAILS: "#a33c00", UNTOLD: "#5a5a5a"}
@@ -64,7 +65,7 @@ def write_report(
     tables: Mapping[str, Mapping[str, pd.DataFrame]],
     figures: Mapping[str, Sequence[Path]],
     notes: Mapping[str, Sequence[str]],
-    warning: str | None = None,
+    warnings: Sequence[str] = (),
 ) -> Path:
     """Writes the report to `path`.
 
@@ -76,12 +77,11 @@ def write_report(
         tables: by analysis, then by name.
         figures: PNG files, by analysis.
         notes: what could not be shown and why, by analysis.
-        warning: stands above everything else.
+        warnings: stand above everything else.
     """
     written = f"{_text(' · '.join(facts))}<br>written {time.strftime('%Y-%m-%d %H:%M')}"
     body = [f"<h1>{_text(paper.title)}</h1>", f'<p class="facts">{written}</p>']
-    if warning:
-        body.append(f'<p class="warning">{_text(warning)}</p>')
+    body += [f'<p class="warning">{_text(warning)}</p>' for warning in warnings]
     body += [
         "<h2>Claims of the paper</h2>",
         _claims(claims),
@@ -122,14 +122,14 @@ def _numbers(paper: Paper, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> 
         if table is None or column not in table or not table[column].notna().any():
             continue
         values = table[column].dropna()
-        ends = ""
-        if col.low(column) in table:
-            low, high = table[col.low(column)].median(), table[col.high(column)].median()
-            ends = f" [{_number(low)}, {_number(high)}]"
-        ours = (f"{_number(values.median())}{ends}", f"{_number(values.min())} to {_number(values.max())}", len(values))
+        median = _number(values.median())
+        if col.replicates(column) in table:
+            estimate = median_of(table, column)
+            median += f" [{_number(estimate.low)}, {_number(estimate.high)}]"
+        ours = (median, f"{_number(values.min())} to {_number(values.max())}", len(values))
         cells = "".join(f'<td class="number">{cell}</td>' for cell in ours)
         rows.append(f"<tr><td>{_text(label)}</td>{cells}<td>{_text(theirs)}</td></tr>")
-    heads = "".join(f'<th class="number">{head}</th>' for head in ("median [of its interval]", "range", "of"))
+    heads = "".join(f'<th class="number">{head}</th>' for head in ("median [its interval]", "range", "of"))
     return f"<table><tr><th>Number</th>{heads}<th>The paper</th></tr>{''.join(rows)}</table>"
 
 

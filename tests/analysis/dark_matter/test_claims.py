@@ -5,16 +5,34 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from raysae.analysis.dark_matter.claims import RULES, decide
-from raysae.analysis.dark_matter.measures.breakdown import breakdown, fit_power_law, nonlinear_level
+from raysae.analysis.dark_matter.measures.breakdown import breakdown, fit_power_law
+from raysae.analysis.dark_matter.measures.introduced_error import introduced_error
+from raysae.analysis.instruments.intervals import with_intervals
 from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD
+from tests.analysis.planted import HOOK, activations, linear_sae
 
 WIDTHS = np.array([256, 512, 1024, 2048, 4096, 8192])
 
 
 def verdict(tables: dict, beginning: str) -> str:
     return next(claim.verdict for claim in decide(tables) if claim.text.startswith(beginning))
+
+
+GROUPS = 40  # Of documents, so replicates are a bootstrap's
+
+
+def sampled(groups: int = GROUPS, **values: tuple[float, float, float] | np.ndarray) -> dict[str, object]:
+    """A row with replicates. A number with ends (low, value, high) has replicates spread evenly between them."""
+    replicates = {}
+    for name, each in values.items():
+        if isinstance(each, tuple):
+            low, value, high = each
+            each = np.array([value, *np.linspace(low, high, 200 if groups > 30 else groups)])
+        replicates[name] = each
+    return with_intervals(replicates, groups)
 
 
 def interval(**values: tuple[float, float, float]) -> dict[str, float]:
@@ -25,16 +43,18 @@ def interval(**values: tuple[float, float, float]) -> dict[str, float]:
     }
 
 
-def scaling(nonlinear: np.ndarray, fvu: np.ndarray | None = None) -> dict:
-    table = pd.DataFrame(
-        {"width": WIDTHS, "fvu": 0.1 + 8 * WIDTHS**-0.8 if fvu is None else fvu, "nonlinear_fvu": nonlinear}
-    )
-    law, level = (
-        fit_power_law(table["width"], table["fvu"]),
-        nonlinear_level(table["width"], table["nonlinear_fvu"], table["fvu"]),
-    )
-    fit = pd.DataFrame([{f"level_{name}": value for name, value in vars(level).items()}])
-    return {"breakdown": {"breakdown": breakdown(table, law), "fit": fit}}
+def scaling(nonlinear: np.ndarray, fvu: np.ndarray | None = None, noise: float = 0.002, **more) -> dict:
+    """A breakdown of SAEs of WIDTHS. `noise` is the spread of each number over replicates, one draw for all."""
+    fvu = 0.1 + 8 * WIDTHS**-0.8 if fvu is None else fvu
+    rng = np.random.default_rng(0)
+    common = 1 + noise * np.concatenate([[0], rng.normal(size=200)])
+    own = 1 + noise * np.concatenate([np.zeros((6, 1)), rng.normal(size=(6, 200))], 1)
+    rows = [
+        {"width": width} | sampled(fvu=f * common, nonlinear_fvu=n * common * each, **more)
+        for width, f, n, each in zip(WIDTHS, fvu, nonlinear, own, strict=True)
+    ]
+    table = pd.DataFrame(rows)
+    return {"breakdown": {"breakdown": breakdown(table, fit_power_law(table["width"], table["fvu"]))}}
 
 
 def test_without_any_analysis_nothing_can_be_told() -> None:
@@ -43,30 +63,58 @@ def test_without_any_analysis_nothing_can_be_told() -> None:
     assert all(claim.verdict == UNTOLD and "was not measured" in claim.evidence for claim in claims)
 
 
+FLAT = "Nonlinear FVU is nearly flat"
+
+
 def test_flat_in_width() -> None:
-    noise = 0.001 * np.array([1, -1, 0.5, -0.5, 1, -1])
-    assert verdict(scaling(0.08 + noise), "Nonlinear FVU is nearly flat") == HOLDS
-    falling = 0.08 * (1 + 0.9 * np.log2(8192 / WIDTHS)) + noise
-    assert verdict(scaling(falling), "Nonlinear FVU is nearly flat") == FAILS
-    assert verdict(scaling(0.08 + 40 * noise), "Nonlinear FVU is nearly flat") == UNTOLD
-    assert (
-        verdict(scaling(0.08 + noise, fvu=np.full(6, 0.2) - 1e-4 * np.arange(6)), "Nonlinear FVU is nearly flat")
-        == UNTOLD
-    )
+    level = 0.08 + 0.001 * np.array([1, -1, 0.5, -0.5, 1, -1])
+    falling = 0.08 * (1 + 0.9 * np.log2(8192 / WIDTHS))
+    assert verdict(scaling(level), FLAT) == HOLDS
+    assert verdict(scaling(falling), FLAT) == FAILS
+    assert verdict(scaling(level, noise=0.3), FLAT) == UNTOLD
+    assert verdict(scaling(level, fvu=np.full(6, 0.2) - 1e-4 * np.arange(6)), FLAT) == UNTOLD
 
 
-def regressions(**columns: float) -> pd.DataFrame:
-    """A table of four equal SAEs with intervals of ±0.02."""
+def test_a_curve_in_width_is_no_uncertainty() -> None:
+    """The nonlinear FVU bends, so a line does not fit it. Still it falls as FVU falls, and that is known well."""
+    fvu = 0.05 + 8 * WIDTHS**-0.8
+    assert verdict(scaling(0.9 * fvu, fvu), FLAT) == FAILS
+
+
+def test_flat_in_width_needs_six_widths_over_a_span_of_32() -> None:
+    tables = scaling(np.full(6, 0.08))
+    parts = tables["breakdown"]["breakdown"]
+    for few in (parts.iloc[:5], parts.assign(width=parts["width"] ** 0.9)):
+        claims = decide({"breakdown": {"breakdown": few}})
+        assert claims[0].verdict == UNTOLD
+        assert "6 over 32× are wanted" in claims[0].evidence
+
+
+def test_few_groups_of_documents_cannot_tell() -> None:
+    for groups, expected in ((9, UNTOLD), (20, HOLDS)):
+        row = sampled(groups, encoder_share=(0.0199, 0.02, 0.0201))
+        claims = decide({"pursuit": {"pursuit": pd.DataFrame([row])}})
+        claim = next(claim for claim in claims if claim.text.startswith("A better choice"))
+        assert claim.verdict == expected
+        assert ("9 groups of documents, and 10 are wanted" in claim.evidence) == (groups == 9)
+
+
+def regressions(count: int = 4, **columns: float) -> pd.DataFrame:
+    """A table of equal SAEs with intervals of ±0.02."""
     values = {"r2_error": 0.5, "r2_error_norm": 0.9, "r2_norm_nonlinear": 0.5, "r2_error_norm_from_token": 0.3}
     values |= {
         f"{name}{control}": value for name, value in values.items() for control in ("_rescaled", "_half_fit")
     } | columns
-    return pd.DataFrame([interval(**{name: (value - 0.02, value, value + 0.02) for name, value in values.items()})] * 4)
+    return pd.DataFrame(
+        [sampled(**{name: (value - 0.02, value, value + 0.02) for name, value in values.items()})] * count
+    )
 
 
-def half_trained(value: float, norm: float) -> pd.DataFrame:
-    ends = {name: (v - 0.02, v, v + 0.02) for name, v in (("r2_error_half", value), ("r2_error_norm_half", norm))}
-    return pd.DataFrame([interval(**ends)])
+def half_trained(value: float, norm: float, **whole: float) -> pd.DataFrame:
+    """SAEs trained on half the tokens, beside the same SAEs trained on all of them."""
+    numbers = {"r2_error": value, "r2_error_norm": norm} | whole
+    numbers |= {"r2_error_half": value, "r2_error_norm_half": norm}
+    return pd.DataFrame([sampled(**{name: (v - 0.02, v, v + 0.02) for name, v in numbers.items()})] * 2)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +135,13 @@ def test_about_half_needs_every_control(columns: dict, half: float | None, expec
     if half is not None:
         tables["half_trained"] = half_trained(half, 0.9)
     assert verdict({"error_regression": tables}, "About half") == expected
+
+
+def test_half_trained_saes_stand_beside_the_same_saes() -> None:
+    tables = {"regressions": regressions(18, r2_error=0.5), "half_trained": half_trained(0.45, 0.9, r2_error=0.47)}
+    claim = next(claim for claim in decide({"error_regression": tables}) if claim.text.startswith("About half"))
+    assert "half the tokens 0.45 [0.43, 0.47], of the same 2 SAEs trained on all 0.47 [0.45, 0.49]" in claim.evidence
+    assert claim.verdict == HOLDS
 
 
 @pytest.mark.parametrize(
@@ -126,56 +181,136 @@ def test_the_norm_needs_every_control(columns: dict, half: float | None, expecte
     [("r2_norm_nonlinear_lack", "‖ε‖² is predicted less"), ("r2_error_norm_lead", "The activation says more")],
 )
 def test_differences_are_judged_by_their_intervals(column: str, claim: str, ends: list, expected: str) -> None:
-    table = pd.concat([regressions(), pd.DataFrame([interval(**{column: each}) for each in ends])], axis=1)
+    differences = pd.DataFrame([sampled(**{column: each}) for each in ends])
+    table = pd.concat([regressions().drop(columns="groups"), differences], axis=1)
     assert verdict({"error_regression": {"regressions": table}}, claim) == expected
 
 
-def test_introduced_error() -> None:
-    good = pd.DataFrame({"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.2, 0.95]})
-    bad = good.assign(nonlinear=[0.7, 0.95])
-    for own, deviation, expected in ((good, 0.01, HOLDS), (bad, 0.01, FAILS), (good, 0.03, FAILS)):
-        compared = pd.DataFrame({"deviation": [0.001, np.nan, deviation]})
-        tables = {
-            "introduced_error": {"correlations": own, "synthetic_correlations": good, "synthetic_closed_form": compared}
-        }
-        assert verdict(tables, "The estimates tell") == expected
+def introduced(**values: tuple[float, float, float]) -> dict:
+    """Tables of an SAE that tells the errors apart, and of a synthetic model without a fault."""
+    ends = {"deviation": (0.04, 0.05, 0.06), "reencoding_fvu": (0.01, 0.02, 0.03)} | values
+    correlations = pd.DataFrame({"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.2, 0.95]})
+    return {
+        "judged": pd.DataFrame([interval(**ends)]),
+        "synthetic_correlations": correlations,
+        "synthetic_closed_form": pd.DataFrame({"deviation": [0.001, np.nan, 0.01]}),
+    }
+
+
+def test_same_tokens_needs_more_than_the_norm_of_x() -> None:
+    def pairs(r2: tuple, beyond: tuple) -> dict:
+        widths = {"small_width": 256, "large_width": 512}
+        easy = widths | sampled(r2=(0.8, 0.9, 0.95), r2_beyond_x_norm=(0.8, 0.9, 0.95))
+        hard = widths | sampled(r2=r2, r2_beyond_x_norm=beyond)
+        return {"per_token_scaling": {"pairs": pd.DataFrame([easy, hard])}}
+
+    assert verdict(pairs((0.6, 0.7, 0.8), (0.55, 0.6, 0.65)), "Larger SAEs fail") == HOLDS
+    assert verdict(pairs((0.6, 0.7, 0.8), (0.0, 0.1, 0.2)), "Larger SAEs fail") == UNTOLD
+    assert verdict(pairs((0.1, 0.2, 0.3), (0.0, 0.1, 0.2)), "Larger SAEs fail") == FAILS
 
 
 @pytest.mark.parametrize(
-    ("ends", "norm", "expected"),
+    ("values", "expected"),
     [
-        ((0.45, 0.5, 0.55), 0.52, HOLDS),
-        ((0.45, 0.5, 0.55), 0.8, UNTOLD),  # Proportional to the variance and not to the norm
-        ((0.1, 0.15, 0.2), 0.7, FAILS),
-        ((0.3, 0.45, 0.6), 0.5, UNTOLD),
+        ({}, HOLDS),
+        ({"deviation": (0.2, 0.3, 0.4)}, FAILS),
+        ({"reencoding_fvu": (0.1, 0.2, 0.3)}, FAILS),
+        ({"deviation": (0.08, 0.09, 0.12)}, UNTOLD),
+        ({"deviation": (np.nan, 0.05, np.nan)}, UNTOLD),
     ],
 )
-def test_downstream(ends: tuple, norm: float, expected: str) -> None:
-    table = pd.DataFrame(
-        [{"variance_share_nonlinear": 0.5, "norm_share_nonlinear": norm} | interval(recovered_nonlinear=ends)]
-    )
-    assert verdict({"downstream_loss": {"downstream": table}}, "The nonlinear part's share") == expected
-    nothing_lost = table.assign(recovered_nonlinear=np.nan)
-    assert verdict({"downstream_loss": {"downstream": nothing_lost}}, "The nonlinear part's share") == UNTOLD
+def test_an_sae_tells_dense_from_introduced_error_or_not(values: dict, expected: str) -> None:
+    assert verdict({"introduced_error": introduced(**values)}, "The SAE's estimates tell") == expected
 
 
-def test_error_saes_pursuit_and_earlier_layers() -> None:
-    for ends, expected in (((0.1, 0.2, 0.3), HOLDS), ((-0.3, -0.2, -0.1), FAILS), ((-0.1, 0.0, 0.1), UNTOLD)):
-        table = pd.DataFrame(
-            [{"kind": kind, "fvu": 0.3, **interval(worse=ends)} for kind in ("error", "linear", "nonlinear")]
-        )
-        assert verdict({"error_saes": {"error_saes": table}}, "SAEs trained on ε") == expected
-    for ends, expected in (((0.001, 0.002, 0.003), HOLDS), ((0.03, 0.04, 0.05), FAILS), ((0.005, 0.01, 0.015), UNTOLD)):
-        pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=ends)])
-        assert verdict({"pursuit": {"pursuit": pursued}}, "A better choice") == expected
-    for ends, expected in (((0.2, 0.25, 0.3), HOLDS), ((0.01, 0.02, 0.03), FAILS)):
-        row = {"part": "reconstruction", "target": "ε", "hook_point": "resid_post.2", **interval(r2_weighted=ends)}
-        table = pd.DataFrame([row | {"source": "resid_post.2", "r2_weighted": 0.9}, row | {"source": "mlp_out.2"}])
-        pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=(0.009, 0.01, 0.011))])
-        assert (
-            verdict(
-                {"earlier_layers": {"earlier_layers": table}, "pursuit": {"pursuit": pursued}},
-                "Reconstructions at earlier",
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"synthetic_closed_form": pd.DataFrame({"deviation": [0.001, np.nan, 0.03]})},
+        {"synthetic_closed_form": pd.DataFrame({"deviation": [np.nan]})},
+        {
+            "synthetic_correlations": pd.DataFrame(
+                {"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.7, 0.95]}
             )
-            == expected
-        )
+        },
+    ],
+)
+def test_where_the_code_is_at_fault_nothing_is_said_of_the_sae(fault: dict) -> None:
+    assert verdict({"introduced_error": introduced() | fault}, "The SAE's estimates tell") == UNTOLD
+
+
+def test_a_planted_bad_sae_fails_the_claim_that_a_good_one_passes() -> None:
+    source = activations(contexts=900, chunk_rows=8000)
+    keeps = torch.tensor([1.0] * 4 + [0.7] * 8)
+    for weight, expected in ((torch.eye(12), HOLDS), (torch.diag(keeps), FAILS)):
+        judged = introduced_error(source, HOOK, linear_sae(weight), ablated=(0.0,)).judged
+        tables = {"introduced_error": introduced() | {"judged": judged}}
+        assert verdict(tables, "The SAE's estimates tell") == expected
+
+
+def patched(
+    linear: tuple[float, float], nonlinear: tuple[float, float], spread: float = 0.005, groups: int = 40
+) -> dict:
+    """Three equal SAEs. Each part has (its share of the cross-entropy, its share of the error's norm).
+
+    Its share of the variance is the square of that of the norm. `spread` is the deviation of the replicates.
+    """
+    generator, values = np.random.default_rng(0), {}
+    for part, (recovered, norm) in (("linear", linear), ("nonlinear", nonlinear)):
+        means = {f"recovered_{part}": recovered, f"norm_share_{part}": norm, f"variance_share_{part}": norm**2}
+        for name, value in means.items():
+            noise = spread * generator.standard_normal(200 if groups > 30 else groups) * name.startswith("recovered")
+            values[name] = torch.from_numpy(np.concatenate([[value], value + noise]))
+    return {"downstream_loss": {"downstream": pd.DataFrame([with_intervals(values, groups)] * 3)}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        (patched(linear=(0.6, 0.6), nonlinear=(0.8, 0.8)), HOLDS),  # To the norm
+        (patched(linear=(0.36, 0.6), nonlinear=(0.64, 0.8)), HOLDS),  # To the variance
+        (patched(linear=(0.6, 0.6), nonlinear=(0.2, 0.8)), FAILS),
+        (patched(linear=(0.6, 0.2), nonlinear=(0.98, 0.98)), FAILS),  # ε is all, and ê tells
+        (patched(linear=(0.041, 0.2), nonlinear=(0.98, 0.98), spread=0.001), HOLDS),
+        (patched(linear=(0.041, 0.2), nonlinear=(0.98, 0.98), spread=0.1), UNTOLD),
+        (patched(linear=(0.6, 0.6), nonlinear=(0.8, 0.8), groups=8), UNTOLD),
+    ],
+)
+def test_downstream(tables: dict, expected: str) -> None:
+    assert verdict(tables, "Each part's share") == expected
+
+
+def test_downstream_where_nothing_is_lost() -> None:
+    table = patched(linear=(np.nan, 0.6), nonlinear=(np.nan, 0.8))
+    assert verdict(table, "Each part's share") == UNTOLD
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ((0.1, 0.2, 0.3), HOLDS),
+        ((-0.3, -0.2, -0.1), FAILS),
+        ((-0.1, 0.0, 0.1), UNTOLD),
+        ((np.nan, 0.2, np.nan), UNTOLD),
+    ],
+)
+def test_saes_on_the_error(ends: tuple, expected: str) -> None:
+    known = {"fvu_equal_l0": 0.3, "equal_l0": 16.0, "seeds": 3, **interval(worse=ends)}
+    table = pd.DataFrame([{"kind": kind, **known} for kind in ("error", "linear", "nonlinear")])
+    assert verdict({"error_saes": {"error_saes": table}}, "SAEs trained on ε") == expected
+
+
+def test_pursuit() -> None:
+    for ends, expected in (((0.001, 0.002, 0.003), HOLDS), ((0.03, 0.04, 0.05), FAILS), ((0.005, 0.01, 0.015), UNTOLD)):
+        pursued = pd.DataFrame([sampled(encoder_share=tuple(10 * end for end in ends))])
+        assert verdict({"pursuit": {"pursuit": pursued}}, "A better choice") == expected
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"), [((0.1, 0.2, 0.3), HOLDS), ((-0.3, -0.2, -0.1), FAILS), ((-0.1, 0.1, 0.3), UNTOLD)]
+)
+def test_earlier_layers_against_pursuit(ends: tuple, expected: str) -> None:
+    row = {"source": "resid_post.1", "explained": 0.3, "encoder_share": 0.1, **interval(lead=ends)}
+    tables = {"earlier_layers": {"beyond_pursuit": pd.DataFrame([row])}}
+    assert verdict(tables, "Reconstructions at earlier") == expected
+    assert verdict({"earlier_layers": {"beyond_pursuit": pd.DataFrame()}}, "Reconstructions at earlier") == UNTOLD

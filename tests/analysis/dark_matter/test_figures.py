@@ -7,14 +7,21 @@ import pandas as pd
 import pytest
 import torch
 
-from raysae.analysis.dark_matter.breakdown import breakdown_figure
-from raysae.analysis.dark_matter.error_regression import contours, loadings, norm_prediction, r2_per_layer
+from raysae.analysis.dark_matter.error_parts import breakdown_figure, taken_apart
+from raysae.analysis.dark_matter.error_regression import (
+    baselines_per_layer,
+    contours,
+    loadings,
+    norm_prediction,
+    r2_per_layer,
+)
 from raysae.analysis.dark_matter.introduced_error import introduced_error_figure
 from raysae.analysis.dark_matter.measures.breakdown import breakdown, fit_power_law, nonlinear_level
-from raysae.analysis.dark_matter.measures.error_regression import BASELINES, NORMS, error_regression
+from raysae.analysis.dark_matter.measures.error_regression import BASELINES, FEWEST_ACTIVE, NORMS, error_regression
 from raysae.analysis.dark_matter.measures.introduced_error import introduced_error
 from raysae.analysis.dark_matter.measures.per_token_scaling import per_token_scaling, token_lines
 from raysae.analysis.dark_matter.per_token_scaling import pair_maps, token_lines_figure
+from raysae.analysis.dark_matter.probes import largest_group
 from raysae.analysis.instruments.plots import save
 from raysae.config import UserError
 from tests.analysis.planted import HOOK, activations, sae
@@ -43,7 +50,7 @@ def labelled(figure) -> None:
 def test_breakdown(tmp_path, pursuit):
     table = pd.DataFrame({"width": WIDTHS, "fvu": 0.09 + 3 * WIDTHS**-0.6, "nonlinear_fvu": np.linspace(0.1, 0.07, 6)})
     if pursuit:
-        table["pursuit_nonlinear_fvu"] = table["nonlinear_fvu"] - 0.01
+        table["encoder_share"] = [0.1, 0.2, 0.1, -0.1, 0.3, 0.2]  # Pursuit may do worse
     law = fit_power_law(table["width"], table["fvu"])
     parts = breakdown(table, law)
     assert 0 < parts["stacks"].sum() < 6
@@ -53,6 +60,8 @@ def test_breakdown(tmp_path, pursuit):
     for bar in bars:
         tops[bar.get_x()] = max(tops.get(bar.get_x(), 0), bar.get_y() + bar.get_height())
     np.testing.assert_allclose(sorted(tops.values(), reverse=True), parts["fvu"], rtol=1e-6)
+    drawn = max(np.max(line.get_xdata()) for line in figure.axes[0].get_lines())
+    assert drawn == pytest.approx(81920), "the fit goes on to ten times the widest SAE"
     names = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert ("encoder error" in names) == pursuit
     assert "linear or absent (not told apart)" in names
@@ -60,6 +69,25 @@ def test_breakdown(tmp_path, pursuit):
     files = save(figure, tmp_path / "deep" / "breakdown", pdf=True)
     assert [file.suffix for file in files] == [".png", ".pdf"]
     assert all(file.stat().st_size > 5000 for file in files)
+
+
+@pytest.mark.parametrize(
+    ("fvu", "nonlinear", "encoder"),
+    [
+        ([0.3, 0.2, 0.16, 0.12, 0.11, 0.1], [0.2, 0.15, 0.1, 0.08, 0.07, 0.06], -0.2),  # Pursuit does worse
+        ([0.3, 0.2, 0.1, 0.14, 0.12, 0.12], [0.02, 0.02, 0.02, 0.02, 0.02, 0.02], 0.1),  # c lies above an FVU
+        ([0.3, 0.2, 0.16, 0.12, 0.11, 0.1], [0.31, 0.22, 0.17, 0.13, 0.12, 0.11], 0.1),  # The probe does harm
+    ],
+)
+def test_the_stack_never_exceeds_the_fvu(fvu, nonlinear, encoder):
+    table = pd.DataFrame({"width": WIDTHS, "fvu": fvu, "nonlinear_fvu": nonlinear, "encoder_share": encoder})
+    parts, law, level = taken_apart(table)
+    tops = np.zeros(6)
+    for container in breakdown_figure(parts, law, level).axes[1].containers:
+        for i, bar in enumerate(container):
+            assert bar.get_height() >= -1e-9
+            tops[i] = max(tops[i], bar.get_y() + bar.get_height())
+    np.testing.assert_allclose(tops, parts["fvu"])
 
 
 def test_a_warning_is_on_the_figure():
@@ -119,14 +147,34 @@ def test_norm_prediction_and_loadings(results):
     labelled(figure)
     scatter = loadings(results).axes
     assert len(scatter) == 3
-    assert len(scatter[2].collections[0].get_offsets()) == int((results["wide"].active_rows > 0).sum())
+    points = scatter[2].collections[0].get_offsets()
+    often = results["wide"].active_rows >= FEWEST_ACTIVE
+    assert 10 < len(points) == int(often.sum())
+    order = results["wide"].mean_active[often].argsort()
+    np.testing.assert_allclose(points[:, 1], results["wide"].loading[often][order])
+    values = scatter[2].get_lines()[1].get_ydata()
+    assert (np.diff(values) >= 0).all(), "latents come by ascending mean value"
 
 
-def test_loadings_leave_out_saes_that_are_never_active(results):
+def test_baselines_per_layer():
+    columns = dict.fromkeys(BASELINES.values(), 0.5) | {"r2_error_norm": [0.8, 0.6, 0.9]}
+    ax = baselines_per_layer(pd.DataFrame({"layer": [0, 0, 1]} | columns)).axes[0]
+    lines = {line.get_label(): list(line.get_ydata()) for line in ax.get_lines()}
+    assert set(BASELINES) <= set(lines)
+    assert lines["x"] == pytest.approx([0.7, 0.9])
+
+
+def test_figures_compare_saes_of_one_kind():
+    kinds = ["topk, learning rate 0.001, seed 0"] * 3 + ["topk, learning rate 0.001, seed 1"] * 4 + ["relu"] * 2
+    table = pd.DataFrame({"alike": kinds, "width": [1, 2, 3, 1, 1, 2, 2, 1, 2], "fvu": range(9)})
+    assert largest_group(table)["fvu"].tolist() == [0, 1, 2], "most widths come before most SAEs"
+
+
+def test_loadings_leave_out_saes_that_are_hardly_active(results):
     silent = replace(results["wide"], active_rows=torch.zeros_like(results["wide"].active_rows))
     assert len(loadings({"silent": silent} | results).axes) == 3
     assert len(loadings({"silent": silent, "narrow": results["narrow"]}).axes) == 1
-    with pytest.raises(UserError, match="none of these ever is"):
+    with pytest.raises(UserError, match="no SAE has one"):
         loadings({"silent": silent})
 
 
@@ -145,7 +193,7 @@ def test_lines_and_pairs(results, tmp_path):
 
 def test_introduced_error(tmp_path):
     found = introduced_error(activations(), HOOK, SAES["wide"], ablated=(0.0, 0.5))
-    figure = introduced_error_figure(found.grid, found.table, found.unit)
+    figure = introduced_error_figure(found.grid, found.table, found.closed_form, found.unit)
     shown = figure.axes[0].images[0].get_array()
     cell = found.grid[(found.grid["ablated"] == 0) & (found.grid["sigma_x"] == 4) & (found.grid["sigma_r"] == 1)]
     assert shown[1, 4] == pytest.approx(cell["linear"].item())

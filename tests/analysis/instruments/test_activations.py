@@ -3,6 +3,8 @@
 They must equal a brute-force definition, the model's own activations, and dense sums.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,9 +17,10 @@ from raysae.analysis.instruments.activations import (
     reconstruct,
     split_contexts,
 )
-from raysae.analysis.lab.recording import collect
+from raysae.analysis.lab.recording import Recorded, collect
 from raysae.config import UserError
 from raysae.stream.shard import ShardMaker
+from raysae.stream.spec import ActivationSpec
 from raysae.text.contexts import Contexts
 from tests.analysis.planted import HOOK, activations, rows, sae
 from tests.stream.fakes import WIDTHS, FakeLanguageModel, activation, fake_contexts, fake_spec
@@ -38,7 +41,7 @@ def lengths_for(contexts: int, longest: int, seed: int = 0, body: int = 11) -> l
     return lengths
 
 
-@pytest.mark.parametrize(("longest", "dropped"), [(5, 0.06), (60, 0.06), (700, 0.06)])
+@pytest.mark.parametrize(("longest", "dropped"), [(5, 0.1), (60, 0.1), (700, 0.1)])
 @pytest.mark.parametrize("twins", [0, 5])
 def test_no_document_is_in_two_splits(longest, dropped, twins):
     lengths = lengths_for(900, longest)
@@ -46,24 +49,42 @@ def test_no_document_is_in_two_splits(longest, dropped, twins):
     if twins:  # Some documents occur twice
         hashes[len(hashes) // 2 :: twins * 7] = hashes[1 : 1 + len(hashes[len(hashes) // 2 :: twins * 7])]
     contexts = with_documents(900, lengths, hashes.tolist())
-    split = split_contexts(contexts, seed=3)
+    found = split_contexts(contexts, seed=3)
+    split = found.split
     owners: dict[int, set[int]] = {}
+    groups: dict[int, set[int]] = {}
     for (first, last), part in zip(contexts.spans, split, strict=True):
         if part >= 0:
             for document in range(first, last + 1):
                 owners.setdefault(int(contexts.documents[document]), set()).add(int(part))
     assert all(len(parts) == 1 for parts in owners.values())
+    assert ((split < 0) == (found.group < 0)).all()
+    for (first, last), group in zip(contexts.spans, found.group, strict=True):
+        if group >= 0:
+            for document in range(first, last + 1):
+                groups.setdefault(int(contexts.documents[document]), set()).add(int(group))
+    assert all(len(each) == 1 for each in groups.values()), "no document is in two groups"
     assert (split < 0).mean() < dropped + 0.1 * bool(twins)
     shares = [(split == i).mean() for i in range(3)]
     assert min(shares) > 0.22
-    assert np.array_equal(split, split_contexts(contexts, seed=3))
+    assert np.array_equal(split, split_contexts(contexts, seed=3).split)
     if longest < 100:
-        assert not np.array_equal(split, split_contexts(contexts, seed=4))
+        assert not np.array_equal(split, split_contexts(contexts, seed=4).split)
 
 
 def test_shares_of_the_splits():
-    split = split_contexts(with_documents(900, lengths_for(900, 40)), fractions=(0.6, 0.1, 0.3))
+    split = split_contexts(with_documents(900, lengths_for(900, 40)), fractions=(0.6, 0.1, 0.3)).split
     assert [(split == i).sum() / (split >= 0).sum() for i in range(3)] == pytest.approx([0.6, 0.1, 0.3], abs=0.04)
+
+
+def test_there_are_as_many_groups_as_documents_where_those_are_long():
+    long = split_contexts(with_documents(900, [11 * 30 + 4] * 30))  # One context in 30 joins two documents
+    assert len(np.unique(long.group[long.group >= 0])) == 30
+    assert (long.split < 0).sum() == 27, "two of the 29 borders lie between contexts"
+    short = split_contexts(with_documents(900, [3] * 4000))
+    groups, contexts = np.unique(short.group[short.group >= 0], return_counts=True)
+    assert len(groups) > 80
+    assert contexts.max() <= 16
 
 
 def test_texts_that_cannot_be_split_are_refused():
@@ -96,12 +117,12 @@ def test_arrays_are_split_by_document_with_contexts_whole():
 class Recorder:
     """Makes shard makers, and remembers the hook points it was asked for."""
 
-    def __init__(self, contexts: Contexts, **lm):
-        self.contexts, self.lm, self.asked = contexts, lm, []
+    def __init__(self, contexts: Contexts, spec: ActivationSpec | None = None, **lm):
+        self.contexts, self.spec, self.lm, self.asked = contexts, spec or fake_spec(contexts), lm, []
 
     def __call__(self, hooks: list[str]) -> ShardMaker:
         self.asked.append(hooks)
-        return ShardMaker(FakeLanguageModel(**self.lm), self.contexts, fake_spec(self.contexts), hooks, 0.01)
+        return ShardMaker(FakeLanguageModel(**self.lm), self.contexts, self.spec, hooks, 0.01)
 
 
 CONTEXTS = with_documents(900, lengths_for(900, 60))
@@ -112,7 +133,8 @@ def test_recorded_activations_are_the_models(tmp_path, shards):
     load = Recorder(CONTEXTS)
     spec = fake_spec(CONTEXTS)
     found = collect(tmp_path, spec, CONTEXTS, list(WIDTHS), load, shards)
-    split = split_contexts(CONTEXTS)
+    parts = split_contexts(CONTEXTS)
+    split = parts.split
     used = np.concatenate([spec.contexts_of(i) for i in range(shards or 3)])
     assert found.widths == WIDTHS
     for i, name in enumerate(SPLITS):
@@ -120,17 +142,52 @@ def test_recorded_activations_are_the_models(tmp_path, shards):
         context = torch.cat([chunk.context for chunk in chunks]).view(-1, 9)
         assert context[:, 0].tolist() == [c for c in used if split[c] == i]
         assert found.rows(name) == context.numel()
+        group = torch.cat([chunk.group for chunk in chunks]).view(-1, 9)
+        assert group[:, 0].tolist() == parts.group[context[:, 0].numpy()].tolist()
         tokens = torch.from_numpy(CONTEXTS[context[:, 0].numpy()])
         assert torch.equal(torch.cat([chunk.token for chunk in chunks]), tokens[:, 3:].flatten())
         assert torch.equal(torch.cat([chunk.position for chunk in chunks]), torch.arange(3, 12).repeat(len(tokens)))
         torch.testing.assert_close(
-            torch.cat([chunk.token_loss for chunk in chunks]), (tokens.float() / 7)[:, 3:].flatten()
+            torch.cat([chunk.token_loss for chunk in chunks]).view(-1, 9)[:, :-1], (tokens.float() / 7)[:, 4:]
         )
         for hook in WIDTHS:
             assert torch.equal(
                 torch.cat([chunk.x[hook] for chunk in chunks]), activation(tokens, hook)[:, 3:].flatten(0, 1)
             )
     assert list(found.select(["mlp_act.1"]).widths) == ["mlp_act.1"]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_left_out_are_in_no_chunk_and_nothing_takes_their_places(tmp_path, padded):
+    """So no document has a row in two splits, and all hook points have the same rows."""
+    lengths = np.random.default_rng(0).integers(5, 13, 900) if padded else None
+    contexts = replace(CONTEXTS, lengths=lengths)
+    spec = fake_spec(contexts, leave_out_tokens=(7, 8), leave_out_norm=1.01, leave_out_hook_point="mlp_act.1")
+    load = Recorder(contexts, spec)
+    found = collect(tmp_path, spec, contexts, ["resid_post.0"], load, 2)
+    found = collect(tmp_path, spec, contexts, list(WIDTHS), load, 2)
+    assert load.asked == [["resid_post.0"], ["mlp_act.1"]]
+    maker, split = load([]), split_contexts(contexts)
+    kept = {}
+    for shard in range(2):
+        notes = maker.annotations(shard, token_loss=False)
+        wanted = notes["kept"] & (split[notes["context"]] >= 0)
+        kept |= dict.fromkeys(zip(notes["context"][wanted], notes["position"][wanted], strict=True))
+    seen = []
+    recorded = Recorded(found.folder, tuple(WIDTHS), 3)
+    for i, name in enumerate(SPLITS):
+        for chunk in found.chunks(name):
+            assert (split[chunk.context.numpy()] == i).all()
+            tokens = torch.from_numpy(contexts.tokens[chunk.context, chunk.position].astype(np.int64))
+            assert torch.equal(chunk.token, tokens)
+            torch.testing.assert_close(chunk.x["resid_post.0"][:, 0], tokens + chunk.position / 100)
+            assert torch.equal(chunk.x["mlp_act.1"][:, :6], -chunk.x["resid_post.0"])
+            torch.testing.assert_close(chunk.token_loss, tokens / 7)
+            seen += zip(chunk.context.tolist(), chunk.position.tolist(), strict=True)
+        assert recorded.kept(name).shape == (len(recorded.contexts(name)), 9)
+        assert found.rows(name) == recorded.kept(name).sum() == sum(split[c] == i for c, _ in seen)
+    assert set(seen) == set(kept)
+    assert len(seen) == len(kept) < 0.95 * 2 * 256 * 9
 
 
 def test_a_second_analysis_reads_what_is_there(tmp_path):
@@ -151,8 +208,8 @@ def test_recording_that_is_broken_off_leaves_nothing(tmp_path):
 
     def breaks(hooks):
         maker = Recorder(CONTEXTS)(hooks)
-        make = maker.make
-        maker.make = lambda shard: make(shard) if shard == 0 else 1 / 0
+        read = maker.unpermuted
+        maker.unpermuted = lambda shard: read(shard) if shard == 0 else 1 / 0
         return maker
 
     with pytest.raises(ZeroDivisionError):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import ray
@@ -15,6 +16,7 @@ import torch
 from raysae.analysis.dark_matter import error_regression
 from raysae.analysis.dark_matter.error_regression import _half_trained
 from raysae.analysis.dark_matter.probes import Shown, main_hook_point, regressions
+from raysae.analysis.instruments.intervals import with_intervals
 from raysae.analysis.lab.lab import Lab, _told
 from raysae.analysis.lab.results import Findings
 from raysae.analysis.lab.subjects import Subject
@@ -120,6 +122,18 @@ def test_of_a_dataset_as_much_text_is_read_as_is_wanted(settings: dict, tmp_path
     settled, stream = more._plan(swept=True)
     assert settled.evaluation.rows >= 150_000
     assert stream == plan(more.sweep.model_copy(update={"hook_points": [HOOK]})).training.hash != settled.training.hash
+
+
+def test_less_text_than_wanted_is_told_with_what_it_does_to_r2(settings: dict, tmp_path: Path) -> None:
+    sae = saved(tmp_path, 96)
+    assert lab_of(settings, sae=[sae]).shortage is None
+    text = settings["text"] | {"max_documents": 800, "evaluation_fraction": 0.2}
+    lab = lab_of(settings, sae=[sae], text=text, tokens=None)
+    have = lab.shards * lab.plan.evaluation.rows_per_shard
+    assert have < 60_000
+    assert f"{have:,} of the 60,000 tokens wanted" in lab.shortage
+    lost = 100 * D / (have // 3 - D - 1)
+    assert f"lowers R² on other tokens by about {lost:.1f}% of 1 − R², where all would lower it by 0.3%" in lab.shortage
 
 
 def test_a_sweeps_parameters_give_its_config_back() -> None:
@@ -255,6 +269,18 @@ def test_saes_on_errors_are_trained_anew_where_the_probe_is_another(
     assert len({config.study for config in swept}) == 3
 
 
+def test_seeds_count_up_and_one_sweep_trains_them_all(settings: dict, tmp_path: Path, swept: list[SweepConfig]) -> None:
+    folder = saved(tmp_path, 96)
+    lab, probe = lab_of(settings, sae=[folder]), tmp_path / "probe.safetensors"
+    probe.write_bytes(b"one")
+    hooks = [f"{HOOK}.error", f"{HOOK}.linear"]
+    errors = ErrorsConfig(sae=folder, probe=str(probe))
+    made = lab.train("errors", hooks, [96], TOPK.model_copy(update={"seed": 4}), 1000, errors, seeds=3)
+    assert [subject.hook_point for subject in made.values()] == [hooks[0]] * 3 + [hooks[1]] * 3
+    assert [name.rpartition("_s")[2] for name in made] == ["4", "5", "6"] * 2
+    assert len(swept) == 1
+
+
 def test_a_sweep_that_fails_is_told_in_one_sentence(
     settings: dict, tmp_path: Path, swept: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +317,7 @@ def test_half_trained_controls_differ_in_tokens_alone(
             "r2_error_rescaled",
             "r2_error_norm_rescaled",
         )
-        row = {f"{name}{end}": 0.5 for name in numbers for end in ("", "_low", "_high")}
+        row = with_intervals({name: np.full(41, 0.5) for name in numbers}, 40)
         return pd.DataFrame([{"width": sae.width} | row for sae in saes.values()])
 
     monkeypatch.setattr(error_regression, "regressions", lambda *_: {})
@@ -390,11 +416,13 @@ def test_activations_are_recorded_once_and_tasks_depend_on_the_saes(
         torch.from_numpy(wider.contexts("C"))[: len(chunk.context.unique_consecutive())],
     )
 
+    assert torch.equal(chunk.group, torch.from_numpy(wider.groups("C"))[: len(chunk.group) // 56].repeat_interleave(56))
+
     (first,) = regressions(lab, HOOK, lab.saes).values()
     count = len(list((lab.folder / "tasks").glob("error_regression-*")))
     again = lab_of(settings, sae=[saved(tmp_path, 96)])  # The same SAE, written anew
     (second,) = regressions(again, HOOK, again.saes).values()
-    assert first.row() == second.row()
+    pd.testing.assert_series_equal(pd.Series(first.row()), pd.Series(second.row()))
     assert len(list((lab.folder / "tasks").glob("error_regression-*"))) == count == 1
 
 

@@ -20,12 +20,13 @@ import pandas as pd
 from scipy import optimize, stats
 
 from raysae.analysis.instruments import columns as col
-from raysae.analysis.instruments.regression import LEVEL
+from raysae.analysis.instruments.intervals import LEVEL, Estimate, replicated
 from raysae.config import UserError
 
 EXPONENTS = (0.01, 5.0)  # Range of m
 SPAN = 32  # Widest over narrowest. A fit over less comes with a warning
 FEWEST = 6  # Different widths. A fit to fewer comes with a warning
+ENDINGS = (col.LOW, col.HIGH, col.REPLICATES)  # What stands beside a number with an interval
 
 
 @dataclass(frozen=True)
@@ -136,36 +137,49 @@ class Level:
 
     value: mean over the SAEs.
     slope: change per doubling of the width, as a share of `value`. NaN for a single width.
-    slope_low, slope_high: ends of its 95 % interval, NaN below three points.
     share_of_fall: fall from the narrowest to the widest SAE, as a share of FVU's own fall. 0 if flat, 1 if both fall
         alike, NaN if FVU is the same at both.
     """
 
     value: float
     slope: float
-    slope_low: float
-    slope_high: float
     share_of_fall: float
 
 
 def nonlinear_level(widths: Sequence[float], nonlinear_fvu: Sequence[float], fvu: Sequence[float]) -> Level:
     """Measures the mean level of the nonlinear FVU, and how far from constant it is."""
     w, y, f = (np.asarray(values, float) for values in (widths, nonlinear_fvu, fvu))
-    mean, slope, half = float(y.mean()), np.nan, np.nan
-    if len(np.unique(w)) >= 2:
-        line = stats.linregress(np.log2(w), y / mean)
-        slope = float(line.slope)
-        half = float(stats.t.ppf((1 + LEVEL) / 2, len(y) - 2) * line.stderr) if len(y) > 2 else np.nan
+    mean = float(y.mean())
+    slope = float(_slopes(w, y[:, None])[0]) / mean if len(np.unique(w)) >= 2 else np.nan
     narrow, wide = np.argmin(w), np.argmax(w)
     fall = f[narrow] - f[wide]
-    return Level(mean, slope, slope - half, slope + half, float((y[narrow] - y[wide]) / fall) if fall else np.nan)
+    return Level(mean, slope, float((y[narrow] - y[wide]) / fall) if fall else np.nan)
+
+
+def compared_slopes(table: pd.DataFrame) -> tuple[Estimate, Estimate]:
+    """FVU's fall per doubling of the width, and the fall of the nonlinear FVU as a share of it.
+
+    Lines are fitted to both on every replicate, so the interval of the share is paired. A curve in width is no
+    uncertainty and widens nothing.
+
+    `table` has the columns width, fvu and nonlinear_fvu, with their replicates.
+    """
+    widths, groups = table["width"].to_numpy(float), int(table[col.GROUPS].min())
+    fall, nonlinear = (-_slopes(widths, replicated(table, column)) for column in (col.FVU, col.NONLINEAR_FVU))
+    return Estimate.of(fall, groups), Estimate.of(nonlinear / fall, groups)
+
+
+def _slopes(widths: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Least-squares slope per doubling of the width of each column of `values` (widths, r), (r,)."""
+    centred = np.log2(widths) - np.log2(widths).mean()
+    return centred @ values / (centred @ centred)
 
 
 def breakdown(table: pd.DataFrame, law: PowerLaw) -> pd.DataFrame:
     """What the error of each SAE consists of, as FVU.
 
     Args:
-        table: columns width, fvu, nonlinear_fvu and, where pursuit ran, pursuit_nonlinear_fvu.
+        table: columns width, fvu, nonlinear_fvu and, where pursuit ran, encoder_share. Intervals are kept.
         law: fit of FVU against width, which gives c.
 
     Returns:
@@ -173,25 +187,29 @@ def breakdown(table: pd.DataFrame, law: PowerLaw) -> pd.DataFrame:
         absent: fvu − c.
         linear: c − nonlinear_fvu.
         nonlinear: nonlinear_fvu.
-        encoder: nonlinear_fvu − pursuit_nonlinear_fvu, contained in nonlinear. Missing where pursuit did not run.
+        encoder: encoder_share · nonlinear_fvu, contained in nonlinear. Missing where pursuit did not run. The share
+            comes from one set of rows and probes of the same fit, so both its terms are measured alike.
         linear_gap: fvu − nonlinear_fvu, which needs no fit.
-        stacks: False where c < nonlinear_fvu. Absent and linear are then no parts of a whole.
+        stacks: whether nonlinear_fvu ≤ c ≤ fvu. Otherwise absent and linear are no parts of a whole.
     """
-    parts = table[["width", col.FVU, col.NONLINEAR_FVU]].sort_values("width", kind="stable").copy()
+    kept = [f"{column}{end}" for column in (col.FVU, col.NONLINEAR_FVU) for end in ("", *ENDINGS)]
+    parts = table[[name for name in ("width", *kept, col.GROUPS) if name in table]].sort_values("width", kind="stable")
     parts[col.ABSENT] = parts[col.FVU] - law.c
     parts[col.LINEAR] = law.c - parts[col.NONLINEAR_FVU]
     parts[col.NONLINEAR] = parts[col.NONLINEAR_FVU]
     parts[col.LINEAR_GAP] = parts[col.FVU] - parts[col.NONLINEAR_FVU]
-    parts[col.STACKS] = parts[col.LINEAR] >= 0
-    if col.PURSUIT_NONLINEAR_FVU in table:
-        parts[col.ENCODER] = parts[col.NONLINEAR_FVU] - table[col.PURSUIT_NONLINEAR_FVU].loc[parts.index]
+    parts[col.STACKS] = (parts[col.LINEAR] >= 0) & (parts[col.ABSENT] >= 0)
+    if col.ENCODER_SHARE in table:
+        parts[col.ENCODER] = table[col.ENCODER_SHARE].loc[parts.index] * parts[col.NONLINEAR_FVU]
     return parts
 
 
 def at_nearest_l0(table: pd.DataFrame, target: float) -> pd.DataFrame:
     """Picks for each width the SAE whose L0 is nearest to `target`, by ascending width.
 
-    Distance is logarithmic. `table` has the columns width, l0 and any others.
+    Distance is logarithmic and counts in steps of a hundredth. Among ties the lower FVU wins. `table` has the columns
+    width, l0, fvu and any others.
     """
-    distance = np.abs(np.log(table[col.L0].clip(lower=1e-6) / target))
-    return table.loc[distance.groupby(table["width"]).idxmin()].sort_values("width")
+    distance = np.abs(np.log(table[col.L0].clip(lower=1e-6) / target)).round(2)
+    by_rank = table.assign(distance=distance).sort_values(["width", "distance", col.FVU], kind="stable")
+    return by_rank.drop_duplicates("width").drop(columns="distance")

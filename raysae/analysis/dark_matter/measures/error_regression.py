@@ -30,16 +30,8 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Activity, Chunk, reconstruct
-from raysae.analysis.instruments.regression import (
-    REPLICATES,
-    ContextSums,
-    Estimate,
-    Fit,
-    Linear,
-    Moments,
-    add_target,
-    r2,
-)
+from raysae.analysis.instruments.intervals import REPLICATES, Estimate, GroupSums, in_columns
+from raysae.analysis.instruments.regression import Fit, Linear, Moments, add_target, r2
 from raysae.sae.base import SAE
 
 # v → name of the R² with which x predicts ‖v‖²
@@ -66,7 +58,7 @@ FEWEST_ACTIVE = 30  # Rows of A. A latent active on fewer has no reliable mean v
 class ErrorRegression:
     """What the regressions say of one SAE.
 
-    `numbers`, measured on C with intervals over contexts:
+    `numbers`, measured on C with intervals over groups of documents:
         fvu, nonlinear_fvu             FVU(x, Sae(x)) and FVU(x, Sae(x) + ê)
         linear_gap                     fvu − nonlinear_fvu, the part of the breakdown that no fit enters
         l0                             mean active latents
@@ -83,7 +75,7 @@ class ErrorRegression:
     probe: Linear  # x → ê
     fit: Fit  # Pass A's rows, method, ridge, rank and condition, without its maps
     rescale: float  # α
-    loading: Tensor  # (n,), a*·decoder row, where a* is the probe x → ‖Sae(x) − b_dec‖²
+    loading: Tensor  # (n,), a*·decoder row, where a* is the probe z → ‖z‖² for z = Sae(x) − b_dec, no intercept
     mean_active: Tensor  # (n,), mean value of each latent over the rows of A where it is active
     active_rows: Tensor  # (n,), number of rows of A where each latent is active
 
@@ -98,12 +90,9 @@ class ErrorRegression:
             return float("nan")
         return float(torch.corrcoef(torch.stack([self.loading[often], self.mean_active[often]]))[0, 1])
 
-    def row(self) -> dict[str, float]:
-        """Every number in one flat mapping, with `_low` and `_high` for the ends of its interval."""
-        flat: dict[str, float] = {}
-        for name, estimate in self.numbers.items():
-            flat |= {name: estimate.value, col.low(name): estimate.low, col.high(name): estimate.high}
-        return flat | {
+    def row(self) -> dict[str, object]:
+        """Every number in one flat mapping, with its interval as `in_columns` writes it."""
+        return in_columns(self.numbers) | {
             "rescale": self.rescale,
             "loading_correlation": self.loading_correlation,
             "fit_rows": self.fit.rows,
@@ -142,13 +131,13 @@ def error_regression(
         norms.add(x, targets)
     maps = _Maps(whole.maps, norms.solve().maps, shared.univariate, shared.tokens)
 
-    common = ContextSums(replicates, seed)
-    sums = {name: ContextSums(replicates, seed) for name in saes}
+    common = GroupSums(replicates, seed)
+    sums = {name: GroupSums(replicates, seed) for name in saes}
     for chunk in activations.chunks("C"):
         x = chunk.x[hook_point].double()
         squared = x.square().sum(1)
-        add_target(common, chunk.context, "x", x, {})
-        add_target(common, chunk.context, "x_norm", squared, {"x": whole.maps["x_norm"](x)})
+        add_target(common, chunk.group, "x", x, {})
+        add_target(common, chunk.group, "x_norm", squared, {"x": whole.maps["x_norm"](x)})
         for name, sae in saes.items():
             reconstruction, l0 = reconstruct(sae, chunk.x[hook_point])
             state = fitted[name]
@@ -189,13 +178,15 @@ class _PassA:
         self.activity = Activity(sae.n)
         self.on_x = self.on_itself = 0.0  # Σ⟨x − b_dec, Sae(x) − b_dec⟩ and Σ‖Sae(x) − b_dec‖²
         self.l0 = Moments()
+        self.along = Moments()  # Of z = Sae(x) − b_dec and ‖z‖²
 
     def finish(self, name: str, whole: Fit, half: Fit) -> None:
         self.rescale = self.on_x / self.on_itself if self.on_itself else 1.0
         self.probe, self.half_probe = whole.maps[f"{name}/e"], half.maps[f"{name}/e"]
         self.half_norm = half.maps[f"{name}/e_norm"]
         self.fit = Fit({}, whole.rows, whole.method, whole.ridge, whole.rank, whole.condition)
-        self.a = whole.maps[f"{name}/centred"].weight.squeeze(1)
+        self.a = self.along.through_origin().solve().maps["norm"].weight.squeeze(1)
+        del self.along
         self.l0_map = self.l0.solve().maps["e"]
 
     def parts(self, x: Tensor, reconstruction: Tensor) -> _Parts:
@@ -203,7 +194,7 @@ class _PassA:
         linear = self.probe(x)
         return _Parts(x, reconstruction, e, linear, e - linear, self.rescale * e + (1 - self.rescale) * (x - self.bias))
 
-    def result(self, common: ContextSums, sums: ContextSums) -> ErrorRegression:
+    def result(self, common: GroupSums, sums: GroupSums) -> ErrorRegression:
         variance = common.variation("x").sum(1)
         missed = sums["e_missed_x"].sum(1)
         values = {
@@ -221,13 +212,13 @@ class _PassA:
         for name, (mean, weighted) in pairs.items():
             values |= {name: mean, name.replace(col.R2_ERROR, col.R2_ERROR_WEIGHTED): weighted}
         for name, target, by in _NORM_NUMBERS:
-            if f"{target}_missed_{by}" in sums.sums:
+            if f"{target}_missed_{by}" in sums:
                 values[name] = r2(sums, target, by)[0]
         others = [values[name] for name in BASELINES.values() if name in values and name != col.R2_ERROR_NORM]
         values[col.R2_ERROR_NORM_LEAD] = values[col.R2_ERROR_NORM] - torch.stack(others).amax(0)
         values[col.R2_NORM_NONLINEAR_LACK] = values[col.R2_ERROR_NORM] - values[col.R2_NORM_NONLINEAR]
         return ErrorRegression(
-            numbers={name: Estimate.of(replicates) for name, replicates in values.items()},
+            numbers={name: Estimate.of(each, sums.groups) for name, each in values.items()},
             probe=self.probe,
             fit=self.fit,
             rescale=float(self.rescale),
@@ -284,28 +275,30 @@ def _fit(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], fitted: dict[st
         reconstruction, l0 = reconstruct(sae, chunk.x[hook_point], state.activity)
         reconstruction = reconstruction.double()
         e, centred = x - reconstruction, reconstruction - state.bias
+        squared_centred = centred.square().sum(1)
         state.on_x += float(((x - state.bias) * centred).sum())
-        state.on_itself += float(centred.square().sum())
+        state.on_itself += float(squared_centred.sum())
+        state.along.add(centred, {"norm": squared_centred})
         norms[name] = e.square().sum(1)
         state.l0.add(l0.unsqueeze(1), {"e": norms[name]})
         targets |= {f"{name}/e": e, f"{name}/e_norm": norms[name]}
-        targets |= {
-            f"{name}/reconstruction_norm": reconstruction.square().sum(1),
-            f"{name}/centred": centred.square().sum(1),
-        }
-    _, of_row = torch.unique_consecutive(chunk.context, return_inverse=True)
+        targets[f"{name}/reconstruction_norm"] = reconstruction.square().sum(1)
+    _, of_row = torch.unique_consecutive(chunk.group, return_inverse=True)
     odd = (of_row + shared.contexts) % 2 == 1
     shared.contexts += int(of_row[-1]) + 1
     for half, rows in zip(shared.halves, (~odd, odd), strict=True):
         half.add(x[rows], {name: y[rows] for name, y in targets.items()})
     shared.scalars["x_norm"].add(squared.unsqueeze(1), norms)
     if chunk.token_loss is not None:
-        shared.scalars["token_loss"].add(chunk.token_loss.unsqueeze(1), norms)
+        known = ~chunk.token_loss.isnan()
+        shared.scalars["token_loss"].add(
+            chunk.token_loss[known].unsqueeze(1), {name: y[known] for name, y in norms.items()}
+        )
     shared.tokens.add(chunk.token, norms)
 
 
 def _evaluate(
-    sums: ContextSums,
+    sums: GroupSums,
     chunk: Chunk,
     squared: Tensor,
     parts: _Parts,
@@ -315,20 +308,20 @@ def _evaluate(
     maps: _Maps,
 ) -> None:
     """Adds to `sums` what the numbers of SAE `name` need, for a chunk of C."""
-    context, x = chunk.context, parts.x
+    group, x = chunk.group, parts.x
     norm = parts.e.square().sum(1)
-    sums.add(context, fvu=norm, l0=l0)
-    add_target(sums, context, "e", parts.e, {"x": parts.linear, "half": state.half_probe(x)})
-    add_target(sums, context, "e_rescaled", parts.rescaled, {})
+    sums.add(group, fvu=norm, l0=l0)
+    add_target(sums, group, "e", parts.e, {"x": parts.linear, "half": state.half_probe(x)})
+    add_target(sums, group, "e_rescaled", parts.rescaled, {})
     add_target(
         sums,
-        context,
+        group,
         "reconstruction_norm",
         parts.reconstruction.square().sum(1),
         {"x": maps.whole[f"{name}/reconstruction_norm"](x)},
     )
     for target, values in parts.norms().items():
-        add_target(sums, context, target, values, {"x": maps.norms[f"{name}/{target}"](x)})
+        add_target(sums, group, target, values, {"x": maps.norms[f"{name}/{target}"](x)})
     predictions = {
         "x": maps.whole[f"{name}/e_norm"](x),
         "half": state.half_norm(x),
@@ -337,8 +330,10 @@ def _evaluate(
         "token": maps.tokens.predict(chunk.token, name),
     }
     if chunk.token_loss is not None:
-        predictions["token_loss"] = maps.univariate["token_loss"][name](chunk.token_loss.unsqueeze(1))
-    add_target(sums, context, "e_norm", norm, predictions)
+        from_loss = maps.univariate["token_loss"][name](chunk.token_loss.unsqueeze(1))
+        # Nothing is predicted at the last position, so its rows have no loss and get the mean
+        predictions["token_loss"] = from_loss.nan_to_num(nan=maps.tokens.overall(name))
+    add_target(sums, group, "e_norm", norm, predictions)
 
 
 @dataclass(frozen=True)
@@ -372,6 +367,10 @@ class _TokenMeans:
             self.mean[name] = torch.cat(
                 [torch.where(self.count > 0, total / self.count.clamp_min(1), overall), overall.unsqueeze(0)]
             )
+
+    def overall(self, name: str) -> float:
+        """Mean of the scalar `name` over all rows."""
+        return float(self.mean[name][-1])
 
     def predict(self, token: Tensor, name: str) -> Tensor:
         """Mean of the scalar `name` for each token, (b,)."""

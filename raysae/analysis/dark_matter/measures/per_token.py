@@ -1,7 +1,8 @@
 """The per-token table of an SAE: one Parquet file, a row per token, read back as a pandas DataFrame.
 
 token, position, context: the token's id, its position and its context's index.
-token_loss: nats. The column is absent where the loss was not recorded.
+token_loss: nats, of the prediction made at the position, of the next token. NaN at a context's last position. The
+    column is absent where the loss was not recorded.
 x_norm, error_norm, linear_norm, nonlinear_norm: ‖x‖², ‖e‖², ‖ê‖², ‖ε‖².
 l0: number of active latents.
 latents, values: lists, sparse. They hold the indices of the active latents and how active they are.

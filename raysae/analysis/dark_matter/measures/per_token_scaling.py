@@ -1,8 +1,10 @@
 """Per-token scaling of the error (analysis 3 of the dark-matter spec; Engels et al. 2024).
 
-It measures how well a small SAE's error predicts a large one's. Each pair (i, j) of SAEs of ascending width has two
-regressions. The first predicts ‖e_j‖ from ‖e_i‖ and 1, the second adds ‖ε_i‖. Both are fitted on B, because ε comes
-from probes fitted on A. Both are measured on C. All pairs come from one matrix of moments of the norms.
+It measures how well a small SAE's error predicts a large one's. Each pair (i, j) of SAEs of ascending width has
+regressions of ‖e_j‖ on ‖e_i‖, on ‖e_i‖ and ‖ε_i‖, on ‖x‖, and on ‖x‖ and ‖e_i‖, with an intercept each. All are fitted
+on B, because ε comes from probes fitted on A. All are measured on C. They come from one matrix of moments of the norms.
+
+Errors in proportion to ‖x‖ would predict each other perfectly. What ‖e_i‖ adds to ‖x‖ tells more.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, Moments, with_intervals
+from raysae.analysis.instruments.intervals import REPLICATES, GroupSums, with_intervals
+from raysae.analysis.instruments.regression import Linear, Moments
 from raysae.config import UserError
 from raysae.sae.base import SAE
 
@@ -33,13 +36,16 @@ def per_token_scaling(
     """Regresses error norms for every pair of `saes`, with the `probes` of `error_regression`.
 
     Returns:
-        A row per pair, the narrower SAE first. The four numbers come with `_low` and `_high`.
+        A row per pair, the narrower SAE first. Numbers come with `_low` and `_high`.
         small, large: names.
         small_width, large_width: numbers of latents.
         r2: R² of ‖e_large‖ from ‖e_small‖ and 1.
         squared_correlation: squared correlation of the two norms.
         r2_with_nonlinear: R² with ‖ε_small‖ added.
         gain: (r2_with_nonlinear − r2)/(1 − r2).
+        r2_from_x_norm: R² of ‖e_large‖ from ‖x‖ and 1.
+        r2_beyond_x_norm: the relative gain of adding ‖e_small‖ to ‖x‖, which is the squared partial correlation on the
+            rows of the fit.
 
     Raises:
         UserError: fewer than two SAEs.
@@ -52,26 +58,36 @@ def per_token_scaling(
     fitted = Moments()
     for chunk in activations.chunks("B"):
         fitted.add(_norms(chunk, hook_point, saes, probes, names), {})
-    sums = ContextSums(replicates, seed)
+    sums = GroupSums(replicates, seed)
     for chunk in activations.chunks("C"):
         z = _norms(chunk, hook_point, saes, probes, names) - fitted.mean
         z = torch.cat([z, torch.ones(len(z), 1, dtype=torch.float64)], 1)
-        sums.add(chunk.context, products=(z.unsqueeze(2) * z.unsqueeze(1)).flatten(1))
-    size = 2 * len(names) + 1
+        sums.add(chunk.group, products=(z.unsqueeze(2) * z.unsqueeze(1)).flatten(1))
+    size = 2 * len(names) + 2
     products = sums["products"].view(-1, size, size)
-
     rows = []
     for i, small in enumerate(names):
         for j in range(i + 1, len(names)):
-            alone = _r2(fitted, products, [i], j)
-            both = _r2(fitted, products, [i, len(names) + i], j)
-            covariance = products - products[:, :, -1:] * products[:, -1:, :] / products[:, -1:, -1:]
-            correlation = covariance[:, i, j].square() / (covariance[:, i, i] * covariance[:, j, j])
-            large, gain = names[j], (both - alone) / (1 - alone)
+            large = names[j]
             pair = {col.SMALL: small, col.LARGE: large, col.SMALL_WIDTH: saes[small].n, col.LARGE_WIDTH: saes[large].n}
-            numbers = {col.R2: alone, col.SQUARED_CORRELATION: correlation, col.R2_WITH_NONLINEAR: both, col.GAIN: gain}
-            rows.append(pair | with_intervals(numbers))
+            rows.append(pair | with_intervals(_numbers(fitted, products, i, j), sums.groups))
     return pd.DataFrame(rows)
+
+
+def _numbers(fitted: Moments, products: Tensor, i: int, j: int) -> dict[str, Tensor]:
+    """The numbers of the pair (i, j), (1 + r,) each. The arguments are those of `_r2`."""
+    nonlinear, x_norm = (products.shape[1] - 2) // 2 + i, products.shape[1] - 2
+    alone, both = (_r2(fitted, products, predictors, j) for predictors in ([i], [i, nonlinear]))
+    from_x, with_x = (_r2(fitted, products, predictors, j) for predictors in ([x_norm], [x_norm, i]))
+    covariance = products - products[:, :, -1:] * products[:, -1:, :] / products[:, -1:, -1:]
+    return {
+        col.R2: alone,
+        col.SQUARED_CORRELATION: covariance[:, i, j].square() / (covariance[:, i, i] * covariance[:, j, j]),
+        col.R2_WITH_NONLINEAR: both,
+        col.GAIN: (both - alone) / (1 - alone),
+        col.R2_FROM_X_NORM: from_x,
+        col.R2_BEYOND_X_NORM: (with_x - from_x) / (1 - from_x),
+    }
 
 
 @torch.no_grad()
@@ -94,7 +110,7 @@ def token_lines(
     """
     seen = 0
     for chunk in activations.chunks("C"):
-        contexts, of_row = torch.unique_consecutive(chunk.context, return_inverse=True)
+        contexts, of_row = torch.unique_consecutive(chunk.group, return_inverse=True)
         if context >= seen + len(contexts):
             seen += len(contexts)
             continue
@@ -120,13 +136,13 @@ def _error(x: Tensor, sae: SAE, probe: Linear) -> tuple[Tensor, Tensor]:
 def _norms(
     chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], probes: Mapping[str, Linear], names: list[str]
 ) -> Tensor:
-    """‖e‖ of every SAE, then ‖ε‖ of every SAE, (b, 2·SAEs)."""
+    """‖e‖ of every SAE, then ‖ε‖ of every SAE, then ‖x‖, (b, 2·SAEs + 1)."""
     errors, nonlinear = [], []
     for name in names:
         e, linear = _error(chunk.x[hook_point], saes[name], probes[name])
         errors.append(e.norm(dim=1))
         nonlinear.append((e - linear).norm(dim=1))
-    return torch.stack(errors + nonlinear, 1)
+    return torch.stack([*errors, *nonlinear, chunk.x[hook_point].double().norm(dim=1)], 1)
 
 
 def _r2(fitted: Moments, products: Tensor, predictors: list[int], target: int) -> Tensor:

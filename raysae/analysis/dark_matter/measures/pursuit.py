@@ -28,7 +28,8 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Chunk, reconstruct
-from raysae.analysis.instruments.regression import REPLICATES, ContextSums, Linear, Moments, with_intervals
+from raysae.analysis.instruments.intervals import REPLICATES, GroupSums, with_intervals
+from raysae.analysis.instruments.regression import Linear, Moments
 from raysae.kernels.buffers import chunk_rows
 from raysae.kernels.products import decode_rows
 from raysae.kernels.rows import unit_rows
@@ -57,18 +58,19 @@ def pursuit(
     Probes are fitted on A, and everything is measured on C. `rows` limits both to about that many rows. Unset: all.
 
     Returns:
-        A row per SAE. Columns other than `sae` and `width` come with the ends of their intervals over contexts
-        (`…_low`, `…_high`).
+        A row per SAE. Columns other than `sae` and `width` come with the ends of their intervals over groups of
+        documents (`…_low`, `…_high`).
         `sae`, `width`: name and number of latents.
         `fvu`, `nonlinear_fvu`: FVU(x, Sae(x)) and FVU(x, Sae(x) + ê).
         `fvu_pursuit`, `nonlinear_fvu_pursuit`: the same with the pursued reconstruction in place of Sae(x). ê is then
             fitted to its own error.
         `encoder_error`: nonlinear_fvu − nonlinear_fvu_pursuit.
+        `encoder_share`: encoder_error/nonlinear_fvu.
         `l0`, `l0_pursuit`: mean active latents, of the encoder and of what as many steps of pursuit leave.
     """
     pursuits = {name: Pursuit(sae.decoder()) for name, sae in saes.items()}
     moments = Moments()
-    for chunk in _first(activations.chunks("A"), rows):
+    for chunk in first_chunks(activations.chunks("A"), rows):
         x = chunk.x[hook_point]
         targets = {}
         for name, sae in saes.items():
@@ -77,18 +79,18 @@ def pursuit(
         moments.add(x, targets)
     probes = moments.solve().maps
 
-    sums = {name: ContextSums(replicates, seed) for name in saes}
-    for chunk in _first(activations.chunks("C"), rows):
+    sums = {name: GroupSums(replicates, seed) for name in saes}
+    for chunk in first_chunks(activations.chunks("C"), rows):
         x = chunk.x[hook_point]
         for name, sae in saes.items():
-            sums[name].add(chunk.context, x=x, x_squared=x.double().square())
+            sums[name].add(chunk.group, x=x, x_squared=x.double().square())
             for when, (reconstruction, l0) in before_and_after(sae, pursuits[name], x).items():
-                add_errors(sums[name], chunk.context, x, reconstruction, probes[f"{name}/{when}"], when)
-                sums[name].add(chunk.context, **{f"{when}_l0": l0})
+                add_errors(sums[name], chunk.group, x, reconstruction, probes[f"{name}/{when}"], when)
+                sums[name].add(chunk.group, **{f"{when}_l0": l0})
     return pd.DataFrame([{"sae": name, "width": sae.n, **_numbers(sums[name])} for name, sae in saes.items()])
 
 
-def _first(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
+def first_chunks(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
     """Yields whole chunks until they hold `rows` rows. None: yields all."""
     given = 0
     for chunk in chunks:
@@ -109,17 +111,17 @@ def before_and_after(sae: SAE, pursuit: Pursuit, x: Tensor) -> dict[str, tuple[T
     return {"before": (reconstruction, l0), "after": (pursued, (codes.values > 0).sum(1).to(x))}
 
 
-def add_errors(sums: ContextSums, context: Tensor, x: Tensor, reconstruction: Tensor, probe: Linear, name: str) -> None:
+def add_errors(sums: GroupSums, group: Tensor, x: Tensor, reconstruction: Tensor, probe: Linear, name: str) -> None:
     """Adds ‖e‖² and ‖e − ê‖² to `sums` as `NAME_error` and `NAME_nonlinear`.
 
     Divided by the variance of x they are FVU and nonlinear FVU. Here e = x − `reconstruction`, (b, d) both, and
     ê = `probe`(x).
     """
     e = x.double() - reconstruction
-    sums.add(context, **{f"{name}_error": e.square().sum(1), f"{name}_nonlinear": (e - probe(x)).square().sum(1)})
+    sums.add(group, **{f"{name}_error": e.square().sum(1), f"{name}_nonlinear": (e - probe(x)).square().sum(1)})
 
 
-def _numbers(sums: ContextSums) -> dict[str, float]:
+def _numbers(sums: GroupSums) -> dict[str, float]:
     variance = sums.variation("x").sum(1)
     fvu = {
         name: sums[name].squeeze(1) / variance
@@ -131,10 +133,11 @@ def _numbers(sums: ContextSums) -> dict[str, float]:
         col.FVU_PURSUIT: fvu["after_error"],
         col.NONLINEAR_FVU_PURSUIT: fvu["after_nonlinear"],
         col.ENCODER_ERROR: fvu["before_nonlinear"] - fvu["after_nonlinear"],
+        col.ENCODER_SHARE: 1 - fvu["after_nonlinear"] / fvu["before_nonlinear"],
         col.L0: sums.mean("before_l0"),
         col.L0_PURSUIT: sums.mean("after_l0"),
     }
-    return with_intervals(numbers)
+    return with_intervals(numbers, sums.groups)
 
 
 # ---------------------------------------------------------------- the pursuit

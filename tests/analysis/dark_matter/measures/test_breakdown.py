@@ -3,9 +3,17 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from scipy.optimize import curve_fit
 
-from raysae.analysis.dark_matter.measures.breakdown import at_nearest_l0, breakdown, fit_power_law, nonlinear_level
+from raysae.analysis.dark_matter.measures.breakdown import (
+    at_nearest_l0,
+    breakdown,
+    compared_slopes,
+    fit_power_law,
+    nonlinear_level,
+)
+from raysae.analysis.instruments.intervals import with_intervals
 from raysae.config import UserError
 
 WIDTHS = np.array([256, 512, 1024, 2048, 4096, 8192, 16384])
@@ -68,9 +76,21 @@ def test_level_of_the_nonlinear_part():
     assert (flat.value, flat.slope, flat.share_of_fall) == pytest.approx((0.08, 0, 0))
     falling = nonlinear_level(WIDTHS, 0.5 * planted(), planted())
     assert falling.share_of_fall == pytest.approx(0.5)
-    assert falling.slope_high < 0
-    noisy = nonlinear_level(WIDTHS, 0.08 + 0.001 * np.array([1, -1, 1, 0, -1, -1, 1]), planted())
-    assert noisy.slope_low < 0 < noisy.slope_high
+    line = stats.linregress(np.log2(WIDTHS), 0.5 * planted())
+    assert falling.slope * falling.value == pytest.approx(line.slope)
+
+
+def test_slopes_are_compared_per_replicate():
+    """Both FVUs swing together by a tenth, so the share of the fall does not."""
+    swing = 1 + 0.1 * np.array([0, *([1, -1] * 20)])
+    rows = [
+        {"width": width} | with_intervals({"fvu": fvu * swing, "nonlinear_fvu": (0.02 + 0.25 * fvu) * swing}, 40)
+        for width, fvu in zip(WIDTHS, planted(), strict=True)
+    ]
+    fall, share = compared_slopes(pd.DataFrame(rows))
+    assert (share.low, share.value, share.high) == pytest.approx((0.25, 0.25, 0.25))
+    assert fall.value == pytest.approx(-stats.linregress(np.log2(WIDTHS), planted()).slope)
+    assert (fall.low, fall.high) == pytest.approx((0.9 * fall.value, 1.1 * fall.value))
 
 
 def test_breakdown():
@@ -79,7 +99,7 @@ def test_breakdown():
             "width": [1024, 256, 512],
             "fvu": [0.1, 0.2, 0.14],
             "nonlinear_fvu": [0.06, 0.09, 0.07],
-            "pursuit_nonlinear_fvu": [0.05, 0.07, 0.06],
+            "encoder_share": [0.5, 0.25, 0.1],
         }
     )
     law = fit_power_law(WIDTHS, planted(c=0.08))
@@ -88,14 +108,19 @@ def test_breakdown():
     np.testing.assert_allclose(parts[["absent", "linear", "nonlinear"]].sum(1), parts["fvu"])
     np.testing.assert_allclose(parts["absent"], parts["fvu"] - 0.08, atol=1e-5)
     np.testing.assert_allclose(parts["linear_gap"], [0.11, 0.07, 0.04])
-    np.testing.assert_allclose(parts["encoder"], [0.02, 0.01, 0.01])
+    np.testing.assert_allclose(parts["encoder"], [0.0225, 0.007, 0.03])
     assert parts["stacks"].tolist() == [False, True, True]
-    assert "encoder" not in breakdown(table.drop(columns="pursuit_nonlinear_fvu"), law)
+    assert breakdown(table.assign(fvu=[0.07, 0.2, 0.14]), law)["stacks"].tolist() == [False, True, False]
+    assert "encoder" not in breakdown(table.drop(columns="encoder_share"), law)
 
 
 def test_the_sae_of_nearest_l0_per_width():
     table = pd.DataFrame(
-        {"width": [512, 256, 256, 512, 256], "l0": [50, 30, 100, 130, 61], "name": list("abcde")}, index=[9, 3, 5, 1, 2]
+        {"width": [512, 256, 256, 512, 256], "l0": [50, 30, 100, 130, 61], "fvu": 0.1, "name": list("abcde")},
+        index=[9, 3, 5, 1, 2],
     )
     assert at_nearest_l0(table, 60)["name"].tolist() == ["e", "a"]
     assert at_nearest_l0(table, 90)["name"].tolist() == ["c", "d"]
+    tied = pd.DataFrame({"width": 256, "l0": [32.0, 128, 31.95], "fvu": [0.3, 0.1, 0.2], "name": list("abc")})
+    assert at_nearest_l0(tied, 64)["name"].tolist() == ["b"], "32 and 128 are as far from 64"
+    assert at_nearest_l0(tied, 30)["name"].tolist() == ["c"]

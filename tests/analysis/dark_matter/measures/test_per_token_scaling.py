@@ -8,6 +8,7 @@ from sklearn.metrics import r2_score
 
 from raysae.analysis.dark_matter.measures.error_regression import error_regression
 from raysae.analysis.dark_matter.measures.per_token_scaling import per_token_scaling, token_lines
+from raysae.analysis.instruments.regression import Linear
 from raysae.config import UserError
 from tests.analysis.planted import HOOK, activations, gathered, sae
 
@@ -44,8 +45,27 @@ def test_pairs_equal_scikit_learn(probes):
         assert row.r2 == pytest.approx(score([e_b], [e_c]), abs=1e-6)
         assert row.r2_with_nonlinear == pytest.approx(score([e_b, epsilon_b], [e_c, epsilon_c]), abs=1e-6)
         assert row.gain == pytest.approx((row.r2_with_nonlinear - row.r2) / (1 - row.r2), abs=1e-9)
+        x_b, x_c = (gathered(SOURCE, split).double().norm(dim=1).numpy() for split in "BC")
+        from_x, with_x = score([x_b], [x_c]), score([x_b, e_b], [x_c, e_c])
+        assert row.r2_from_x_norm == pytest.approx(from_x, abs=1e-6)
+        assert row.r2_beyond_x_norm == pytest.approx((with_x - from_x) / (1 - from_x), abs=1e-6)
         assert row.squared_correlation == pytest.approx(np.corrcoef(e_c, y_c)[0, 1] ** 2, abs=1e-6)
         assert row.r2_low < row.r2 < row.r2_high
+
+
+def test_errors_in_proportion_to_the_norm_predict_nothing_beyond_it():
+    """Untrained SAEs of one latent per row miss nearly all of x, each in directions of its own."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(0.5, 5, 6000)[torch.randperm(6000, generator=generator)]
+    source = activations(contexts=300, x=torch.randn(6000, 12, generator=generator) * lengths.unsqueeze(1))
+    saes = {str(seed): sae(32 * seed, 1, seed=seed, bias=0.0) for seed in (1, 2)}
+    for each in saes.values():
+        each.b_enc.zero_()
+    zero = Linear(torch.zeros(12, 12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64))
+    row = per_token_scaling(source, HOOK, saes, dict.fromkeys(saes, zero)).iloc[0]
+    assert row["r2"] > 0.85
+    assert row["r2_from_x_norm"] > 0.9
+    assert abs(row["r2_beyond_x_norm"]) < 0.05
 
 
 def test_one_sae_is_too_few(probes):
