@@ -26,20 +26,28 @@ class ArchitectureFacts:
     saelens: str  # SAELens's name of the architecture that a saved SAE has
     native: bool = True  # SAELens's files of that name are loaded as this architecture
     searches: float = 3  # Predicted cost of a step in units of TopK's search, see `capacity.cost`
+    beta1: float = 0.9  # Adam's beta 1 where train.beta1 is unset
+    # Width of the straight-through window where train.bandwidth is unset, for activations of mean square norm 1
+    bandwidth: float | None = None
+    earlier_levels: tuple[float, ...] = ()  # Default range of studies with the earlier unit, see train.jumprelu_unit
 
     def pick(self, *, k: int, sparsity: float) -> dict[str, float]:
         """The one of both knobs that the architecture takes, as an argument of SAEConfig."""
         return {"k": k} if self.level == "k" else {"sparsity": sparsity}
 
 
-# Ranges of coefficients span a useful range of L0. The squared error is a sum over d, and for tied a mean.
+# Ranges of coefficients span a useful range of L0. The squared error is a sum over d, and for tied a mean. JumpReLU's
+# coefficient is multiplied by d.
 ARCHITECTURES: dict[str, ArchitectureFacts] = {
     "topk": ArchitectureFacts("k", (8, 16, 32), "topk", searches=1),
     "batchtopk": ArchitectureFacts("k", (8, 16, 32), "jumprelu", native=False, searches=2),
     "matryoshka": ArchitectureFacts("k", (8, 16, 32), "jumprelu", native=False, searches=2),
     "relu": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "standard"),
     "tied": ArchitectureFacts("sparsity", (1e-4, 1e-3, 1e-2), "standard", native=False),
-    "jumprelu": ArchitectureFacts("sparsity", (0.03, 0.3, 3.0), "jumprelu"),
+    # beta1 and bandwidth are the paper's (arXiv 2407.14435)
+    "jumprelu": ArchitectureFacts(
+        "sparsity", (3e-4, 1e-3, 3e-3), "jumprelu", beta1=0.0, bandwidth=1e-3, earlier_levels=(0.03, 0.3, 3.0)
+    ),
     "gated": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "gated", searches=5),
 }
 Architecture = Literal[*ARCHITECTURES]
@@ -50,6 +58,7 @@ _TRAINERS = (*_ARITHMETIC, "kernels", "numba", "fast_integers", "triton", "preci
 _PRODUCERS = (*_ARITHMETIC, "numpy", "transformers", "attention", "dtype", "transform")
 # Facts on which the bits of an SAE depend, beside the knobs. See docs/determinism.md.
 FACTS = (*_TRAINERS, *(f"producer.{fact}" for fact in _PRODUCERS))
+OUTLIER_NORM = 10.0  # A row is an outlier where its norm is above this multiple of the median norm
 
 
 class UserError(ValueError):
@@ -161,6 +170,26 @@ class StreamConfig(Strict):
         description="Positions at the start of each context that yield no rows, because BOS has an outlier norm. "
         "Larger leaves fewer rows. Unset: 8, or 200 for contexts of 1,024 tokens and more.",
     )
+    leave_out_tokens: list[int | str] = newer_knob(
+        [],
+        before=[],
+        description="Tokens whose positions yield no rows: 'special' (all special tokens of the tokenizer), token ids, "
+        "or tokens as the tokenizer spells them, e.g. special,198,Ġthe. A row of the same shard takes the "
+        "place of each one left out.",
+    )
+    leave_out_norm: float | None = newer_knob(
+        None,
+        before=None,
+        gt=1,
+        description="Leave out rows whose norm is above this multiple of their shard's median norm, such as 10. "
+        "Smaller leaves out more. Unset: none.",
+    )
+    leave_out_hook_point: str | None = newer_knob(
+        None,
+        before=None,
+        description="Hook point at which leave_out_norm judges the norm. Rows are left out at every hook point alike. "
+        "Unset: the study's first.",
+    )
     epochs: int = Field(
         1,
         gt=0,
@@ -247,6 +276,11 @@ class StreamConfig(Strict):
             raise ValueError(
                 f"producers_max is {self.producers_max}: it must be at least producers_min, {self.producers_min}"
             )
+        if self.leave_out_hook_point and self.leave_out_norm is None:
+            raise ValueError(
+                f"leave_out_hook_point is {self.leave_out_hook_point}, but leave_out_norm is unset: "
+                "set leave_out_norm to a multiple of the median norm, such as 10"
+            )
         return self
 
 
@@ -286,6 +320,14 @@ def error_kind(hook_point: str) -> tuple[str | None, str]:
 
 def _names(level: str) -> str:
     return ", ".join(name for name, facts in ARCHITECTURES.items() if facts.level == level)
+
+
+def _own_facts(name: str) -> str:
+    """One fact of all architectures: the value of most, then who has another."""
+    values = [getattr(facts, name) for facts in ARCHITECTURES.values()]
+    usual = max(values, key=values.count)
+    others = [f"{kind} {value:g}" for kind, value in zip(ARCHITECTURES, values, strict=True) if value != usual]
+    return ", ".join([*others, f"others {usual:g}"])
 
 
 def _ranges(level: str) -> str:
@@ -354,7 +396,13 @@ class TrainConfig(Strict):
         description="Share of the steps, at the start, in which a sparsity coefficient rises linearly from 0. It has "
         "no effect on architectures with k.",
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's beta 1. Larger averages gradients over more steps.")
+    beta1: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description=f"Adam's beta 1. Larger averages gradients over more steps. Unset: each architecture has its own: "
+        f"{_own_facts('beta1')}.",
+    )
     beta2: float = Field(
         0.999, ge=0, lt=1, description="Adam's beta 2. Larger averages squared gradients over more steps."
     )
@@ -378,11 +426,18 @@ class TrainConfig(Strict):
         description="Number format of the operands of a step's products, and of TopK's pre-activations. Unset: "
         "bfloat16 on GPUs that have it, else float32. CPUs take float32 only.",
     )
-    bandwidth: float = Field(
-        0.03,
+    bandwidth: float | None = Field(
+        None,
         gt=0,
         description="Width of jumprelu's straight-through window, in units of the normalised activation. Larger: "
-        "thresholds learn from more rows, less exactly.",
+        f"thresholds learn from more rows, less exactly. Unset: {ARCHITECTURES['jumprelu'].bandwidth:g} √d, for "
+        "activations of width d.",
+    )
+    jumprelu_unit: Literal["norm", "sum"] = newer_knob(
+        "norm",
+        before="sum",
+        description="Unit of jumprelu's coefficient. With 'norm' it is the paper's, for activations of mean square "
+        "norm 1. With 'sum' it is d times as large, as in studies begun before this knob.",
     )
     group_shares: list[Annotated[float, Field(gt=0)]] = newer_knob(
         list(GROUP_SHARES),
@@ -459,6 +514,13 @@ class EvaluationConfig(Strict):
         ge=0,
         description="Held-out tokens for ce_recovered and kl. More give steadier numbers and take more time. 0 "
         "leaves both metrics out.",
+    )
+    outlier_norm: float = newer_knob(
+        OUTLIER_NORM,
+        before=OUTLIER_NORM,
+        gt=1,
+        description="Rows whose norm is above this multiple of the median norm count as outliers. fvu_inliers is the "
+        "FVU without them. Smaller counts more rows as outliers.",
     )
 
 
@@ -689,7 +751,8 @@ class SweepConfig(Strict):
 
     def _levels(self, facts: ArchitectureFacts) -> list[dict[str, float]]:
         given = self.k if facts.level == "k" else self.sparsities
-        return [{facts.level: value} for value in given or facts.levels]
+        own = facts.earlier_levels if self.train.jumprelu_unit == "sum" and facts.earlier_levels else facts.levels
+        return [{facts.level: value} for value in given or own]
 
     def saes(self) -> list[SAEConfig]:
         """The sweep's SAEs, in a fixed order. `hook_points` must be resolved.

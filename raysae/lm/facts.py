@@ -19,22 +19,20 @@ So resid_pre + attn_out + mlp_out = resid_post, in parallel blocks too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from raysae.borders import border
 from raysae.config import ModelConfig, UserError, digest
+from raysae.lm.digests import file_digest
 from raysae.lm.gguf import unpacked
 
 EMBEDDED = Path(__file__).parent / "embedded"
 UNLIMITED_CONTEXT = 1024  # Context length taken for models that have no limit of their own (ALiBi)
-# Bytes of the largest weight file that is digested whole. Of a larger one the digest takes the size and SAMPLES pieces
-# of SAMPLE bytes.
-HASHED_WHOLE = 1 << 30
-SAMPLES, SAMPLE = 1024, 1 << 16
 
 
 # ---------------------------------------------------------------- where an architecture's modules are
@@ -123,7 +121,7 @@ def model_facts(config: ModelConfig) -> ModelFacts:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         architecture = content["model_type"]
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(
             f"model.name is {config.name!r}: its config.json is not the configuration of a transformers model"
         ) from None
@@ -194,6 +192,14 @@ def not_loadable(config: ModelConfig, reason: object = "") -> UserError:
     )
 
 
+def not_loading(config: ModelConfig) -> AbstractContextManager:
+    """Turns any error of a library that loads this model or its tokenizer into a UserError. See `borders.border`."""
+    fault = "which is neither a model's folder nor a model that can be loaded from the Hugging Face hub"
+    if model_folder(config):
+        fault = "a model's folder that transformers cannot load"
+    return border("model.name", repr(config.name), fault)
+
+
 def parse_hook_point(name: str, facts: ModelFacts) -> tuple[str, int]:
     """Kind and layer of a hook point, e.g. `("resid_post", 3)`.
 
@@ -236,10 +242,8 @@ def _config_file(config: ModelConfig) -> tuple[Path, str | None]:
         raise not_loadable(config)
     from huggingface_hub import hf_hub_download  # Imported only for models from the hub
 
-    try:
+    with not_loading(config):
         path = Path(hf_hub_download(config.name, "config.json", revision=config.revision))
-    except (OSError, ValueError) as error:  # Every error of the hub's client is one of these
-        raise not_loadable(config, error) from None
     return path, path.parent.name  # The hub's local copy is .../snapshots/COMMIT/config.json
 
 
@@ -268,20 +272,3 @@ def _weights(folder: Path, config: ModelConfig) -> dict[str, str]:
         raise not_loadable(config, f"there are no weights (*.safetensors) in {folder}")
     code = sorted(folder.glob("*.py")) if config.trust_remote_code else []
     return {path.name: file_digest(path) for path in [folder / "config.json", *code, *weights]}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, so that machines with copies of their own agree.
-
-    A file above `HASHED_WHOLE` is too large to be read for it. Its digest is that of its size and of pieces spread over
-    it, the first and the last among them.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= HASHED_WHOLE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        found = hashlib.sha256(str(size).encode())
-        for i in range(SAMPLES):
-            file.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
-            found.update(file.read(SAMPLE))
-    return found.hexdigest()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysae.config import ModelConfig, UserError
-from raysae.lm.facts import KINDS, ModelFacts, hook_width, model_facts, not_loadable, parse_hook_point
+from raysae.lm.facts import KINDS, ModelFacts, hook_width, model_facts, not_loading, parse_hook_point
 from raysae.lm.hooks import Site, Stop, hooked, passed_over
 from raysae.lm.number_format import fast_formats, number_format
 
@@ -75,7 +75,7 @@ class LanguageModel:
 
         facts = model_facts(config)
         fast = fast_formats(gpu=bool(config.device_map) or torch.device(device).type == "cuda")
-        try:
+        with not_loading(config):
             model, report = AutoModelForCausalLM.from_pretrained(
                 facts.folder_or_name,
                 revision=facts.commit,
@@ -84,8 +84,6 @@ class LanguageModel:
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
-            raise not_loadable(config, error) from None
         missing = sorted(report["missing_keys"])
         if missing:
             raise UserError(

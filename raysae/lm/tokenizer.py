@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from raysae.config import ModelConfig, UserError, digest
-from raysae.lm.facts import file_digest, hub_commit, model_folder, not_loadable
+from raysae.config import ModelConfig, digest
+from raysae.lm.digests import file_digest
+from raysae.lm.facts import hub_commit, model_folder, not_loadable, not_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,18 +36,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     folder = model_folder(config)
     if folder is None and config.name == "embedded":
         raise not_loadable(config)
-    try:
+    with not_loading(config):
         return AutoTokenizer.from_pretrained(
             folder or config.name,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        if folder is None:
-            raise not_loadable(config, error) from None
-        raise UserError(
-            f"model.name is {config.name!r}: the folder holds no tokenizer that transformers can load"
-        ) from None
 
 
 def tokenizer_digest(config: ModelConfig) -> str:

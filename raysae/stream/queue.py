@@ -50,6 +50,7 @@ DEATH = Fraction(1, 3)  # A producer's death counts as this share of a failed at
 
 COUNTERS = {
     "contexts_forwarded": "Contexts the language model has read for training",
+    "rows_left_out": "Positions of these that yield no row, and whose places other rows take",
     "evaluation_contexts_forwarded": "Contexts the language model has read for held-out activations",
     "shards_produced": "Shards of the training stream produced, by the language model or from the cache",
     "shards_from_cache": "Shards of the training stream that were read from the cache",
@@ -433,6 +434,7 @@ class StreamQueue:
         self._count("shards_produced", 1)
         self._count("shards_from_cache", int(meta["from_cache"]))
         self._count("contexts_forwarded", meta["contexts_forwarded"])
+        self._count("rows_left_out", meta["rows_left_out"])
         self._note_seconds(meta)
         if meta["nonfinite"]:
             self._note_failure(TRAIN, shard, ValueError(nonfinite(meta)))

@@ -26,6 +26,7 @@ from raysae.cluster.room import machine_of, missing, placed
 from raysae.config import FaultsConfig
 from raysae.study.plan import Plan
 from raysae.sweep.live_table import LiveTable
+from raysae.sweep.notes import outliers_told
 from raysae.tracking.runs import Study
 from raysae.train.actor import end_trainers
 from raysae.train.progress import ENDED
@@ -35,7 +36,10 @@ LOOK_SECONDS = 1.0  # Time between two looks
 ANSWER_SECONDS = 10.0  # The last look waits this long for answers
 JOIN_SECONDS = 30.0  # The driver waits this long for the last look
 # Numbers of a report that go to MLflow
-TRACKED = ("fvu", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "tokens", "tokens_per_second", "learning_rate")
+TRACKED = (
+    "fvu", "fvu_inliers", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "outlier_fraction",
+    "largest_rows_share", "tokens", "tokens_per_second", "learning_rate",
+)  # fmt: skip
 # Of these, the numbers that depend on how many held-out rows were read: the fewer rows, the more latents look dead
 BY_ROWS = ("dead_fraction",)
 INTERIM = "interim/"  # Prefix of a BY_ROWS metric in MLflow while an SAE trains
@@ -88,6 +92,9 @@ class Watch:
         self.queue, self.study = queue, study
         self.trainers = {bank: WatchedTrainer(actor) for bank, actor in trainers.items()}
         self.relays = [WatchedRelay(actor) for actor in relays]
+        self.hook_point = {sae.name: sae.hook_point for sae in settled.saes}
+        self.outlier_norm = settled.config.evaluation.outlier_norm
+        self._spoilt: set[str] = set()  # Hook points with outliers, of which the console has told
         self.tracked = dict.fromkeys((sae.name for sae in settled.saes), 0)
         self.failure: str | None = None
         self.abandoned = False  # The driver waits no more: the study is about to be closed, so nothing is written
@@ -219,9 +226,16 @@ class Watch:
         for name, reports in news.items():
             for report in reports:
                 track(self.study, name, report)
+                self._note_outliers(self.hook_point[name], report)
             self.tracked[name] += len(reports)
         if silent > self.faults.hang_seconds and trainer.stopping is None:  # It answers and does not train
             self._restart(bank, trainer, silent)
+
+    def _note_outliers(self, hook_point: str, report: dict) -> None:
+        """Tell once per hook point where outliers spoil its FVU."""
+        if hook_point not in self._spoilt and (told := outliers_told(hook_point, report, self.outlier_norm)):
+            self._spoilt.add(hook_point)
+            log.warning("%s", told)
 
     def _ask(self, trainer: WatchedTrainer, now: float) -> bool:
         """Ask the trainer, unless a call has no answer yet. False: trainers are not asked any more."""

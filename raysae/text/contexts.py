@@ -32,6 +32,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raysae.config import TextConfig, UserError, digest
+from raysae.storage import check_folder, local_path
 from raysae.text.sources import documents, fingerprint
 
 DEFINITION = 2
@@ -53,13 +54,15 @@ class Contexts:
     - `spans`: `(contexts, 2)` int64, the first and the last document (inclusive) that have text in a context. The
       separator counts as a document's text.
 
-    `documents` and `spans` are None if nobody recorded them.
+    `documents` and `spans` are None if nobody recorded them. `lengths` `(contexts,)` int64 counts each context's tokens
+    before its padding. It is None if no context is padded.
     """
 
     digest: str
     tokens: np.ndarray
     documents: np.ndarray | None = None
     spans: np.ndarray | None = None
+    lengths: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,6 +70,16 @@ class Contexts:
     def __getitem__(self, indices: np.ndarray | slice | list[int]) -> np.ndarray:
         """Token ids of some contexts, `(n, context_length)` int64."""
         return self.tokens[indices].astype(np.int64)
+
+    def real(self, indices: np.ndarray) -> np.ndarray:
+        """Whether each position of some contexts has a token and no padding, `(n, context_length)` bool."""
+        length = self.tokens.shape[1]
+        lengths = np.full(len(indices), length) if self.lengths is None else self.lengths[indices]
+        return np.arange(length) < lengths[:, None]
+
+    def before_no_padding(self, indices: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """Of the positions `kept` `(n, context_length)` bool of some contexts, those that padding does not follow."""
+        return kept & np.pad(self.real(indices)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
 
 
 def build_contexts(
@@ -102,9 +115,10 @@ def build_contexts(
         "tokenizer": tokenizer_digest,
         "context_length": context_length,
     } | ({"enough": dict(enough)} if enough else {})
-    folder = Path(text.cache).expanduser() / digest(key)
+    folder = local_path("text.cache", text.cache) / digest(key)
     contexts = {split: _open_split(folder, split) for split in SPLITS}
     if None in contexts.values():
+        check_folder("text.cache", text.cache, folder)
         run(_write_splits, folder, text, load_tokenizer, context_length, enough)
         contexts = {split: _open_split(folder, split) for split in SPLITS}
         if None in contexts.values():

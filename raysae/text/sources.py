@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import lzma
+import os
 import shutil
 import sysconfig
 import tempfile
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from raysae.config import TextConfig, UserError, digest
+from raysae.storage import named, patterns
 
 KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
@@ -101,7 +103,7 @@ def stdlib_files() -> list[Path]:
 
 
 def local_files(source: str) -> list[Path]:
-    """Files of a comma-separated list of files, folders and globs, each file once.
+    """Files of a comma-separated list of files, folders and globs, each file once. See `storage.patterns`.
 
     Folders are read recursively, without hidden files and folders. The order is that of the list. Within a folder or
     glob it is that of the paths.
@@ -110,22 +112,22 @@ def local_files(source: str) -> list[Path]:
         UserError: an entry has no file that raysae reads, or the list is empty.
     """
     files: dict[Path, None] = {}
-    for part in filter(None, map(str.strip, source.split(","))):
-        path = Path(part).expanduser()
-        if path.is_dir():
+    for part in patterns(source):
+        path = named(part)
+        if path and path.is_dir():
             known = [p for p in path.rglob("*") if p.is_file() and kind_of(p)]
             found = [p for p in known if not any(f.startswith(".") for f in p.relative_to(path).parts)]
             found.sort(key=lambda p: p.relative_to(path).as_posix())
-        elif path.is_file():
+        elif path and path.is_file():
             if not kind_of(path):
-                raise UserError(f"text.source names {part}, a kind of file raysae does not read: it reads {SUPPORTED}")
+                raise UserError(f"text.source names {path}, a kind of file raysae does not read: it reads {SUPPORTED}")
             found = [path]
         else:
-            paths = map(Path, sorted(glob.glob(str(path), recursive=True)))
+            paths = map(Path, sorted(glob.glob(part, recursive=True)))
             found = [p for p in paths if p.is_file() and kind_of(p)]
         if not found:
             raise UserError(
-                f"text.source names {part}, where raysae finds no file that it reads: "
+                f"text.source names {path or part}, where raysae finds no file that it reads: "
                 f"give a file, folder or glob of {SUPPORTED}"
             )
         files.update(dict.fromkeys(p.resolve() for p in found))
@@ -264,13 +266,27 @@ def _parse(source: str) -> tuple[str, str | None, str | None]:
             "text.source is 'hf:': name a dataset, e.g. 'hf:roneneldan/TinyStories', 'hf:/a/folder' or "
             "'hf:json:/a/file.jsonl'"
         )
-    if Path(name).expanduser().is_dir():
-        return str(Path(name).expanduser()), None, None
+    if os.path.isdir(os.path.expanduser(name)):
+        return _absolute(name), None, None
     builder, colon, files = name.partition(":")
-    if colon:
-        return builder, None, files if "://" in files else str(Path(files).expanduser())
+    if colon:  # datasets takes globs, but no comma in brackets
+        there = os.path.lexists(os.path.expanduser(files))
+        return builder, None, files if "://" in files else glob.escape(_absolute(files)) if there else _absolute(files)
     name, at, revision = name.partition("@")
     return name, revision if at else None, None
+
+
+def absolute_source(source: str) -> str:
+    """`hf:…` with the full path of a folder or file in it, so that it means the same in every working folder."""
+    name = source.removeprefix("hf:")
+    builder, colon, files = name.partition(":")
+    if os.path.isdir(os.path.expanduser(name)):
+        return f"hf:{_absolute(name)}"
+    return f"hf:{builder}:{_absolute(files)}" if colon and "://" not in files else source
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _is_local(source: str) -> bool:

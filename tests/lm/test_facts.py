@@ -52,7 +52,7 @@ def test_facts_need_no_torch(llama):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_digest_follows_content_not_place(llama, tmp_path, monkeypatch):
+def test_digest_follows_content_not_place(llama, tmp_path):
     def digest_of(folder, **config):
         return model_facts(ModelConfig(name=str(folder), **config)).digest
 
@@ -65,9 +65,6 @@ def test_digest_follows_content_not_place(llama, tmp_path, monkeypatch):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert digest_of(copy) != digest_of(llama)
-    monkeypatch.setattr(facts_module, "HASHED_WHOLE", 1000)  # The digest now takes sizes and samples of files
-    monkeypatch.setattr(facts_module, "SAMPLE", 100)
-    assert digest_of(llama) == digest_of(shutil.copytree(llama, tmp_path / "third")) != digest_of(copy)
 
 
 def test_parse_hook_point(llama):
@@ -159,7 +156,7 @@ def test_stories(stories_model, llama):
     tokenizer = load_tokenizer(ModelConfig(name=str(stories_model)))
     ids = tokenizer("Once upon a time")["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "Once upon a time"
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="a model's folder that transformers cannot load"):
         load_tokenizer(ModelConfig(name=str(llama)))
 
 

@@ -433,3 +433,12 @@ def test_the_loop_is_silent_while_it_works_and_not_while_it_waits(tmp_path, monk
     loop.run()
     assert set(heard["step"]) == {7.0}
     assert set(heard["rows"]) == set(heard["held-out rows"]) == {0.0}
+
+
+def test_activations_that_are_all_zero_end_their_saes_with_the_cause(tmp_path):
+    source = ArraySource()
+    source.data = torch.zeros_like(source.data)
+    loop = trained(tmp_path, A, B, source=source)
+    for row in loop.status():
+        assert row["state"] == "failed"
+        assert "activations at resid_post.0 are all zero" in row["message"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysae.analysis.lab.tasks import device
+from raysae.borders import border
 from raysae.config import AnalysisConfig, SAEConfig, UserError, digest, error_kind
 from raysae.knobs import from_flat
 from raysae.sae.base import SAE
@@ -78,12 +79,13 @@ def find(config: AnalysisConfig) -> list[tuple[str, TrackedSAE | None]]:
 
 def _loaded(where: str, given: str | None) -> NamedSAE:
     """The SAE at the hook point that its files name. The hook point `given` counts where they name none."""
-    try:
-        return load_any(where)
-    except UserError:
-        if given is None:
-            raise
-        return load_any(where, given)
+    with border("sae", where, "which cannot be loaded", "name a folder, file or URL of a saved or public SAE"):
+        try:
+            return load_any(where)
+        except UserError:
+            if given is None:
+                raise
+            return load_any(where, given)
 
 
 def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | None]]) -> tuple[Subject, ...]:
@@ -97,7 +99,7 @@ def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | 
     given = config.hook_points[0] if len(config.hook_points) == 1 and config.sae else None
     for where, tracked in found:
         if tracked:
-            hook_point, width, name = tracked.params["hook_point"], int(tracked.params["width"]), tracked.name
+            hook_point, width, name = tracked.hook_point, tracked.width, tracked.name
             d_in, origin = None, UNKNOWN
         else:
             loaded = _loaded(where, given)

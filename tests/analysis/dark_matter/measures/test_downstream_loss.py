@@ -20,6 +20,7 @@ from raysae.sae.architectures import build
 from raysae.sae.base import SAE
 
 CONTEXTS, LENGTH, SKIP = 11, 40, 4
+REPLACED = (torch.arange(LENGTH) >= SKIP).repeat(CONTEXTS, 1)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_every_number_equals_brute_force(lm, tokens, hook_point, monkeypatch):
     x = lm.activations(tokens, [hook_point])[hook_point][:, SKIP:].flatten(0, 1)
     saes = {"a": make_sae(x, 32, hook_point), "b": make_sae(x, 100, hook_point)}
     probes = {name: fitted(sae, x[: len(x) // 2]) for name, sae in saes.items()}
-    table = downstream_loss(lm, tokens, hook_point, saes, probes, SKIP)
+    table = downstream_loss(lm, tokens, hook_point, saes, probes, REPLACED)
     assert list(table["sae"]) == ["a", "b"]
     assert list(table["width"]) == [32, 100]
     for (_, row), (name, sae) in zip(table.iterrows(), saes.items(), strict=True):
@@ -122,7 +123,9 @@ def test_interval_is_students_over_contexts(lm, tokens):
     """With a context per group, the interval of the cross-entropy is Student's."""
     x = lm.activations(tokens, ["resid_post.2"])["resid_post.2"][:, SKIP:].flatten(0, 1)
     sae = make_sae(x, 32, "resid_post.2")
-    row = downstream_loss(lm, tokens, "resid_post.2", {"a": sae}, {"a": fitted(sae, x)}, SKIP, replicates=1000).iloc[0]
+    row = downstream_loss(
+        lm, tokens, "resid_post.2", {"a": sae}, {"a": fitted(sae, x)}, REPLACED, replicates=1000
+    ).iloc[0]
     loss = patched_loss(lm, tokens, "resid_post.2", lambda rows: sae(rows.flatten(0, 1)).view_as(rows)).mean(1).numpy()
     width = 2 * stats.t.ppf(0.975, CONTEXTS - 1) * loss.std(ddof=1) / CONTEXTS**0.5
     assert row["ce_sae_high"] - row["ce_sae_low"] == pytest.approx(width, rel=1e-3)
@@ -135,7 +138,7 @@ def test_a_probe_that_knows_everything_recovers_everything(lm, tokens):
     sae.W_dec.zero_()
     sae.b_dec.zero_()
     identity = Linear(torch.eye(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64))
-    row = downstream_loss(lm, tokens, "resid_post.3", {"a": sae}, {"a": identity}, SKIP).iloc[0]
+    row = downstream_loss(lm, tokens, "resid_post.3", {"a": sae}, {"a": identity}, REPLACED).iloc[0]
     assert row["recovered_linear"] == pytest.approx(1)
     assert row["recovered_nonlinear"] == pytest.approx(0, abs=1e-6)
     assert row["variance_share_linear"] == row["norm_share_linear"] == pytest.approx(1)
@@ -153,15 +156,33 @@ def test_undefined_where_nothing_is_lost(lm, tokens):
     for matrix in (sae.W_enc, sae.W_dec):
         matrix.copy_(torch.cat([torch.eye(width), -torch.eye(width)]))
     nothing = Linear(torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
-    row = downstream_loss(lm, tokens, "resid_post.3", {"a": sae}, {"a": nothing}, SKIP).iloc[0]
+    row = downstream_loss(lm, tokens, "resid_post.3", {"a": sae}, {"a": nothing}, REPLACED).iloc[0]
     assert row["ce_sae"] == pytest.approx(row["ce_clean"], abs=1e-5)
     assert np.isnan(row["recovered_linear"])
     assert np.isnan(row["recovered_nonlinear"])
 
 
-@pytest.mark.parametrize("skip", [LENGTH - 1, -1])
-def test_no_prediction_at_a_replaced_position(lm, tokens, skip):
+def test_no_prediction_at_a_replaced_position(lm, tokens):
+    last = torch.arange(LENGTH).expand(CONTEXTS, -1) == LENGTH - 1
     with pytest.raises(ValueError, match="predict nothing"):
-        downstream_loss(lm, tokens, "resid_post.2", {}, {}, skip)
+        downstream_loss(lm, tokens, "resid_post.2", {}, {}, last)
     with pytest.raises(ValueError, match="0 contexts"):
-        downstream_loss(lm, tokens[:0], "resid_post.2", {}, {}, SKIP)
+        downstream_loss(lm, tokens[:0], "resid_post.2", {}, {}, REPLACED[:0])
+
+
+def test_positions_left_out_stay_intact_and_are_not_counted(lm, tokens):
+    """The same numbers as where a function leaves these activations as they are, over the other predictions."""
+    kept = REPLACED & (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.6)
+    kept[3] = False
+    rows = lm.activations(tokens, ["resid_post.2"])["resid_post.2"]
+    sae = make_sae(rows[kept], 32, "resid_post.2")
+    row = downstream_loss(lm, tokens, "resid_post.2", {"a": sae}, {"a": fitted(sae, rows[kept])}, kept).iloc[0]
+
+    def some(x: Tensor) -> Tensor:
+        return torch.where(kept[:, SKIP:, None], sae(x.flatten(0, 1)).view_as(x), x)
+
+    loss = patched_loss(lm, tokens, "resid_post.2", some)[kept[:, SKIP:-1]]
+    x = rows[kept].double().numpy()
+    missed = np.square(x - sae(rows[kept]).double().numpy()).sum()
+    assert row["ce_sae"] == pytest.approx(float(loss.mean()), rel=1e-5)
+    assert row["fvu"] == pytest.approx(missed / np.square(x - x.mean(0)).sum(), rel=1e-4)
