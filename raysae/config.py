@@ -121,7 +121,7 @@ class ModelConfig(Strict):
     )
     modules: dict[str, str] = Field(
         default_factory=dict,
-        description="Module paths of an architecture that raysae does not know, or in place of those it knows, e.g. "
+        description="Module paths, in place of those that raysae knows or finds, e.g. "
         "blocks=transformer.h,attn=attn,attn_proj=attn.o,mlp=mlp,mlp_proj=mlp.o",
     )
 
@@ -135,18 +135,29 @@ class TextConfig(Strict):
         "files or globs separated by commas. Files are txt, md, py, jsonl or parquet, or these as .gz, "
         ".xz or .zst.",
     )
-    field: str = Field("text", description="Column that holds the text in jsonl, parquet and Hugging Face datasets.")
+    field: str = Field(
+        "text",
+        description="Column that holds the documents in jsonl, parquet and Hugging Face datasets. It holds text, lists "
+        "of token ids, or chats: lists of messages with role and content, which go through the model's chat template.",
+    )
     subset: str | None = Field(None, description="Configuration name of a Hugging Face dataset. Unset: its default.")
     split: str = Field("train", description="Split of a Hugging Face dataset.")
     max_documents: int | None = Field(None, gt=0, description="Most documents to read. Unset: no limit.")
     separator: str = Field(
         "\n\n",
-        description="Text put after each document, before the next. No BOS is put between the documents of a context.",
+        description="Text put after each text, before the next. No BOS is put between the documents of a context. A "
+        "special token here lies inside contexts, where its activations can have outlier norms.",
     )
     delimiter: str | None = Field(
         None,
-        description="String that separates documents inside .txt and .md files, e.g. '<|endoftext|>'. Unset: each "
-        "file is one document.",
+        description="String that separates documents inside a text, e.g. '<|endoftext|>'. Unset: each txt or md file, "
+        "each line of jsonl and each row is one document. Python files are never split.",
+    )
+    join_documents: bool = newer_knob(
+        True,
+        before=True,
+        description="Contexts join documents one after the other. False: each context is the start of one document, "
+        "cut at the context length. What a shorter document leaves free is padded and yields no rows.",
     )
     evaluation_fraction: float = Field(
         0.15,

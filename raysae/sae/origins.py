@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysae.config import UserError
-from raysae.lm.facts import ModelFacts, hook_width
+from raysae.lm.facts import ModelFacts, hook_width, parse_hook_point
 
 TRANSFORMER_LENS = {
     "resid_pre": "blocks.{}.hook_resid_pre",
@@ -184,11 +184,12 @@ def require_fit(name: str, hook_point: str, d_in: int | None, origin: Origin, fa
             f"{name} takes activations {d_in} wide, but {hook_point} of {model} is {width} wide. Name the hook point "
             "and the model that it was trained on"
         )
-    norm = {"attn_out": "attn_norm", "mlp_out": "mlp_norm"}.get(hook_point.partition(".")[0])
-    if origin.module_output and norm and getattr(facts.modules, norm):
+    kind, layer = parse_hook_point(hook_point, facts)
+    field = {"attn_out": "attn", "mlp_out": "mlp"}.get(kind)
+    if origin.module_output and field and not facts.architecture.blocks[layer].adds_as_is(field):
         raise UserError(
-            f"{name} was trained on a module's output before its post-norm, but {hook_point} of {model} is what the "
-            "block adds, after it. raysae has no hook point before the post-norm"
+            f"{name} was trained on a module's output before its post-norm or factor, but {hook_point} of {model} is "
+            "what the block adds, after it. raysae has no hook point before the post-norm"
         )
 
 

@@ -44,9 +44,19 @@ class Production:
 
 
 class Producer:
-    """A language model on the device that Ray has assigned to this process."""
+    """A language model on the device that Ray has assigned to this process.
+
+    A mistake of the user's that shows while it starts is raised by `ping`. Raised here it would reach the pool as text.
+    """
 
     def __init__(self, production: Production):
+        self._refusal: UserError | None = None
+        try:
+            self._start(production)
+        except UserError as error:
+            self._refusal = error
+
+    def _start(self, production: Production) -> None:
         others = threads()  # Ray's threads
 
         import torch
@@ -83,7 +93,13 @@ class Producer:
         return ShardMaker(self.lm, self.contexts[stream], spec, list(plan.widths), plan.stream.block_mib, cache)
 
     def ping(self) -> tuple[int, str]:
-        """The process id and the machine's id, once the model is loaded."""
+        """The process id and the machine's id, once the model is loaded.
+
+        Raises:
+            UserError: it cannot be loaded, or its files differ from the driver's.
+        """
+        if self._refusal:
+            raise self._refusal
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def produce(self, stream: str, shard: int, tolerant: bool = False) -> list:

@@ -118,7 +118,7 @@ class ShardMaker:
         self._check(shard)
         rows, bad, norms = self._read(shard, self.hook_points, np.arange(self.spec.rows_per_shard))
         self._judge(shard, norms)
-        return _nonfinite(bad) | {"numerics": numerics(self.lm)}, rows
+        return {**_nonfinite(bad), "numerics": numerics(self.lm)}, rows
 
     def kept(self, shard: int) -> np.ndarray:
         """Which of the shard's rows are not left out, *unpermuted*, (rows_per_shard,) bool.
@@ -161,8 +161,9 @@ class ShardMaker:
                 for batch in self._batches(tokens)
             ]
             of_next = torch.cat([F.pad(loss[:, 1:].float(), (0, 1), value=torch.nan).cpu() for loss in losses])
-            predicts = self.contexts.before_no_padding(indices, np.ones(tokens.shape, bool))
-            found["token_loss"] = np.where(predicts, of_next.numpy(), np.nan)[:, spec.skip_positions :].reshape(-1)
+            padded = torch.from_numpy(~self.contexts.real(indices)[:, 1:])
+            of_next[:, :-1].masked_fill_(padded, torch.nan)
+            found["token_loss"] = of_next[:, spec.skip_positions :].reshape(-1).numpy()
         return found
 
     def _produce(self, shard: int, hook_points: list[str]) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from raysae.config import ModelConfig, SAEConfig, SweepConfig, UserError, error_kind
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
-from raysae.lm.tokenizer import load_tokenizer, tokenizer_digest
+from raysae.lm.tokenizer import load_tokenizer, load_vocabulary, tokenizer_digest
 from raysae.processes import apart
 from raysae.storage import open_location
 from raysae.stream.blocks import WIRE_DTYPES, shards_in_flight
@@ -89,7 +89,10 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
     length = config.stream.context_length
     enough = _enough(config, held_out) if config.text.source.startswith("hf:") else None
     tokenizer = partial(load_tokenizer, config.model)
-    contexts = build_contexts(config.text, tokenizer, tokenizer_digest(config.model), length, enough, run=apart)
+    vocabulary = partial(load_vocabulary, config.model)
+    contexts = build_contexts(
+        config.text, tokenizer, tokenizer_digest(config.model), length, enough, run=apart, load_vocabulary=vocabulary
+    )
 
     left_out = leave_out_ids(config)
 

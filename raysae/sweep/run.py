@@ -145,7 +145,8 @@ def _train_and_evaluate(
     queue, relays, trainers = _start(settled, bank_plans, place, allow)
     trainer_of = {sae.name: trainers[bank.name] for bank in bank_plans for sae in bank.saes}
     faults = settled.config.faults
-    watch = Watch(settled, queue, trainers, study, relays)
+    saes = {bank.name: [sae.name for sae in bank.saes] for bank in bank_plans}
+    watch = Watch(settled, queue, trainers, saes, study, relays)
     try:
         with watch:
             watch.await_training(START_SECONDS)

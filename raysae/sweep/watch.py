@@ -58,6 +58,7 @@ class WatchedTrainer:
     since: float = 0.0  # Time of these calls
     starts_since: float | None = None  # Set while the trainer starts or has no place
     stopping: ray.ObjectRef | None = None  # Set while it writes checkpoints, to be restarted on another machine
+    stop_on: str | None = None  # The machine that it is to leave
     stop_by: float = 0.0  # Time at which it is restarted, whether they are written or not
     status: list[dict] = field(default_factory=list)
 
@@ -74,6 +75,7 @@ class WatchedRelay:
 class Watch:
     """Watches the `trainers` (by bank), the queue and its relays while it is entered.
 
+    `saes` are the names of each bank's SAEs. Until its trainer tells of them, they wait and their tokens are unknown.
     `failure` says why the sweep cannot go on. It is None while the sweep can.
     """
 
@@ -82,6 +84,7 @@ class Watch:
         settled: Plan,
         queue: ActorHandle,
         trainers: Mapping[str, ActorHandle],
+        saes: Mapping[str, Sequence[str]],
         study: Study,
         relays: Sequence[ActorHandle] = (),
     ) -> None:
@@ -90,12 +93,17 @@ class Watch:
         self.needs = {"num_cpus": resources.trainer_cpus, "num_gpus": resources.trainer_gpus}
         self.rows = train.steps * train.batch
         self.queue, self.study = queue, study
-        self.trainers = {bank: WatchedTrainer(actor) for bank, actor in trainers.items()}
+        self.trainers = {
+            bank: WatchedTrainer(
+                actor, status=[{"name": name, "state": "waiting", "tokens": None} for name in saes[bank]]
+            )
+            for bank, actor in trainers.items()
+        }
         self.relays = [WatchedRelay(actor) for actor in relays]
         self.hook_point = {sae.name: sae.hook_point for sae in settled.saes}
         self.outlier_norm = settled.config.evaluation.outlier_norm
         self._spoilt: set[str] = set()  # Hook points with outliers, of which the console has told
-        self.tracked = dict.fromkeys((sae.name for sae in settled.saes), 0)
+        self.tracked = {name: 0 for names in saes.values() for name in names}
         self.failure: str | None = None
         self.abandoned = False  # The driver waits no more: the study is about to be closed, so nothing is written
         self._ended_since: float | None = None
@@ -190,9 +198,9 @@ class Watch:
                     if not self.abandoned:
                         log.exception("the sweep could not be watched")
                 saes = [row for trainer in self.trainers.values() for row in trainer.status]
-                if len(saes) == len(self.tracked) and all(row["state"] in ENDED for row in saes):
+                if all(row["state"] in ENDED for row in saes):
                     self._ended_since = self._ended_since or time.monotonic()
-                if saes and stream and not self.abandoned:
+                if stream and not self.abandoned:
                     table(saes, stream, last=last)
                 if last:
                     return
@@ -213,14 +221,14 @@ class Watch:
             failed = {"state": "failed", "message": str(error)}
             trainer.status = [row if row["state"] in ENDED else row | failed for row in trainer.status]
             trainer.asked = None
-            self.queue.leave.remote(bank)  # Nobody else may wait for it. Told at every look: the queue may restart.
+            self.queue.dismiss.remote(bank)  # Nobody else may wait for it. Told at every look: the queue may restart.
             return
         if self.abandoned:
             return
         trainer.asked = trainer.starts_since = None
         trainer.status = status
         if status and all(row["state"] in ENDED for row in status):
-            self.queue.leave.remote(bank)  # The bank has said so, perhaps to a relay that died with the message
+            self.queue.dismiss.remote(bank)  # The bank has said so, perhaps to a relay that died with the message
         for line in warnings:
             log.warning("trainer %s: %s", bank, line)
         for name, reports in news.items():
@@ -299,14 +307,19 @@ class Watch:
                 if deadline := draining[node]:
                     seconds = min(seconds, deadline / 1000 - time.time())
                 trainer.stopping, trainer.stop_by = trainer.actor.stop.remote(), time.monotonic() + seconds
+                trainer.stop_on = node
 
     def _restart_elsewhere(self, bank: str, trainer: WatchedTrainer) -> None:
-        """Restart the trainer once its checkpoints are written, or its time is up."""
+        """Restart the trainer once its checkpoints are written, or its time is up.
+
+        Its process may have died meanwhile. Ray has then restarted it elsewhere, and it trains there.
+        """
         stopped, _ = ray.wait([trainer.stopping], timeout=0)
         if stopped or time.monotonic() > trainer.stop_by:
-            without = "" if stopped else " before its checkpoints were written"
-            log.warning("trainer %s leaves its machine%s", bank, without)
-            ray.kill(trainer.actor, no_restart=False)
+            if machine_of(trainer.actor) == trainer.stop_on:
+                without = "" if stopped else " before its checkpoints were written"
+                log.warning("trainer %s leaves its machine%s", bank, without)
+                ray.kill(trainer.actor, no_restart=False)
             trainer.stopping, trainer.since = None, time.monotonic()
 
     # ---------------------------------------------------------------- the stream

@@ -116,7 +116,8 @@ class CheckpointStore:
             UserError: the storage takes no more. The earlier checkpoints are whole.
         """
         for leftover in inside(self.files, self.folder, f".*{SUFFIX}.*{PARTIAL}"):
-            self.files.rm_file(leftover)
+            with suppress(FileNotFoundError):  # A process given up for dead may still run and finish it first
+                self.files.rm_file(leftover)
         header = json.dumps({"header": checkpoint.header, "fingerprint": checkpoint.fingerprint})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         content = safetensors.torch.save(tensors, {HEADER: header})

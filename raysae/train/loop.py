@@ -27,7 +27,7 @@ import torch
 from raysae.config import EvaluationConfig, SAEConfig, TrainConfig
 from raysae.determinism import Seen, together, told
 from raysae.stream.spec import ActivationSpec
-from raysae.stream.state import StreamError
+from raysae.stream.state import StreamError, SupersededError
 from raysae.train.bank import Bank, Member
 from raysae.train.checkpoint import Checkpoint, CheckpointStore, check_fingerprint, fingerprint
 from raysae.train.evaluation import HeldOut, reconstruction_metrics
@@ -276,6 +276,8 @@ class Loop:
         except Exception as error:
             if self._stopping:
                 return None
+            if isinstance(error, SupersededError):
+                raise  # Another process trains these SAEs now, and writes their files
             self._checkpoint()  # The stream is broken, the SAEs are not
             if isinstance(error, StreamError):
                 raise StreamError(f"at step {cohort[0].steps_done}: {error}") from None

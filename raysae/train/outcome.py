@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -53,7 +54,8 @@ class Outcomes:
         """
         folder = f"{self.folder}/{name}"
         for leftover in inside(self.files, folder, f".*{PARTIAL}"):  # Files of a process that died while it wrote here
-            self.files.rm_file(leftover)
+            with suppress(FileNotFoundError):  # A process given up for dead may still run and finish it first
+                self.files.rm_file(leftover)
         if sae is not None:
             with tempfile.TemporaryDirectory() as temporary:
                 save_sae(sae, temporary, metadata or {})

@@ -81,7 +81,12 @@ def test_the_numbers_agree_with_the_sweep_and_among_themselves(analysed: Path) -
     errors = pd.read_parquet(results / "error_saes/error_saes.parquet").set_index("kind")
     assert set(errors.index) == {"error", "linear", "nonlinear"}
     assert errors["fvu"].between(0, 1).all()
+    seeds = pd.read_parquet(results / "error_saes/seeds.parquet")
+    assert seeds.groupby("kind").size().to_dict() == {"error": 3, "linear": 3, "nonlinear": 3}
     earlier = pd.read_parquet(results / "earlier_layers/earlier_layers.parquet")
+    assert set(earlier.groupby("source")["part"].nunique()) == {5}, "there is an SAE at every source, attn_z too"
+    (beyond,) = pd.read_parquet(results / "earlier_layers/beyond_pursuit.parquet").to_dict("records")
+    assert any(beyond["encoder_share"] == pytest.approx(share) for share in pursuit["encoder_share"])
     assert {"resid_post.2", "resid_post.1", "mlp_out.2", "attn_out.2", "attn_z.2"} == set(earlier["source"])
     tables = list((results / "per_token").glob("*.parquet"))
     assert len(tables) == 4

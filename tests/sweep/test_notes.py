@@ -48,7 +48,7 @@ def test_the_share_of_rows_left_out_counts_rows_that_were_made() -> None:
 
 def test_the_watch_tells_of_outliers_once_per_hook_point(caplog: pytest.LogCaptureFixture) -> None:
     config = SweepConfig(hook_points=["resid_post.0", "resid_post.1"], widths=[64], k=[8])
-    watch = Watch(SimpleNamespace(config=config, saes=config.saes()), None, {}, study=None)
+    watch = Watch(SimpleNamespace(config=config, saes=config.saes()), None, {}, {}, study=None)
     with caplog.at_level(logging.WARNING):
         for share in (0.01, 0.5, 0.6):
             for hook in watch.hook_point.values():

@@ -13,8 +13,8 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from raysae.analysis.dark_matter.measures.downstream_loss import PARTS, downstream_loss
-from raysae.analysis.dark_matter.probes import GROUP, described, model_name, regressions, shown
+from raysae.analysis.dark_matter.measures.downstream_loss import PARTS, Patched, downstream_loss
+from raysae.analysis.dark_matter.probes import GROUP, alike, described, model_name, regressions, shown
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.plots import AXES, ERROR_PARTS, PAPER_WIDTH, STYLE, bars, headed, ticks
 from raysae.analysis.instruments.regression import Linear
@@ -59,8 +59,9 @@ def run(lab: Lab) -> Findings:
     of_hook = table[table["sae"].isin(lab.of(chosen.hook_point))]
     of_figures = of_hook[of_hook["sae"].isin(chosen.saes)]
     findings.figures["widths"] = ce_recovered(of_figures, "width", described(lab, chosen))
-    width = chosen.central.width
-    of_width = of_hook[of_hook["width"] == width]
+    width, group = chosen.central.width, alike(chosen.central.params)
+    in_group = [name for name, sae in lab.of(chosen.hook_point).items() if alike(sae.params) == group]
+    of_width = of_hook[(of_hook["width"] == width) & of_hook["sae"].isin(in_group)]
     if len(of_width) > 1:
         where = f"{model_name(lab)} · {chosen.hook_point} · width {width:,}"
         findings.figures["sparsities"] = ce_recovered(of_width, col.L0, where)
@@ -83,8 +84,9 @@ def _downstream(
     kept = contexts.before_no_padding(indices, np.pad(recorded.kept("C"), ((0, 0), (recorded.first_position, 0))))
     wanted = int(np.searchsorted(kept[:, :-1].sum(1).cumsum(), predicted)) + 1
     tokens, kept = (torch.from_numpy(array).to(lm.device) for array in (contexts[indices[:wanted]], kept[:wanted]))
+    patched = Patched(tokens, torch.from_numpy(recorded.groups("C")[:wanted]), kept)
     loaded = {sae.name: sae.load() for sae in saes}
-    return downstream_loss(lm, tokens, saes[0].hook_point, loaded, probes, kept, replicates, seed)
+    return downstream_loss(lm, patched, saes[0].hook_point, loaded, probes, replicates, seed)
 
 
 # ---------------------------------------------------------------- the figures

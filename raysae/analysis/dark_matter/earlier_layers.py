@@ -6,24 +6,36 @@ It needs SAEs at the hook points before that of the central SAE. Where the sweep
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
 import pandas as pd
+import torch
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from raysae.analysis.dark_matter.error_regression import r2_per_layer
-from raysae.analysis.dark_matter.measures.earlier_layers import earlier_layers
+from raysae.analysis.dark_matter.measures.earlier_layers import (
+    beyond_pursuit,
+    depends,
+    earlier_hook_points,
+    earlier_layers,
+)
 from raysae.analysis.dark_matter.probes import Shown, model_name, regression_table, regressions, shown, topk_like
+from raysae.analysis.dark_matter.pursuit import PURSUIT_ROWS, pursuit_tasks
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.plots import PAPER_WIDTH, SOURCE_PARTS, STYLE, headed
 from raysae.analysis.lab.lab import Lab
 from raysae.analysis.lab.recording import Recorded
 from raysae.analysis.lab.results import Findings
 from raysae.analysis.lab.subjects import Subject
-from raysae.analysis.lab.tasks import Task
+from raysae.analysis.lab.tasks import Task, language_model
+from raysae.config import ModelConfig
+from raysae.lm.layout import KINDS
+from raysae.text.contexts import Contexts
 
 TARGET_TITLES = {"e": "error e", "ê": "linear error ê", "ε": "nonlinear error ε"}
 TARGET_METRICS = {"e": col.ERROR, "ê": col.LINEAR, "ε": col.NONLINEAR}  # Names of metrics are plain ASCII.
@@ -37,44 +49,67 @@ def run(lab: Lab) -> Findings:
     """Predicts the central SAE's error from the same residual, the previous one, and this layer's MLP and attention.
 
     One pass of the language model trains the SAEs that the sweep lacks there. They are TopK SAEs with the central SAE's
-    width and L0.
+    width and L0. R² is measured on the rows that pursuit is measured on, since a claim compares the two.
     """
     chosen = shown(lab)
     sae = chosen.central
-    hooks = earlier_hook_points(lab, chosen.hook_point)
+    hooks = earlier_places(lab, chosen.hook_point)
     there = _saes_at(lab, chosen, hooks)
     recorded = lab.record([chosen.hook_point, *hooks])
     arguments = (recorded, chosen.hook_point, there, lab.replicates, lab.seed)
-    task = Task("earlier_layers", lab.key(*there.values(), hooks=hooks), _predict, arguments)
-    table = lab.run([task])[0].assign(hook_point=chosen.hook_point)
-    findings = Findings("earlier_layers", task.key, pd.DataFrame({"sae": [sae.name]}))
+    key = lab.key(*there.values(), hooks=hooks, rows=PURSUIT_ROWS)
+    (of_pursuit,) = pursuit_tasks(lab, replace(chosen, saes={sae.name: sae}))
+    table, pursued = lab.run([Task("earlier_layers", key, _predict, arguments), of_pursuit])
+    beyond = beyond_pursuit(table, chosen.hook_point, pursued)
+    findings = Findings("earlier_layers", key, pd.DataFrame({"sae": [sae.name]}))
     free = table[~table[col.BY_DEFINITION]]
     for _, row in free[free[col.PART] == "reconstruction"].iterrows():
         metric = f"{col.R2}_{TARGET_METRICS[row[col.TARGET]]}_from_reconstruction/{row[col.SOURCE]}"
         findings.numbers[metric] = float(row[col.R2])
+    if len(beyond):
+        findings.numbers |= beyond[[col.EXPLAINED, col.ENCODER_SHARE, col.LEAD]].iloc[0].astype(float).to_dict()
     layers = _layers(lab, chosen, there)
-    findings.tables = {"earlier_layers": table, "layers": layers}
+    findings.tables = {"earlier_layers": table, "beyond_pursuit": beyond, "layers": layers}
     if layers["layer"].nunique() > 1:
         findings.figures["layers"] = r2_per_layer(layers, f"{model_name(lab)} · width {sae.width:,}")
-    findings.figures["earlier_layers"] = earlier_layer_bars(table, title=f"{model_name(lab)} · {sae.name}")
+    share = float(pursued[col.ENCODER_SHARE].iloc[0])
+    where = f"{model_name(lab)} · {sae.name}"
+    findings.figures["earlier_layers"] = earlier_layer_bars(table, title=where, pursued=share)
     return findings
 
 
-def earlier_hook_points(lab: Lab, hook_point: str) -> list[str]:
-    """The previous residual, and this layer's mlp_out, attn_out and attn_z, where the model has them."""
-    kinds, layer = lab.plan.facts.kinds, int(hook_point.split(".")[1])
-    previous = f"resid_post.{layer - 1}" if layer else "resid_pre.0"
-    hooks = [previous] + [f"{kind}.{layer}" for kind in ("mlp_out", "attn_out", "attn_z") if kind in kinds]
-    return [hook for hook in hooks if hook != hook_point]
+def earlier_places(lab: Lab, hook_point: str) -> list[str]:
+    """The hook points before `hook_point` that analysis 8 reads.
+
+    Only at an MLP the model has to be asked: whether the block's attention comes first.
+    """
+    places = _present(lab, earlier_hook_points(hook_point, KINDS, attention_first=True))
+    without = earlier_hook_points(hook_point, KINDS, attention_first=False)
+    of_attention = [place for place in places if place not in without]
+    if not of_attention:
+        return places
+    key = [lab.plan.facts.digest, hook_point, of_attention[0]]
+    gpus = lab.config.resources.producer_gpus
+    arguments = (lab.plan.config.model, hook_point, of_attention[0])
+    task = Task("attention_first", key, _depends, arguments, gpus=gpus, contexts=True)
+    return places if lab.run([task])[0] else [place for place in places if place not in of_attention]
+
+
+def _present(lab: Lab, places: list[str]) -> list[str]:
+    """Those of the hook points that their layer has. Blocks of a model may differ."""
+    having = {kind: lab.plan.facts.layers_with(kind) for kind in lab.plan.facts.kinds}
+    split = {place: place.split(".") for place in places}
+    return [place for place, (kind, layer) in split.items() if int(layer) in having.get(kind, ())]
+
+
+def _depends(contexts: Contexts, model: ModelConfig, target: str, source: str) -> bool:
+    lm = language_model(model)
+    return depends(lm, torch.from_numpy(contexts[np.arange(1)]).to(lm.device), target, source)
 
 
 def _saes_at(lab: Lab, chosen: Shown, hooks: list[str]) -> dict[str, Subject]:
-    """The central SAE and one SAE per hook point of `hooks`, by hook point. Trains those that the sweep lacks.
-
-    attn_z gets none: attn_out is a linear function of it, so its activation says enough.
-    """
+    """The central SAE and one SAE per hook point of `hooks`, by hook point. Trains those that the sweep lacks."""
     sae = chosen.central
-    hooks = [hook for hook in hooks if not hook.startswith("attn_z")]
     there = {chosen.hook_point: sae} | {hook: _alike(lab, hook, sae) for hook in hooks if lab.of(hook)}
     lacking = [hook for hook in hooks if hook not in there]
     if lacking:
@@ -100,7 +135,7 @@ def _layers(lab: Lab, chosen: Shown, there: Mapping[str, Subject]) -> pd.DataFra
     central = chosen.central.name
     residuals = {chosen.hook_point: {central: chosen.results[central]}}
     for hook, other in there.items():
-        if hook.startswith("resid_post") and hook != chosen.hook_point:
+        if hook.startswith("resid_") and hook != chosen.hook_point:
             residuals[hook] = regressions(lab, hook, {other.name: other})
     subjects = {subject.name: subject for subject in there.values()}
     return pd.concat([regression_table(lab, subjects, found) for found in residuals.values()], ignore_index=True)
@@ -108,19 +143,22 @@ def _layers(lab: Lab, chosen: Shown, there: Mapping[str, Subject]) -> pd.DataFra
 
 def _predict(recorded: Recorded, target: str, saes: Mapping[str, Subject], replicates: int, seed: int) -> pd.DataFrame:
     loaded = {hook: sae.load() for hook, sae in saes.items()}
-    return earlier_layers(recorded.open(), target, loaded, None, replicates, seed)
+    return earlier_layers(recorded.open(), target, loaded, replicates, seed, PURSUIT_ROWS)
 
 
 # ---------------------------------------------------------------- the figure
 
 
-def earlier_layer_bars(table: pd.DataFrame, column: str = col.R2, title: str = "") -> Figure:
+def earlier_layer_bars(
+    table: pd.DataFrame, column: str = col.R2, title: str = "", pursued: float | None = None
+) -> Figure:
     """Bars of R² per source and what of it is read, a panel per target.
 
     Args:
         table: that of `measures.earlier_layers`.
         column: "r2" or "r2_weighted".
         title: the second line of the title.
+        pursued: the share of ε that pursuit removes, a line in its panel.
     """
     sources = list(dict.fromkeys(table[col.SOURCE]))
     parts = [part for part in SOURCE_PARTS if part in set(table[col.PART])]
@@ -144,12 +182,14 @@ def earlier_layer_bars(table: pd.DataFrame, column: str = col.R2, title: str = "
         centres = [np.mean([y for y, row in zip(place, rows, strict=True) if row[0] == source]) for source in sources]
         panels[0].set_yticks(centres, sources)
         panels[0].set_ylim(place.max() + GAP, -GAP)
-        handles = [
+        handles: list[Artist] = [
             Patch(facecolor=color, label=label) for part, (label, color) in SOURCE_PARTS.items() if part in parts
         ]
         if table[col.BY_DEFINITION].any():
             hatched = {"facecolor": "white", "edgecolor": "0.4", "hatch": "/////", "linewidth": 0.6}
             handles.append(Patch(label="1 by definition", **hatched))
+        if pursued is not None:
+            handles.append(panels[-1].axvline(pursued, color="black", linestyle=":", linewidth=1, label="pursuit"))
         below = {"loc": "outside lower center", "ncols": len(handles), "columnspacing": 1, "handlelength": 1.2}
         figure.legend(handles=handles, title="predicted from", title_fontsize=7, **below)
         figure.suptitle(headed("What other hook points know of the error", title))

@@ -54,11 +54,11 @@ def regression_table(lab: Lab, saes: Mapping[str, Subject], found: Mapping[str, 
         layer = next((int(word) for word in sae.hook_point.split(".") if word.isdigit()), 0)
         architecture = sae.params.get("architecture", "")
         known = {"sae": name, "hook_point": sae.hook_point, "layer": layer, "width": sae.width}
-        rows.append(known | {"architecture": architecture, col.ALIKE: _alike(sae.params)} | result.row())
+        rows.append(known | {"architecture": architecture, col.ALIKE: alike(sae.params)} | result.row())
     return pd.DataFrame(rows)
 
 
-def _alike(params: Mapping[str, str]) -> str:
+def alike(params: Mapping[str, str]) -> str:
     """Architecture, learning rate and seed of an SAE in words. Empty for one that no sweep trained."""
     named = {"architecture": "", "learning_rate": "learning rate ", "seed": "seed "}
     return ", ".join(f"{label}{params[knob]}" for knob, label in named.items() if params.get(knob))

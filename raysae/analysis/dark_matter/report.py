@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from raysae.analysis.dark_matter.claims import decide
-from raysae.analysis.dark_matter.earlier_layers import earlier_hook_points
+from raysae.analysis.dark_matter.earlier_layers import earlier_places
 from raysae.analysis.dark_matter.probes import main_hook_point, model_name
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.lab.lab import Lab
@@ -69,14 +69,16 @@ CAPTIONS = {  # Beginning of a figure's name: what the figure shows.
     "pairs": "R² of the wider SAE's error norm from the narrower one's, what it explains of what ‖x‖ leaves, and what "
     "‖ε‖ adds.",
     "lines": "Error norms along the first held-out context, and a stretch of it with its tokens.",
-    "grid": "Estimates under introduced errors, on the central SAE.",
-    "synthetic": "The same on a fully synthetic model, where every error is known.",
+    "grid": "Estimates under introduced errors, on the central SAE. They are to be those of the closed form. The "
+    "correlations judge no SAE: a bad one may have those of a perfect one.",
+    "synthetic": "The same on a fully synthetic model, where every error is known: a check of the code.",
     "widths": "Cross-entropy recovered by each part of the error, beside its shares of norm and variance, over widths.",
     "sparsities": "The same over L0 at one width.",
-    "error_saes": "SAEs of equal width and k, trained on e, ê and ε.",
+    "error_saes": "SAEs of equal width and k on e, ê and ε. FVU is that at equal L0. A circle is one seed.",
     "pursuit_breakdown": "The breakdown of the errors that pursuit leaves.",
     "pursuit": "FVU and nonlinear FVU before and after pursuit.",
-    "earlier_layers": "R² of e, ê and ε from each source. Hatched bars are 1 by definition.",
+    "earlier_layers": "R² of e, ê and ε from each source. Hatched bars are 1 by definition. The dotted line is the "
+    "share of ε that pursuit removes, to compare with reconstructions.",
 }
 PAPER = (  # Label, analysis, table, column, the paper's value.
     ("R² of e, mean over dimensions", "error_regression", "regressions", col.R2_ERROR, "about 0.5"),
@@ -118,7 +120,7 @@ def run_all(config: AnalysisConfig, given: Mapping[str, Any], analyses: Mapping[
     began = time.monotonic()
     lab = Lab(config, given)
     print(f"Study {lab.study}: {len(lab.saes)} SAEs at {', '.join(lab.hook_points)}", flush=True)
-    hooks = [*lab.hook_points, *earlier_hook_points(lab, main_hook_point(lab))]
+    hooks = [*lab.hook_points, *earlier_places(lab, main_hook_point(lab))]
     recorded = lab.record(list(dict.fromkeys(hooks)))  # One pass of the language model serves all analyses.
     if lab.shortage:
         print(f"Warning: {lab.shortage}", flush=True)
@@ -216,7 +218,13 @@ def _introduced(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
     caption = (
         "Estimates on the synthetic model beside their closed form; deviation: relative, where the closed form is "
     )
+    judged = [f"{column}{end}" for column in (col.DEVIATION, col.REENCODING_FVU) for end in ("", col.LOW, col.HIGH)]
+    caption_of_sae = (
+        "The SAE, over the whole grid at no ablation: deviation, the distance of the estimates from the closed form as "
+        "a share of it, and FVU(x′, Sae(x′))"
+    )
     return [
+        (caption_of_sae, tables["judged"][judged]),
         ("Estimates on the SAE beside the closed form for a perfect re-encoding", some("closed_form")),
         (f"{caption}not below 0.01", synthetic[synthetic[col.ABLATED].isin((0, 0.5))]),
     ]
@@ -230,10 +238,13 @@ def _downstream(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
 
 
 def _error_saes(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
-    columns = [col.KIND, "width", col.L0, col.FVU, col.low(col.FVU), col.high(col.FVU)]
-    columns += [col.WORSE, col.low(col.WORSE), col.high(col.WORSE), col.SHARE, col.DEAD_FRACTION]
+    columns = [col.KIND, "width", col.SEEDS, col.L0, col.FVU, col.EQUAL_L0]
+    for column in (col.FVU_EQUAL_L0, col.WORSE):
+        columns += [column, col.low(column), col.high(column)]
+    columns += [col.SHARE, col.DEAD_FRACTION]
     caption = (
-        "SAEs on the parts of the error; worse: FVU/FVU of the linear part − 1; share: the part's variance over e's"
+        "SAEs on the parts of the error, means over seeds; worse: FVU at equal L0 over that of the linear part, − 1; "
+        "share: the part's variance over e's"
     )
     return [(caption, tables["error_saes"][columns])]
 

@@ -91,6 +91,7 @@ ABLATED = "ablated"  # Share of the latents that are left out.
 SIGMA_X, SIGMA_R = "sigma_x", "sigma_r"  # Noise in x and in Sae(x).
 DENSE, INTRODUCED = "dense", "introduced"  # What was put in, as shares of the variance.
 DEVIATION = "deviation"  # The larger relative distance of both estimates from their closed forms.
+REENCODING_FVU = "reencoding_fvu"  # FVU(x′, Sae(x′)).
 NOISE = "noise"  # SIGMA_X or SIGMA_R, in the table of correlations.
 
 # ---------------------------------------------------------------- downstream_loss
@@ -121,8 +122,11 @@ def variance_share(part: str) -> str:
 # ---------------------------------------------------------------- error_saes
 
 KIND = "kind"  # ERROR, LINEAR or NONLINEAR: what the SAE was trained on.
-WORSE = "worse"  # FVU over that of the SAE on ê, less 1.
-SHARE = "share"  # Variance of what the SAE reads over that of e.
+SEED, SEEDS = "seed", "seeds"  # Which of the SAEs of a kind, and how many there are.
+EQUAL_L0 = "equal_l0"  # The L0 at which the SAEs are compared.
+FVU_EQUAL_L0 = FVU + "_" + EQUAL_L0
+WORSE = "worse"  # FVU at equal L0 over that of the SAEs on ê, less 1.
+SHARE = "share"  # Variance of what the SAEs read over that of e.
 
 # ---------------------------------------------------------------- pursuit
 
@@ -137,5 +141,7 @@ ENCODER_SHARE = "encoder_share"  # ENCODER_ERROR as a share of NONLINEAR_FVU.
 SOURCE = "source"  # Hook point that a prediction reads.
 PART = "part"  # What of it: activation, reconstruction or one of the errors.
 TARGET = "target"  # What is predicted: e, ê or ε.
+EXPLAINED = "explained"  # Share of ε's variance that the best earlier reconstruction explains.
+LEAD = "lead"  # EXPLAINED less ENCODER_SHARE.
 BY_DEFINITION = "by_definition"  # Whether the source determines the target.
 R2_WEIGHTED = R2 + WEIGHTED

@@ -186,8 +186,14 @@ def add_target(sums: GroupSums, group: Tensor, name: str, y: Tensor, predicted: 
     `predicted` maps the name of a prediction to its values.
     """
     y = y.double()
-    residuals = {f"{name}_missed_{by}": (y - ŷ.reshape(y.shape)).square() for by, ŷ in predicted.items()}
-    sums.add(group, **{name: y, f"{name}_squared": y.square()}, **residuals)
+    sums.add(group, **{name: y, f"{name}_squared": y.square()})
+    for by, ŷ in predicted.items():
+        add_prediction(sums, group, name, y, by, ŷ)
+
+
+def add_prediction(sums: GroupSums, group: Tensor, name: str, y: Tensor, by: str, predicted: Tensor) -> None:
+    """Adds what R² of one more prediction of the target `name` needs. `add_target` has added `y` before."""
+    sums.add(group, **{f"{name}_missed_{by}": (y.double() - predicted.reshape(y.shape)).square()})
 
 
 def r2(sums: GroupSums, name: str, by: str, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -275,6 +275,7 @@ class Lab:
         like: SAEConfig,
         tokens: int,
         errors: ErrorsConfig | None = None,
+        seeds: int = 1,
     ) -> dict[str, Subject]:
         """SAEs that the sweep lacks, by name. One sweep with the study's settings trains them, beside the study.
 
@@ -285,6 +286,7 @@ class Lab:
             like: what the SAEs have in common.
             tokens: how many each trains on.
             errors: the SAE and probe that the hook points' errors come from.
+            seeds: SAEs per hook point and width. Their seeds count up from that of `like`.
 
         Raises:
             UserError: some of them could not be trained.
@@ -293,8 +295,8 @@ class Lab:
         update = {
             "hook_points": list(hook_points), "architectures": [like.architecture], "widths": list(widths),
             "k": [] if like.k is None else [like.k], "sparsities": [] if like.sparsity is None else [like.sparsity],
-            "learning_rates": [like.learning_rate], "seeds": [like.seed], "search": "grid", "scheduler": "none",
-            "train": train, "errors": errors or ErrorsConfig(),
+            "learning_rates": [like.learning_rate], "seeds": [like.seed + i for i in range(seeds)],
+            "search": "grid", "scheduler": "none", "train": train, "errors": errors or ErrorsConfig(),
             "evaluation": self.sweep.evaluation.model_copy(update={"predicted_tokens": 0}),
         }  # fmt: skip
         config = self.sweep.model_copy(update=update)

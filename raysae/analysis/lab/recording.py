@@ -37,8 +37,8 @@ class StreamActivations:
 
     The folder has `HOOK.npy` (c, t, d) float32 per hook point, `token.npy` and `token_loss.npy` (c, t), `context.npy`,
     `group.npy` and `split.npy` (c,). c counts the contexts that belong to a split, t the positions from
-    `first_position` on.
-    Where rows are left out, `kept.npy` (c, t) says which are not. Nothing takes their places: a chunk does without.
+    `first_position` on. Where rows are left out, `kept.npy` (c, t) says which are not. Nothing takes their places: a
+    chunk does without.
     """
 
     def __init__(self, folder: Path, hook_points: Sequence[str], first_position: int, token_loss: bool) -> None:

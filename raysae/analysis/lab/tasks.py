@@ -67,7 +67,7 @@ def ensure_ray(settled: Plan) -> None:
     if ray.is_initialized():
         return
     config = settled.config
-    held_out_width = TRAINED_AT * max(settled.widths.values())
+    held_out_width = TRAINED_AT * max(*settled.widths.values(), settled.facts.d_attn or 0)
     connect(config.resources.address, store_bytes(settled, held_out_width, token_copies=4))
     machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     if len(machines) > 1 and not config.resources.shared_storage:

@@ -74,3 +74,10 @@ def within(low: float, high: float, borders: tuple[float, float]) -> Verdict:
 def unanimous(verdicts: Collection[Verdict]) -> Verdict:
     """The verdict that all agree on. It cannot be told where they differ, or where there is none."""
     return next(iter(verdicts)) if len(set(verdicts)) == 1 else UNTOLD
+
+
+def conjunction(verdicts: Collection[Verdict]) -> Verdict:
+    """The verdict on a claim that holds where all of `verdicts` hold and fails where one fails."""
+    if FAILS in verdicts:
+        return FAILS
+    return HOLDS if verdicts and set(verdicts) == {HOLDS} else UNTOLD

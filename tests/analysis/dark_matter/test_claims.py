@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from raysae.analysis.dark_matter.claims import RULES, decide
 from raysae.analysis.dark_matter.measures.breakdown import breakdown, fit_power_law
+from raysae.analysis.dark_matter.measures.introduced_error import introduced_error
 from raysae.analysis.instruments.intervals import with_intervals
 from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD
+from tests.analysis.planted import HOOK, activations, linear_sae
 
 WIDTHS = np.array([256, 512, 1024, 2048, 4096, 8192])
 
@@ -183,6 +186,17 @@ def test_differences_are_judged_by_their_intervals(column: str, claim: str, ends
     assert verdict({"error_regression": {"regressions": table}}, claim) == expected
 
 
+def introduced(**values: tuple[float, float, float]) -> dict:
+    """Tables of an SAE that tells the errors apart, and of a synthetic model without a fault."""
+    ends = {"deviation": (0.04, 0.05, 0.06), "reencoding_fvu": (0.01, 0.02, 0.03)} | values
+    correlations = pd.DataFrame({"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.2, 0.95]})
+    return {
+        "judged": pd.DataFrame([interval(**ends)]),
+        "synthetic_correlations": correlations,
+        "synthetic_closed_form": pd.DataFrame({"deviation": [0.001, np.nan, 0.01]}),
+    }
+
+
 def test_same_tokens_needs_more_than_the_norm_of_x() -> None:
     def pairs(r2: tuple, beyond: tuple) -> dict:
         widths = {"small_width": 256, "large_width": 512}
@@ -195,52 +209,108 @@ def test_same_tokens_needs_more_than_the_norm_of_x() -> None:
     assert verdict(pairs((0.1, 0.2, 0.3), (0.0, 0.1, 0.2)), "Larger SAEs fail") == FAILS
 
 
-def test_introduced_error() -> None:
-    good = pd.DataFrame({"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.2, 0.95]})
-    bad = good.assign(nonlinear=[0.7, 0.95])
-    for own, deviation, expected in ((good, 0.01, HOLDS), (bad, 0.01, FAILS), (good, 0.03, FAILS)):
-        compared = pd.DataFrame({"deviation": [0.001, np.nan, deviation]})
-        tables = {
-            "introduced_error": {"correlations": own, "synthetic_correlations": good, "synthetic_closed_form": compared}
-        }
-        assert verdict(tables, "The estimates tell") == expected
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, HOLDS),
+        ({"deviation": (0.2, 0.3, 0.4)}, FAILS),
+        ({"reencoding_fvu": (0.1, 0.2, 0.3)}, FAILS),
+        ({"deviation": (0.08, 0.09, 0.12)}, UNTOLD),
+        ({"deviation": (np.nan, 0.05, np.nan)}, UNTOLD),
+    ],
+)
+def test_an_sae_tells_dense_from_introduced_error_or_not(values: dict, expected: str) -> None:
+    assert verdict({"introduced_error": introduced(**values)}, "The SAE's estimates tell") == expected
 
 
 @pytest.mark.parametrize(
-    ("ends", "norm", "expected"),
+    "fault",
     [
-        ((0.45, 0.5, 0.55), 0.52, HOLDS),
-        ((0.45, 0.5, 0.55), 0.8, UNTOLD),  # Proportional to the variance and not to the norm
-        ((0.1, 0.15, 0.2), 0.7, FAILS),
-        ((0.3, 0.45, 0.6), 0.5, UNTOLD),
+        {"synthetic_closed_form": pd.DataFrame({"deviation": [0.001, np.nan, 0.03]})},
+        {"synthetic_closed_form": pd.DataFrame({"deviation": [np.nan]})},
+        {
+            "synthetic_correlations": pd.DataFrame(
+                {"noise": ["sigma_x", "sigma_r"], "linear": [0.97, -0.1], "nonlinear": [0.7, 0.95]}
+            )
+        },
     ],
 )
-def test_downstream(ends: tuple, norm: float, expected: str) -> None:
-    table = pd.DataFrame(
-        [{"variance_share_nonlinear": 0.5, "norm_share_nonlinear": norm} | interval(recovered_nonlinear=ends)]
-    )
-    assert verdict({"downstream_loss": {"downstream": table}}, "The nonlinear part's share") == expected
-    nothing_lost = table.assign(recovered_nonlinear=np.nan)
-    assert verdict({"downstream_loss": {"downstream": nothing_lost}}, "The nonlinear part's share") == UNTOLD
+def test_where_the_code_is_at_fault_nothing_is_said_of_the_sae(fault: dict) -> None:
+    assert verdict({"introduced_error": introduced() | fault}, "The SAE's estimates tell") == UNTOLD
 
 
-def test_error_saes_pursuit_and_earlier_layers() -> None:
-    for ends, expected in (((0.1, 0.2, 0.3), HOLDS), ((-0.3, -0.2, -0.1), FAILS), ((-0.1, 0.0, 0.1), UNTOLD)):
-        table = pd.DataFrame(
-            [{"kind": kind, "fvu": 0.3, **interval(worse=ends)} for kind in ("error", "linear", "nonlinear")]
-        )
-        assert verdict({"error_saes": {"error_saes": table}}, "SAEs trained on ε") == expected
+def test_a_planted_bad_sae_fails_the_claim_that_a_good_one_passes() -> None:
+    source = activations(contexts=900, chunk_rows=8000)
+    keeps = torch.tensor([1.0] * 4 + [0.7] * 8)
+    for weight, expected in ((torch.eye(12), HOLDS), (torch.diag(keeps), FAILS)):
+        judged = introduced_error(source, HOOK, linear_sae(weight), ablated=(0.0,)).judged
+        tables = {"introduced_error": introduced() | {"judged": judged}}
+        assert verdict(tables, "The SAE's estimates tell") == expected
+
+
+def patched(
+    linear: tuple[float, float], nonlinear: tuple[float, float], spread: float = 0.005, groups: int = 40
+) -> dict:
+    """Three equal SAEs. Each part has (its share of the cross-entropy, its share of the error's norm).
+
+    Its share of the variance is the square of that of the norm. `spread` is the deviation of the replicates.
+    """
+    generator, values = np.random.default_rng(0), {}
+    for part, (recovered, norm) in (("linear", linear), ("nonlinear", nonlinear)):
+        means = {f"recovered_{part}": recovered, f"norm_share_{part}": norm, f"variance_share_{part}": norm**2}
+        for name, value in means.items():
+            noise = spread * generator.standard_normal(200 if groups > 30 else groups) * name.startswith("recovered")
+            values[name] = torch.from_numpy(np.concatenate([[value], value + noise]))
+    return {"downstream_loss": {"downstream": pd.DataFrame([with_intervals(values, groups)] * 3)}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        (patched(linear=(0.6, 0.6), nonlinear=(0.8, 0.8)), HOLDS),  # To the norm
+        (patched(linear=(0.36, 0.6), nonlinear=(0.64, 0.8)), HOLDS),  # To the variance
+        (patched(linear=(0.6, 0.6), nonlinear=(0.2, 0.8)), FAILS),
+        (patched(linear=(0.6, 0.2), nonlinear=(0.98, 0.98)), FAILS),  # ε is all, and ê tells
+        (patched(linear=(0.041, 0.2), nonlinear=(0.98, 0.98), spread=0.001), HOLDS),
+        (patched(linear=(0.041, 0.2), nonlinear=(0.98, 0.98), spread=0.1), UNTOLD),
+        (patched(linear=(0.6, 0.6), nonlinear=(0.8, 0.8), groups=8), UNTOLD),
+    ],
+)
+def test_downstream(tables: dict, expected: str) -> None:
+    assert verdict(tables, "Each part's share") == expected
+
+
+def test_downstream_where_nothing_is_lost() -> None:
+    table = patched(linear=(np.nan, 0.6), nonlinear=(np.nan, 0.8))
+    assert verdict(table, "Each part's share") == UNTOLD
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ((0.1, 0.2, 0.3), HOLDS),
+        ((-0.3, -0.2, -0.1), FAILS),
+        ((-0.1, 0.0, 0.1), UNTOLD),
+        ((np.nan, 0.2, np.nan), UNTOLD),
+    ],
+)
+def test_saes_on_the_error(ends: tuple, expected: str) -> None:
+    known = {"fvu_equal_l0": 0.3, "equal_l0": 16.0, "seeds": 3, **interval(worse=ends)}
+    table = pd.DataFrame([{"kind": kind, **known} for kind in ("error", "linear", "nonlinear")])
+    assert verdict({"error_saes": {"error_saes": table}}, "SAEs trained on ε") == expected
+
+
+def test_pursuit() -> None:
     for ends, expected in (((0.001, 0.002, 0.003), HOLDS), ((0.03, 0.04, 0.05), FAILS), ((0.005, 0.01, 0.015), UNTOLD)):
         pursued = pd.DataFrame([sampled(encoder_share=tuple(10 * end for end in ends))])
         assert verdict({"pursuit": {"pursuit": pursued}}, "A better choice") == expected
-    for ends, expected in (((0.2, 0.25, 0.3), HOLDS), ((0.01, 0.02, 0.03), FAILS)):
-        row = {"part": "reconstruction", "target": "ε", "hook_point": "resid_post.2", **interval(r2_weighted=ends)}
-        table = pd.DataFrame([row | {"source": "resid_post.2", "r2_weighted": 0.9}, row | {"source": "mlp_out.2"}])
-        pursued = pd.DataFrame([{"nonlinear_fvu": 0.1} | interval(encoder_error=(0.009, 0.01, 0.011))])
-        assert (
-            verdict(
-                {"earlier_layers": {"earlier_layers": table}, "pursuit": {"pursuit": pursued}},
-                "Reconstructions at earlier",
-            )
-            == expected
-        )
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"), [((0.1, 0.2, 0.3), HOLDS), ((-0.3, -0.2, -0.1), FAILS), ((-0.1, 0.1, 0.3), UNTOLD)]
+)
+def test_earlier_layers_against_pursuit(ends: tuple, expected: str) -> None:
+    row = {"source": "resid_post.1", "explained": 0.3, "encoder_share": 0.1, **interval(lead=ends)}
+    tables = {"earlier_layers": {"beyond_pursuit": pd.DataFrame([row])}}
+    assert verdict(tables, "Reconstructions at earlier") == expected
+    assert verdict({"earlier_layers": {"beyond_pursuit": pd.DataFrame()}}, "Reconstructions at earlier") == UNTOLD

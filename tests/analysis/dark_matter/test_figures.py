@@ -193,7 +193,7 @@ def test_lines_and_pairs(results, tmp_path):
 
 def test_introduced_error(tmp_path):
     found = introduced_error(activations(), HOOK, SAES["wide"], ablated=(0.0, 0.5))
-    figure = introduced_error_figure(found.grid, found.table, found.unit)
+    figure = introduced_error_figure(found.grid, found.table, found.closed_form, found.unit)
     shown = figure.axes[0].images[0].get_array()
     cell = found.grid[(found.grid["ablated"] == 0) & (found.grid["sigma_x"] == 4) & (found.grid["sigma_r"] == 1)]
     assert shown[1, 4] == pytest.approx(cell["linear"].item())

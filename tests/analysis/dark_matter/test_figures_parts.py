@@ -1,4 +1,4 @@
-"""The figures of analyses 5, 7 and 8 show what is in their tables."""
+"""The figures of analyses 5 to 8 show what is in their tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from raysae.analysis.dark_matter.downstream_loss import ce_recovered
 from raysae.analysis.dark_matter.earlier_layers import earlier_layer_bars
 from raysae.analysis.dark_matter.error_parts import taken_apart
+from raysae.analysis.dark_matter.error_saes import error_sae_bars
 from raysae.analysis.dark_matter.measures.earlier_layers import BY_DEFINITION, TARGETS
 from raysae.analysis.dark_matter.pursuit import pursued, pursuit_bars
 from raysae.analysis.instruments.intervals import with_intervals
@@ -45,6 +46,32 @@ def test_ce_recovered(tmp_path):
     (file,) = save(figure, tmp_path / "ce")
     assert file.stat().st_size > 10_000
     assert figure.get_size_inches()[0] == PAPER_WIDTH
+
+
+def test_error_sae_bars(tmp_path):
+    values = {"error": 0.6, "linear": 0.3, "nonlinear": 0.5}
+    table = pd.DataFrame(
+        [
+            {"kind": kind, "equal_l0": 16, "l0": 16.4, "dead_fraction": 0.02} | with_ends(fvu_equal_l0=value)
+            for kind, value in reversed(values.items())
+        ]
+    )
+    of_saes = pd.DataFrame(
+        [
+            {"kind": kind, "l0": 16.4, "dead_fraction": 0.01 * i, "fvu_equal_l0": value + 0.05 * (i - 1)}
+            for kind, value in values.items()
+            for i in range(3)
+        ]
+    )
+    figure = error_sae_bars(table, of_saes, "somewhere")
+    fvu, l0, dead = figure.axes
+    assert heights(fvu) == pytest.approx(list(values.values()))  # In the order e, ê, ε
+    assert fvu.get_ylabel() == "FVU at L0 16"
+    assert heights(l0) == pytest.approx([16.4] * 3)
+    assert heights(dead) == pytest.approx([2.0] * 3)
+    assert fvu.get_lines()[2].get_ydata().tolist() == pytest.approx([0.45, 0.5, 0.55])
+    assert fvu.get_ylim()[1] > 0.65
+    assert save(figure, tmp_path / "errors")[0].exists()
 
 
 def test_pursuit_bars(tmp_path):

@@ -269,6 +269,18 @@ def test_saes_on_errors_are_trained_anew_where_the_probe_is_another(
     assert len({config.study for config in swept}) == 3
 
 
+def test_seeds_count_up_and_one_sweep_trains_them_all(settings: dict, tmp_path: Path, swept: list[SweepConfig]) -> None:
+    folder = saved(tmp_path, 96)
+    lab, probe = lab_of(settings, sae=[folder]), tmp_path / "probe.safetensors"
+    probe.write_bytes(b"one")
+    hooks = [f"{HOOK}.error", f"{HOOK}.linear"]
+    errors = ErrorsConfig(sae=folder, probe=str(probe))
+    made = lab.train("errors", hooks, [96], TOPK.model_copy(update={"seed": 4}), 1000, errors, seeds=3)
+    assert [subject.hook_point for subject in made.values()] == [hooks[0]] * 3 + [hooks[1]] * 3
+    assert [name.rpartition("_s")[2] for name in made] == ["4", "5", "6"] * 2
+    assert len(swept) == 1
+
+
 def test_a_sweep_that_fails_is_told_in_one_sentence(
     settings: dict, tmp_path: Path, swept: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,12 +11,14 @@ It is undefined (NaN) where the denominator is below 0.01 nats. Two sizes of v o
     share of the error's variance = Σ‖v − v̄‖² / Σ‖e − ē‖²,
     share of the error's norm = Σ‖v‖ / Σ‖e‖.
 
-On the rows of the probe's fit, the variances of ê and ε add up to that of e.
+On the rows of the probe's fit, the variances of ê and ε add up to that of e. Where ε is nearly all of e, the share that
+it recovers is near its own whatever the model does. Then what ê recovers tells whether loss is proportional to error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -33,14 +35,27 @@ from raysae.sae.base import SAE
 PARTS = (col.LINEAR, col.NONLINEAR)
 
 
+@dataclass(frozen=True)
+class Patched:
+    """Contexts whose activations are replaced. No probe was fitted on them.
+
+    tokens: (c, t) token ids.
+    group: (c,) int64, the group of documents of each context.
+    kept: (c, t) bool, the positions whose activation is replaced. The others stay intact.
+    """
+
+    tokens: Tensor
+    group: Tensor
+    kept: Tensor
+
+
 @torch.no_grad()
 def downstream_loss(
     lm: LanguageModel,
-    tokens: Tensor,
+    patched: Patched,
     hook_point: str,
     saes: Mapping[str, SAE],
     probes: Mapping[str, Linear],
-    kept: Tensor,
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -48,9 +63,8 @@ def downstream_loss(
 
     Args:
         lm: the language model.
-        tokens: (c, t) token ids of contexts that no probe was fitted on.
+        patched: the contexts.
         probes: by SAE, x → ê.
-        kept: (c, t) bool, the positions whose activation is replaced. The others stay intact.
 
     Returns:
         A row per SAE. Columns other than `sae` and `width` come with the ends of their intervals over groups of
@@ -63,19 +77,20 @@ def downstream_loss(
     Raises:
         ValueError: no contexts, or no predictions at a replaced position.
     """
-    contexts, length = tokens.shape
-    if not kept[:, :-1].any():
+    contexts, length = patched.tokens.shape
+    if not patched.kept[:, :-1].any():
         raise ValueError(f"{contexts} contexts of {length} tokens predict nothing at a replaced position")
     common = GroupSums(replicates, seed)
     sums = {name: GroupSums(replicates, seed) for name in saes}
     size = max(1, min(lm.contexts_at_once(length), ROWS_AT_ONCE // length))
     for start in range(0, contexts, size):
-        batch, replaced = tokens[start : start + size], kept[start : start + size]
+        part = slice(start, start + size)
+        batch, group, replaced = patched.tokens[part], patched.group[part], patched.kept[part]
         if not replaced[:, :-1].any():
             continue
         prefix = lm.prefix(batch, hook_point)
         x = prefix.activation[replaced].float()  # (rows, d)
-        of_row, of_prediction = (start + torch.nonzero(places.cpu())[:, 0] for places in (replaced, replaced[:, :-1]))
+        of_row, of_prediction = (group[torch.nonzero(places.cpu())[:, 0]] for places in (replaced, replaced[:, :-1]))
         common.add(of_row, x=x.cpu(), x_squared=x.cpu().double().square())
         common.add(of_prediction, **{col.CE_CLEAN: _loss(lm, prefix, x, replaced)})
         for name, sae in saes.items():

@@ -13,12 +13,18 @@ As always, the error is regressed on the activation:
 
 The FVU that the regression removes estimates the linear error. What remains estimates the nonlinear error.
 
-Every regression of the grid over (f, σ_x, σ_r) needs only moments of x′, r_f, n₁ and n₂. So two passes serve all.
+Least squares is linear in its target. So the regressions of x′ + σ_x·n₁ − r_f and of n₂ give those of every σ_r, and
+one pass of moments serves the whole grid over (f, σ_x, σ_r). A second pass measures.
+
+An SAE is judged by how far its estimates are from the closed form, and by FVU(x′, Sae(x′)). The closed form takes
+Sae(x′) for x′ itself. Correlations of noise and estimates only check the code, on a synthetic model. What an SAE adds
+to the error is the same for every σ, so a bad SAE may have the correlations of a perfect one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +34,15 @@ from torch import Tensor
 
 from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Activity, encoded, reconstruct
-from raysae.analysis.instruments.regression import Moments
+from raysae.analysis.instruments.intervals import REPLICATES, GroupSums, with_intervals
+from raysae.analysis.instruments.regression import Linear, Moments
 from raysae.config import UserError
 from raysae.sae.base import SAE, Codes
 
+# Products of each row's parts. "left" is x′ − r_f + σ_x·n₁, "missed" what the regression leaves of it or of the noise.
+PRODUCTS = (
+    "lack²", "dense²", "noise²", "left²", "left·noise", "missed left²", "missed left·noise", "missed noise²",
+)  # fmt: skip
 LEVELS = (0.0, 1.0, 2.0, 3.0, 4.0)  # σ_x and σ_r, in units of `noise_unit`
 CLOSED_FORMS = [col.LINEAR + col.CLOSED_FORM, col.NONLINEAR + col.CLOSED_FORM]
 ABLATED = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -46,12 +57,74 @@ class Parts:
     truth: x′.
     reconstructions: r_f for each share f of ablated latents.
     dense, introduced: the noises n₁ and n₂, before σ_x and σ_r scale them.
+    group: (b,) int64, what is resampled: rows of a group are not independent.
     """
 
     truth: Tensor
     reconstructions: list[Tensor]
     dense: Tensor
     introduced: Tensor
+    group: Tensor
+
+
+@dataclass(frozen=True)
+class NoiseGrid:
+    """Errors for every (ablated share, σ_x, σ_r), per replicate.
+
+    ablated: shares of ablated latents.
+    levels: values of σ_x and of σ_r, in units of `unit`.
+    unit: σ of one unit of noise.
+    sums: what `_measured` gives of the rows.
+    """
+
+    ablated: tuple[float, ...]
+    levels: tuple[float, ...]
+    unit: float
+    sums: GroupSums
+
+    def errors(self, f: int, sigma_x: float, sigma_r: float) -> dict[str, Tensor]:
+        """Shares of the variance of x′ + σ_x·n₁ at the ablated share number `f`, (1 + r,) each.
+
+        fvu: error before the regression.
+        linear: what the regression removes of fvu.
+        nonlinear: what remains.
+        absent, dense, introduced: the truth, ‖x′ − r_f‖², ‖σ_x·n₁‖² and ‖σ_r·n₂‖².
+        """
+        variance = self.sums.variation(f"{sigma_x}/x").sum(1, keepdim=True)
+        of = dict(zip(PRODUCTS, (self.sums[f"{sigma_x}/{f}"] / variance).unbind(1), strict=True))
+        x, r = sigma_x * self.unit, sigma_r * self.unit
+        fvu = of["left²"] - 2 * r * of["left·noise"] + r**2 * of["noise²"]
+        missed = of["missed left²"] - 2 * r * of["missed left·noise"] + r**2 * of["missed noise²"]
+        truth = {col.ABSENT: of["lack²"], col.DENSE: x**2 * of["dense²"], col.INTRODUCED: r**2 * of["noise²"]}
+        return {col.FVU: fvu, col.LINEAR: fvu - missed, col.NONLINEAR: missed} | truth
+
+    def table(self) -> pd.DataFrame:
+        """A row per (ablated, sigma_x, sigma_r): `errors` with the ends of their intervals."""
+        rows = []
+        for (f, share), x, r in itertools.product(enumerate(self.ablated), self.levels, self.levels):
+            rows.append(
+                {
+                    col.ABLATED: share,
+                    col.SIGMA_X: x,
+                    col.SIGMA_R: r,
+                    **with_intervals(self.errors(f, x, r), self.sums.groups),
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def deviation(self, spectrum: Tensor) -> Tensor:
+        """How far the estimates are from the closed form at no ablation, (1 + r,).
+
+        It is ‖estimates − closed forms‖ / ‖closed forms‖ over all (σ_x, σ_r), the larger of the linear and the
+        nonlinear estimate's. `spectrum` (d,) is that of `closed_form`.
+        """
+        apart, whole = 0.0, 0.0
+        for x, r in itertools.product(self.levels, self.levels):
+            errors = self.errors(0, x, r)
+            estimates = torch.stack([errors[col.LINEAR], errors[col.NONLINEAR]])
+            expected = estimates.new_tensor(closed_form(spectrum, x * self.unit, r * self.unit)).unsqueeze(1)
+            apart, whole = apart + (estimates - expected).square(), whole + expected.square()
+        return (apart / whole).sqrt().amax(0)
 
 
 def noise_grid(
@@ -60,37 +133,65 @@ def noise_grid(
     ablated: Sequence[float],
     levels: Sequence[float],
     unit: float = 1.0,
-) -> pd.DataFrame:
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> NoiseGrid:
     """Estimates the errors for every (ablated share, σ_x, σ_r).
 
-    Regressions are fitted on `fit` and measured on `evaluate`.
-
-    Returns:
-        A row per combination. Errors are shares of the variance of x′ + σ_x·n₁.
-        ablated: share f of ablated latents.
-        sigma_x, sigma_r: noise in units of `unit`.
-        fvu: error before the regression.
-        linear: what the regression removes of fvu.
-        nonlinear: what remains.
-        absent, dense, introduced: the truth, ‖x′ − r_f‖², ‖σ_x·n₁‖² and ‖σ_r·n₂‖².
+    Regressions are fitted on `fit` and measured on `evaluate`. `levels` are the values of σ_x and σ_r, times `unit`.
     """
-    fitted, measured = _Grid(len(ablated)), _Grid(len(ablated))
+    fitted = Moments()
     for parts in fit:
-        fitted.add(parts)
+        targets = {f"lack{f}": parts.truth - r for f, r in enumerate(parts.reconstructions)}
+        fitted.add(torch.cat([parts.truth, parts.dense], 1), targets | {"introduced": parts.introduced})
+    maps = {sigma_x: _maps(fitted, sigma_x * unit) for sigma_x in levels}
+    sums = GroupSums(replicates, seed)
     for parts in evaluate:
-        measured.add(parts)
-    rows = []
-    for sigma_x in levels:
-        for f, share in enumerate(ablated):
-            for sigma_r in levels:
-                scales = {"x": sigma_x * unit, "r": sigma_r * unit}
-                weight = fitted.regress(f, scales["x"], scales["r"])
-                total, error, missed = measured.residual(f, scales["x"], scales["r"], weight, fitted)
-                truth = measured.truth(f, scales["x"], scales["r"]) / total
-                row = {col.ABLATED: share, col.SIGMA_X: sigma_x, col.SIGMA_R: sigma_r}
-                row |= {col.FVU: error / total, col.LINEAR: (error - missed) / total, col.NONLINEAR: missed / total}
-                rows.append(row | dict(zip((col.ABSENT, col.DENSE, col.INTRODUCED), truth.tolist(), strict=True)))
-    return pd.DataFrame(rows).sort_values([col.ABLATED, col.SIGMA_X, col.SIGMA_R], ignore_index=True)
+        for sigma_x, of_level in maps.items():
+            sums.add(parts.group, **_measured(parts, sigma_x, sigma_x * unit, of_level))
+    return NoiseGrid(tuple(ablated), tuple(levels), unit, sums)
+
+
+def _maps(fitted: Moments, sigma_x: float) -> dict[str, Linear]:
+    """The maps from x′ + σ_x·n₁ to "left{f}" = x′ − r_f + σ_x·n₁ for each f, and to "introduced" = n₂.
+
+    The predictors of `fitted` are x′ and n₁ side by side, its targets x′ − r_f ("lack{f}") and n₂.
+    """
+    d = len(fitted.mean) // 2
+
+    def seen(products: Tensor) -> Tensor:
+        return products[:d] + sigma_x * products[d:]
+
+    dense, dense_mean = seen(fitted.xx[:, d:]), fitted.mean[d:]
+    part = Moments()
+    part.rows, part.mean = fitted.rows, seen(fitted.mean)
+    part.xx = seen(fitted.xx[:, :d]) + sigma_x * dense
+    for name, products in fitted.xy.items():
+        if name == "introduced":
+            part.xy[name], part.target_mean[name] = seen(products), fitted.target_mean[name]
+        else:
+            left = name.replace("lack", "left")
+            part.xy[left] = seen(products) + sigma_x * dense
+            part.target_mean[left] = fitted.target_mean[name] + sigma_x * dense_mean
+    return part.solve().maps
+
+
+def _measured(parts: Parts, level: float, sigma_x: float, maps: Mapping[str, Linear]) -> dict[str, Tensor]:
+    """What the estimates at one σ_x need of each row, for every f and σ_r.
+
+    x′ + σ_x·n₁ stands under "LEVEL/x", the `PRODUCTS` (b, 8) of the ablated share number f under "LEVEL/f".
+    """
+    x, noise = parts.truth + sigma_x * parts.dense, parts.introduced
+    missed_noise = noise - maps["introduced"](x)
+    found = {f"{level}/x": x, f"{level}/x_squared": x.square()}
+    for f, reconstruction in enumerate(parts.reconstructions):
+        lack = parts.truth - reconstruction
+        left = lack + sigma_x * parts.dense
+        missed = left - maps[f"left{f}"](x)
+        pairs = [(lack, lack), (parts.dense, parts.dense), (noise, noise), (left, left), (left, noise)]
+        pairs += [(missed, missed), (missed, missed_noise), (missed_noise, missed_noise)]
+        found[f"{level}/{f}"] = torch.stack([torch.linalg.vecdot(a, b) for a, b in pairs], 1)
+    return found
 
 
 def correlation_table(grid: pd.DataFrame, ablated: float = 0.0) -> pd.DataFrame:
@@ -103,20 +204,18 @@ def correlation_table(grid: pd.DataFrame, ablated: float = 0.0) -> pd.DataFrame:
     return pd.DataFrame({column: {sigma: part[sigma].corr(part[column]) for sigma in sigmas} for column in estimates})
 
 
-def closed_form(covariance: Tensor, sigma_x: float, sigma_r: float) -> tuple[float, float]:
+def closed_form(spectrum: Tensor, sigma_x: float, sigma_r: float) -> tuple[float, float]:
     """Estimated linear and nonlinear error, as FVU, in the limit of many rows where Sae(x′) = x′.
 
-    `covariance` (d, d) of x′ is Σ. With N = σ_x²·1 and M = σ_r²·1,
+    `spectrum` (d,) holds the eigenvalues of Σ, the covariance of x′. With N = σ_x²·1 and M = σ_r²·1,
 
         linear = tr(N(Σ+N)⁻¹N) / tr(Σ+N),
         nonlinear = (tr N + tr M) / tr(Σ+N) − linear.
     """
-    sigma = covariance.double()
-    d = len(sigma)
-    seen = sigma + sigma_x**2 * torch.eye(d, dtype=torch.float64)
-    inverse_trace = float((1 / torch.linalg.eigvalsh(seen)).sum()) if sigma_x else 0.0
-    linear = sigma_x**4 * inverse_trace / float(seen.trace())
-    return linear, d * (sigma_x**2 + sigma_r**2) / float(seen.trace()) - linear
+    seen = spectrum.double() + sigma_x**2
+    variance = float(seen.sum())
+    linear = sigma_x**4 * float((1 / seen).sum()) / variance if sigma_x else 0.0
+    return linear, len(seen) * (sigma_x**2 + sigma_r**2) / variance - linear
 
 
 # ---------------------------------------------------------------- on an SAE
@@ -126,20 +225,18 @@ def closed_form(covariance: Tensor, sigma_x: float, sigma_r: float) -> tuple[flo
 class IntroducedError:
     """What the estimates make of known errors on one SAE.
 
-    grid: see `noise_grid`.
+    grid: see `NoiseGrid.table`.
     table: see `correlation_table`.
-    closed_form: the grid beside the closed form, at no ablation. The form is exact where `reencoding_fvu` is 0.
-    covariance: (d, d), covariance of x′ on the fitting split.
+    closed_form: the grid beside the closed form, at no ablation. The form is exact where the re-encoding FVU is 0.
+    judged: one row with intervals. `deviation` is that of `NoiseGrid.deviation`, `reencoding_fvu` FVU(x′, Sae(x′)).
     unit: σ of one unit of noise.
-    reencoding_fvu: FVU(x′, Sae(x′)), NaN where the grid lacks σ_x = σ_r = 0.
     """
 
     grid: pd.DataFrame
     table: pd.DataFrame
     closed_form: pd.DataFrame
-    covariance: Tensor
+    judged: pd.DataFrame
     unit: float
-    reencoding_fvu: float
 
 
 @torch.no_grad()
@@ -149,29 +246,29 @@ def introduced_error(
     sae: SAE,
     levels: Sequence[float] = LEVELS,
     ablated: Sequence[float] = ABLATED,
-    unit: float | None = None,
+    replicates: int = REPLICATES,
     seed: int = 0,
 ) -> IntroducedError:
     """Runs analysis 4 with x′ = Sae(x) for x of the hook point, fitted on A and measured on C.
 
+    One unit of noise is `noise_unit` of x′'s covariance on A. The closed form takes its covariance on C.
+
     Args:
-        levels: values of σ_x and of σ_r, in units of `unit`.
+        levels: values of σ_x and of σ_r, in these units, 0 first.
         ablated: shares of latents to ablate, 0 first, all below 1.
-        unit: σ of one unit of noise, by default `noise_unit` of x′'s covariance.
-        seed: seeds the generator that draws the noises.
+        seed: seeds the generator that draws the noises, and the resampling.
 
     Raises:
         UserError: `ablated` does not begin with 0, or a share is below 0 or not below 1.
     """
     if not all(0 <= share < 1 for share in ablated) or ablated[0] != 0:
         raise UserError(f"the shares of ablated latents are {list(ablated)}: they must begin with 0 and be below 1")
-    activity, moments = Activity(sae.n), Moments()
+    activity, moments = Activity(sae.n), {split: Moments() for split in "AC"}
     for chunk in activations.chunks("A"):
         truth, _ = reconstruct(sae, chunk.x[hook_point])
         reconstruct(sae, truth, activity)
-        moments.add(truth, {})
-    covariance = moments.xx / moments.rows
-    unit = noise_unit(covariance) if unit is None else unit
+        moments["A"].add(truth, {})
+    unit = noise_unit(moments["A"].xx / moments["A"].rows)
     rank = torch.empty(sae.n, dtype=torch.int64)
     rank[torch.argsort(activity.mean, stable=True)] = torch.arange(sae.n)  # Rank 0 is the latent of least mean value
     keep = [(rank >= round(share * sae.n)).to(sae.b_dec.device) for share in ablated]
@@ -185,17 +282,22 @@ def introduced_error(
                 for pieces, kept in zip(reconstructions, keep, strict=True):
                     pieces.append(sae.decode(_masked(codes, kept)).double())
             noise = [torch.randn(truth.shape, generator=generator, dtype=torch.float64) for _ in range(2)]
-            yield Parts(truth.double(), [torch.cat(pieces).to(truth.device) for pieces in reconstructions], *noise)
+            made = [torch.cat(pieces).to(truth.device) for pieces in reconstructions]
+            if split == "C":
+                moments["C"].add(truth, {})
+            yield Parts(truth.double(), made, *noise, chunk.group)
 
-    grid = noise_grid(parts("A"), parts("C"), ablated, levels, unit)
+    found = noise_grid(parts("A"), parts("C"), ablated, levels, unit, replicates, seed)
+    spectrum = torch.linalg.eigvalsh(moments["C"].xx / moments["C"].rows)
+    grid = found.table()
     none = grid[grid[col.ABLATED] == 0]
     compared = none[[col.SIGMA_X, col.SIGMA_R, col.LINEAR, col.NONLINEAR]].reset_index(drop=True)
     noises = zip(compared[col.SIGMA_X], compared[col.SIGMA_R], strict=True)
-    expected = [closed_form(covariance, x * unit, r * unit) for x, r in noises]
-    compared[CLOSED_FORMS] = np.array(expected)
-    own = none[(none[col.SIGMA_X] == 0) & (none[col.SIGMA_R] == 0)]
-    reencoding_fvu = float(own[col.FVU].iloc[0]) if len(own) else float("nan")
-    return IntroducedError(grid, correlation_table(grid), compared, covariance, unit, reencoding_fvu)
+    compared[CLOSED_FORMS] = np.array([closed_form(spectrum, x * unit, r * unit) for x, r in noises])
+    judged = {col.DEVIATION: found.deviation(spectrum), col.REENCODING_FVU: found.errors(0, 0.0, 0.0)[col.FVU]}
+    return IntroducedError(
+        grid, correlation_table(grid), compared, pd.DataFrame([with_intervals(judged, found.sums.groups)]), unit
+    )
 
 
 def noise_unit(covariance: Tensor) -> float:
@@ -273,7 +375,7 @@ class SyntheticModel:
         """Yields `rows` rows, chunk by chunk.
 
         For each share in `ablated`, the SAE lacks that share of the features. It knows the others and their true
-        weights.
+        weights. Rows are independent. The number of the chunk stands for their group.
         """
         generator = torch.Generator().manual_seed(seed)
         m, d = self.dictionary.shape
@@ -290,6 +392,7 @@ class SyntheticModel:
                 [(w * ~self.lacking(f)) @ self.dictionary for f in ablated],
                 noise[0] @ self.dense,
                 noise[1],
+                torch.full((b,), start // chunk),
             )
 
     def expected(self, ablated: float, sigma_x: float, sigma_r: float) -> tuple[float, float]:
@@ -310,7 +413,7 @@ class SyntheticModel:
         )
 
     def compare(self, grid: pd.DataFrame, unit: float) -> pd.DataFrame:
-        """The estimates of `noise_grid` on this model beside their closed forms.
+        """The estimates of `NoiseGrid.table` on this model beside their closed forms.
 
         Returns:
             The grid's ablated, sigma_x, sigma_r, linear and nonlinear, with three more columns.
@@ -325,83 +428,3 @@ class SyntheticModel:
         apart = (compared[[col.LINEAR, col.NONLINEAR]] / np.maximum(truth, NEGLIGIBLE) - 1).abs()
         compared[col.DEVIATION] = apart.where(truth > NEGLIGIBLE).max(axis=1)
         return compared
-
-
-# ---------------------------------------------------------------- moments
-
-
-class _Grid:
-    """Moments from which every regression of the grid follows.
-
-    They are those of x′, of n₁, of the lack x′ − r_f of each ablated share, and of n₂.
-    """
-
-    def __init__(self, shares: int) -> None:
-        self.shares = shares
-        self.moments = Moments()
-
-    def add(self, parts: Parts) -> None:
-        lacks = [parts.truth - r for r in parts.reconstructions]
-        d = parts.truth.shape[1]
-        self.d = d
-        targets = {f"lack{f}": lack for f, lack in enumerate(lacks)} | {"introduced": parts.introduced}
-        # Second moments (about 0) of the errors among themselves. The residual needs only their traces, so each row
-        # adds scalars.
-        n1, n2 = parts.dense, parts.introduced
-        products = {"n1n1": (n1 * n1).sum(1), "n2n2": (n2 * n2).sum(1), "n1n2": (n1 * n2).sum(1)}
-        for f, lack in enumerate(lacks):
-            products |= {f"ll{f}": (lack * lack).sum(1), f"ln1{f}": (lack * n1).sum(1), f"ln2{f}": (lack * n2).sum(1)}
-        self.moments.add(torch.cat([parts.truth, n1], 1), targets | products)
-
-    def _seen(self, sigma_x: float) -> Tensor:
-        """Centred sum of products of x′ + σ_x·n₁, (d, d)."""
-        mix = torch.cat([torch.eye(self.d, dtype=torch.float64), sigma_x * torch.eye(self.d, dtype=torch.float64)])
-        return mix.T @ self.moments.xx @ mix
-
-    def _seen_error(self, f: int, sigma_x: float, sigma_r: float) -> Tensor:
-        """Centred sum of products of x′ + σ_x·n₁ and e, (d, d)."""
-        d, xy, xx = self.d, self.moments.xy, self.moments.xx
-        with_lack = xy[f"lack{f}"][:d] + sigma_x * xy[f"lack{f}"][d:]
-        with_dense = xx[:d, d:] + sigma_x * xx[d:, d:]
-        with_introduced = xy["introduced"][:d] + sigma_x * xy["introduced"][d:]
-        return with_lack + sigma_x * with_dense - sigma_r * with_introduced
-
-    def _means(self, f: int, sigma_x: float, sigma_r: float) -> tuple[Tensor, Tensor]:
-        """Means of x′ + σ_x·n₁ and of e, (d,)."""
-        mean, target = self.moments.mean, self.moments.target_mean
-        dense = sigma_x * mean[self.d :]
-        return mean[: self.d] + dense, target[f"lack{f}"] + dense - sigma_r * target["introduced"]
-
-    def regress(self, f: int, sigma_x: float, sigma_r: float) -> Tensor:
-        """W (d, d) of e on x′ + σ_x·n₁."""
-        part = Moments()
-        part.rows, part.xx = self.moments.rows, self._seen(sigma_x)
-        part.mean, error_mean = self._means(f, sigma_x, sigma_r)
-        part.target_mean, part.xy = {"e": error_mean}, {"e": self._seen_error(f, sigma_x, sigma_r)}
-        return part.solve().maps["e"].weight
-
-    def truth(self, f: int, sigma_x: float, sigma_r: float) -> Tensor:
-        """Σ‖x′ − r_f‖², Σ‖σ_x·n₁‖², Σ‖σ_r·n₂‖², (3,)."""
-        mean, rows = self.moments.target_mean, self.moments.rows
-        return rows * torch.cat([mean[f"ll{f}"], sigma_x**2 * mean["n1n1"], sigma_r**2 * mean["n2n2"]])
-
-    def residual(
-        self, f: int, sigma_x: float, sigma_r: float, weight: Tensor, fitted: _Grid
-    ) -> tuple[float, float, float]:
-        """Σ‖x − x̄‖², Σ‖e‖² and Σ‖ε‖² of these rows for W and the means of `fitted`."""
-        mean, rows = self.moments.target_mean, self.moments.rows
-        seen, cross = self._seen(sigma_x), self._seen_error(f, sigma_x, sigma_r)
-        cross_terms = 2 * (sigma_x * mean[f"ln1{f}"] - sigma_r * mean[f"ln2{f}"] - sigma_x * sigma_r * mean["n1n2"])
-        error = float(self.truth(f, sigma_x, sigma_r).sum() + rows * cross_terms)
-        x_mean, e_mean = self._means(f, sigma_x, sigma_r)
-        x_fitted, e_fitted = fitted._means(f, sigma_x, sigma_r)
-        # ε = (e − ē) − (x − x̄)W + b, where b is the misfit of the intercept
-        misfit = (e_mean - e_fitted) - (x_mean - x_fitted) @ weight
-        centred = error - rows * float(e_mean.square().sum())
-        missed = (
-            centred
-            - 2 * float((weight * cross).sum())
-            + float(((seen @ weight) * weight).sum())
-            + rows * float(misfit.square().sum())
-        )
-        return float(seen.trace()), error, missed

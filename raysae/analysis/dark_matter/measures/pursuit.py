@@ -70,7 +70,7 @@ def pursuit(
     """
     pursuits = {name: Pursuit(sae.decoder()) for name, sae in saes.items()}
     moments = Moments()
-    for chunk in _first(activations.chunks("A"), rows):
+    for chunk in first_chunks(activations.chunks("A"), rows):
         x = chunk.x[hook_point]
         targets = {}
         for name, sae in saes.items():
@@ -80,7 +80,7 @@ def pursuit(
     probes = moments.solve().maps
 
     sums = {name: GroupSums(replicates, seed) for name in saes}
-    for chunk in _first(activations.chunks("C"), rows):
+    for chunk in first_chunks(activations.chunks("C"), rows):
         x = chunk.x[hook_point]
         for name, sae in saes.items():
             sums[name].add(chunk.group, x=x, x_squared=x.double().square())
@@ -90,7 +90,7 @@ def pursuit(
     return pd.DataFrame([{"sae": name, "width": sae.n, **_numbers(sums[name])} for name, sae in saes.items()])
 
 
-def _first(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
+def first_chunks(chunks: Iterator[Chunk], rows: int | None) -> Iterator[Chunk]:
     """Yields whole chunks until they hold `rows` rows. None: yields all."""
     given = 0
     for chunk in chunks:

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from raysae.analysis.dark_matter.measures.downstream_loss import downstream_loss
+from raysae.analysis.dark_matter.measures.downstream_loss import Patched, downstream_loss
 from raysae.analysis.instruments.regression import Linear, Moments
 from raysae.config import ModelConfig, SAEConfig, TrainConfig
 from raysae.lm.model import LanguageModel
@@ -36,6 +36,11 @@ def tokens(shared_data, stories_model) -> Tensor:
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     body = ids[: CONTEXTS * (LENGTH - 1)].view(CONTEXTS, LENGTH - 1)
     return torch.cat([torch.full((CONTEXTS, 1), tokenizer.bos_token_id), body], 1)
+
+
+def patched(tokens: Tensor, kept: Tensor = REPLACED, per_group: int = 1) -> Patched:
+    """The contexts, as many to a group of documents as `per_group` says."""
+    return Patched(tokens, torch.arange(len(tokens)) // per_group, kept[: len(tokens)])
 
 
 def make_sae(x: Tensor, width: int, hook_point: str) -> SAE:
@@ -86,7 +91,7 @@ def test_every_number_equals_brute_force(lm, tokens, hook_point, monkeypatch):
     x = lm.activations(tokens, [hook_point])[hook_point][:, SKIP:].flatten(0, 1)
     saes = {"a": make_sae(x, 32, hook_point), "b": make_sae(x, 100, hook_point)}
     probes = {name: fitted(sae, x[: len(x) // 2]) for name, sae in saes.items()}
-    table = downstream_loss(lm, tokens, hook_point, saes, probes, REPLACED)
+    table = downstream_loss(lm, patched(tokens), hook_point, saes, probes)
     assert list(table["sae"]) == ["a", "b"]
     assert list(table["width"]) == [32, 100]
     for (_, row), (name, sae) in zip(table.iterrows(), saes.items(), strict=True):
@@ -123,9 +128,7 @@ def test_interval_is_students_over_contexts(lm, tokens):
     """With a context per group, the interval of the cross-entropy is Student's."""
     x = lm.activations(tokens, ["resid_post.2"])["resid_post.2"][:, SKIP:].flatten(0, 1)
     sae = make_sae(x, 32, "resid_post.2")
-    row = downstream_loss(
-        lm, tokens, "resid_post.2", {"a": sae}, {"a": fitted(sae, x)}, REPLACED, replicates=1000
-    ).iloc[0]
+    row = downstream_loss(lm, patched(tokens), "resid_post.2", {"a": sae}, {"a": fitted(sae, x)}, 1000).iloc[0]
     loss = patched_loss(lm, tokens, "resid_post.2", lambda rows: sae(rows.flatten(0, 1)).view_as(rows)).mean(1).numpy()
     width = 2 * stats.t.ppf(0.975, CONTEXTS - 1) * loss.std(ddof=1) / CONTEXTS**0.5
     assert row["ce_sae_high"] - row["ce_sae_low"] == pytest.approx(width, rel=1e-3)
@@ -138,7 +141,7 @@ def test_a_probe_that_knows_everything_recovers_everything(lm, tokens):
     sae.W_dec.zero_()
     sae.b_dec.zero_()
     identity = Linear(torch.eye(x.shape[1], dtype=torch.float64), torch.zeros(x.shape[1], dtype=torch.float64))
-    row = downstream_loss(lm, tokens, "resid_post.3", {"a": sae}, {"a": identity}, REPLACED).iloc[0]
+    row = downstream_loss(lm, patched(tokens), "resid_post.3", {"a": sae}, {"a": identity}).iloc[0]
     assert row["recovered_linear"] == pytest.approx(1)
     assert row["recovered_nonlinear"] == pytest.approx(0, abs=1e-6)
     assert row["variance_share_linear"] == row["norm_share_linear"] == pytest.approx(1)
@@ -156,7 +159,7 @@ def test_undefined_where_nothing_is_lost(lm, tokens):
     for matrix in (sae.W_enc, sae.W_dec):
         matrix.copy_(torch.cat([torch.eye(width), -torch.eye(width)]))
     nothing = Linear(torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64))
-    row = downstream_loss(lm, tokens, "resid_post.3", {"a": sae}, {"a": nothing}, REPLACED).iloc[0]
+    row = downstream_loss(lm, patched(tokens), "resid_post.3", {"a": sae}, {"a": nothing}).iloc[0]
     assert row["ce_sae"] == pytest.approx(row["ce_clean"], abs=1e-5)
     assert np.isnan(row["recovered_linear"])
     assert np.isnan(row["recovered_nonlinear"])
@@ -165,9 +168,9 @@ def test_undefined_where_nothing_is_lost(lm, tokens):
 def test_no_prediction_at_a_replaced_position(lm, tokens):
     last = torch.arange(LENGTH).expand(CONTEXTS, -1) == LENGTH - 1
     with pytest.raises(ValueError, match="predict nothing"):
-        downstream_loss(lm, tokens, "resid_post.2", {}, {}, last)
+        downstream_loss(lm, patched(tokens, kept=last), "resid_post.2", {}, {})
     with pytest.raises(ValueError, match="0 contexts"):
-        downstream_loss(lm, tokens[:0], "resid_post.2", {}, {}, REPLACED[:0])
+        downstream_loss(lm, patched(tokens[:0]), "resid_post.2", {}, {})
 
 
 def test_positions_left_out_stay_intact_and_are_not_counted(lm, tokens):
@@ -176,7 +179,8 @@ def test_positions_left_out_stay_intact_and_are_not_counted(lm, tokens):
     kept[3] = False
     rows = lm.activations(tokens, ["resid_post.2"])["resid_post.2"]
     sae = make_sae(rows[kept], 32, "resid_post.2")
-    row = downstream_loss(lm, tokens, "resid_post.2", {"a": sae}, {"a": fitted(sae, rows[kept])}, kept).iloc[0]
+    probes = {"a": fitted(sae, rows[kept])}
+    row = downstream_loss(lm, patched(tokens, kept=kept), "resid_post.2", {"a": sae}, probes).iloc[0]
 
     def some(x: Tensor) -> Tensor:
         return torch.where(kept[:, SKIP:, None], sae(x.flatten(0, 1)).view_as(x), x)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 
-from raysae.analysis.dark_matter.measures.earlier_layers import earlier_layers
+from raysae.analysis.dark_matter.measures.earlier_layers import (
+    beyond_pursuit,
+    depends,
+    earlier_hook_points,
+    earlier_layers,
+)
 from raysae.analysis.instruments.activations import ArrayActivations
+from raysae.analysis.instruments.intervals import with_intervals
 from raysae.config import UserError
 from tests.analysis.planted import linear_sae, rows, sae
+from tests.lm.models import load, random_tokens, save
 
 D, CONTEXTS, LENGTH = 8, 240, 10
 TARGET, PREVIOUS, MLP, Z = "resid_post.1", "resid_post.0", "mlp_out.1", "attn_z.1"
@@ -122,9 +130,96 @@ def test_nonlinear_error_that_an_earlier_layer_knows():
     assert table[MLP, "activation", "e"] == pytest.approx((0.5 / np.pi) ** 2 / (0.5 - 0.5 / np.pi) ** 2, abs=0.02)
 
 
+def test_r2_is_measured_on_the_first_rows_where_so_many_are_wanted():
+    x = rows(CONTEXTS * LENGTH, D)
+    activations = ArrayActivations({TARGET: x, PREVIOUS: x.square()}, torch.arange(len(x)) // LENGTH, chunk_rows=100)
+    saes = {TARGET: sae(24, 3, D)}
+    some, every = (earlier_layers(activations, TARGET, saes, rows=count) for count in (200, None))
+    assert some["r2"].tolist() != pytest.approx(every["r2"].tolist(), rel=1e-3)
+
+
 def test_refusals():
     x = rows(CONTEXTS * LENGTH, D)
     with pytest.raises(UserError, match=r"no SAE at resid_post.1.*resid_post.0"):
         earlier_layers(array({TARGET: x}), TARGET, {PREVIOUS: sae(24, 3, D)})
-    with pytest.raises(UserError, match=r"no activations at mlp_out.1"):
-        earlier_layers(array({TARGET: x}), TARGET, {TARGET: sae(24, 3, D)}, sources=[MLP])
+    with pytest.raises(UserError, match=r"no activations at resid_post.0"):
+        earlier_layers(array({TARGET: x}), PREVIOUS, {PREVIOUS: sae(24, 3, D)})
+
+
+# ---------------------------------------------------------------- which hook points come earlier
+
+ALL_KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out", "attn_z", "mlp_act")
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("resid_post.2", ["resid_post.1", "mlp_out.2", "attn_out.2", "attn_z.2"]),
+        ("resid_post.0", ["resid_pre.0", "mlp_out.0", "attn_out.0", "attn_z.0"]),
+        ("resid_pre.3", ["resid_pre.2", "mlp_out.2", "attn_out.2", "attn_z.2"]),  # It is resid_post.2
+        ("resid_pre.0", []),  # Nothing comes before the embeddings
+        ("mlp_out.2", ["resid_post.1", "attn_out.2", "attn_z.2"]),
+        ("mlp_act.1", ["resid_post.0", "attn_out.1", "attn_z.1"]),
+        ("attn_out.2", ["resid_post.1"]),  # attn_z.2 is the same but for a matrix
+        ("attn_z.0", ["resid_pre.0"]),
+    ],
+)
+def test_places_before_a_hook_point(target: str, expected: list[str]):
+    assert earlier_hook_points(target, ALL_KINDS) == expected
+
+
+def test_kinds_that_the_model_lacks_are_left_out():
+    assert earlier_hook_points("resid_post.2", ["resid_pre", "resid_post", "mlp_out"]) == ["resid_post.1", "mlp_out.2"]
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox_parallel", "gpt_neox_sequential"])
+def test_every_place_before_a_hook_point_changes_it_and_none_is_its_own_tensor(tmp_path, architecture):
+    lm = load(save(architecture, tmp_path))
+    tokens = random_tokens()
+    for target in [f"{kind}.{layer}" for kind in ALL_KINDS for layer in range(lm.facts.layers)]:
+        sequential = depends(lm, tokens, "mlp_out.0", "attn_out.0")
+        assert sequential == architecture.endswith("sequential")
+        places = earlier_hook_points(target, lm.facts.kinds, sequential)
+        seen = lm.activations(tokens, [target, *places])
+        for place in places:
+            assert depends(lm, tokens, target, place), (target, place)
+            assert not depends(lm, tokens, place, target), (target, place)
+            own = seen[place].shape == seen[target].shape and torch.equal(seen[place], seen[target])
+            assert not own, (target, place)
+
+
+# ---------------------------------------------------------------- more than pursuit
+
+
+def with_replicates(name: str, value: float, noise: np.ndarray) -> dict[str, object]:
+    return with_intervals({name: torch.from_numpy(np.concatenate([[value], value + noise]))}, groups=40)
+
+
+def pursuit_that_removes(share: float, noise: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame([with_replicates("encoder_share", share, noise)])
+
+
+def test_the_lead_over_pursuit_is_paired():
+    noise = 0.1 * np.random.default_rng(0).standard_normal(200)  # Common to both, far larger than the difference
+    table = pd.DataFrame(
+        [
+            {"source": source, "part": part, "target": target} | with_replicates("r2_weighted", value, noise)
+            for source, part, target, value in (
+                (TARGET, "reconstruction", "ε", 0.9),  # Not an earlier place
+                (PREVIOUS, "reconstruction", "ε", 0.32),
+                (MLP, "reconstruction", "ε", 0.25),
+                (MLP, "activation", "ε", 0.8),  # Not a reconstruction
+                (MLP, "reconstruction", "e", 0.8),
+            )
+        ]
+    )
+    (row,) = beyond_pursuit(table, TARGET, pursuit_that_removes(0.3, noise)).to_dict("records")
+    assert row["source"] == PREVIOUS
+    assert row["explained"] == pytest.approx(0.32)
+    assert row["encoder_share"] == pytest.approx(0.3)
+    assert row["lead"] == pytest.approx(0.02)
+    assert row["explained_high"] - row["explained_low"] > 0.3
+    assert (row["lead_low"], row["lead_high"]) == (pytest.approx(0.02, abs=0.05), pytest.approx(0.02, abs=0.05))
+    harmful = beyond_pursuit(table, TARGET, pursuit_that_removes(-0.2, 0 * noise)).iloc[0]
+    assert harmful["lead"] == pytest.approx(0.32), "pursuit that does harm is no gain"
+    assert beyond_pursuit(table[table["source"] == TARGET], TARGET, pursuit_that_removes(0.3, noise)).empty

@@ -9,6 +9,7 @@ from sklearn.linear_model import LinearRegression
 from raysae.analysis.dark_matter.measures.introduced_error import (
     ABLATED,
     LEVELS,
+    IntroducedError,
     Parts,
     SyntheticModel,
     closed_form,
@@ -18,19 +19,19 @@ from raysae.analysis.dark_matter.measures.introduced_error import (
     noise_unit,
 )
 from raysae.config import UserError
-from tests.analysis.planted import HOOK, activations, linear_sae, rows, sae
+from tests.analysis.planted import HOOK, activations, gathered, linear_sae, rows, sae
 
 
 def random_parts(n: int, seed: int) -> Parts:
     generator = torch.Generator().manual_seed(seed)
     truth = rows(n, seed=4)[torch.randperm(n, generator=generator)].double()
     noise = [torch.randn(n, 12, generator=generator, dtype=torch.float64) for _ in range(2)]
-    return Parts(truth, [truth + 0.1 * truth.sin(), truth.clamp_min(0)], *noise)
+    return Parts(truth, [truth + 0.1 * truth.sin(), truth.clamp_min(0)], *noise, torch.arange(n) // 10)
 
 
 def test_the_grid_equals_regressions_one_by_one():
     train, test = random_parts(700, 1), random_parts(500, 2)
-    grid = noise_grid(iter([train]), iter([test]), (0.0, 0.5), (0.0, 1.0, 3.0), unit=0.4)
+    grid = noise_grid(iter([train]), iter([test]), (0.0, 0.5), (0.0, 1.0, 3.0), unit=0.4).table()
     assert len(grid) == 18
     for row in grid.itertuples():
         f, x, r = int(row.ablated * 2), 0.4 * row.sigma_x, 0.4 * row.sigma_r
@@ -45,16 +46,23 @@ def test_the_grid_equals_regressions_one_by_one():
         assert row.fvu == pytest.approx(float(e["test"].square().sum() / variance), rel=1e-9)
         assert row.nonlinear == pytest.approx(missed, rel=1e-8)
         assert row.linear == pytest.approx(row.fvu - missed, rel=1e-7, abs=1e-9)
+        assert row.nonlinear_low <= row.nonlinear <= row.nonlinear_high
         assert row.absent == pytest.approx(float((test.truth - test.reconstructions[f]).square().sum() / variance))
         assert row.dense == pytest.approx(float((x * test.dense).square().sum() / variance))
         assert row.introduced == pytest.approx(float((r * test.introduced).square().sum() / variance))
+
+
+def judged(result: IntroducedError) -> pd.Series:
+    return result.judged.iloc[0]
 
 
 def test_closed_form_where_the_sae_is_exact():
     result = introduced_error(
         activations(contexts=1500, chunk_rows=8000), HOOK, linear_sae(torch.eye(12)), ablated=(0.0,)
     )
-    assert result.reencoding_fvu < 1e-9
+    assert judged(result)["reencoding_fvu"] < 1e-9
+    assert judged(result)["deviation"] < 0.02
+    assert judged(result)["deviation_low"] <= judged(result)["deviation"] <= judged(result)["deviation_high"] < 0.03
     assert len(result.closed_form) == len(LEVELS) ** 2
     for row in result.closed_form.itertuples():
         assert row.linear == pytest.approx(row.linear_closed_form, rel=0.02, abs=2e-3)
@@ -63,20 +71,44 @@ def test_closed_form_where_the_sae_is_exact():
     assert grid[(grid.sigma_x == 4) & (grid.sigma_r == 0)]["dense"].item() == pytest.approx(0.5, abs=0.01), (
         "σ = 4 has the variance of x′"
     )
-    assert result.table.loc["sigma_x", "linear"] > 0.9
-    assert result.table.loc["sigma_r", "nonlinear"] > 0.9
-    assert abs(result.table.loc["sigma_r", "linear"]) < 0.5
-    assert abs(result.table.loc["sigma_x", "nonlinear"]) < 0.5
+
+
+def test_an_sae_that_changes_its_own_reconstructions_is_found_out():
+    """It keeps 0.7 of most dimensions at every pass. The correlations are those of a perfect SAE all the same."""
+    source, bad = (
+        activations(contexts=600, chunk_rows=8000),
+        linear_sae(torch.diag(torch.tensor([1.0] * 4 + [0.7] * 8))),
+    )
+    result = introduced_error(source, HOOK, bad, ablated=(0.0,))
+    truth = bad(gathered(source, "C"))
+    lack = truth - bad(truth)
+    fvu = float(lack.square().sum() / (truth - truth.mean(0)).square().sum())
+    assert judged(result)["reencoding_fvu"] == pytest.approx(fvu, rel=1e-4)
+    assert judged(result)["reencoding_fvu_low"] > 0.05
+    assert judged(result)["deviation_low"] > 0.1
+    assert min(result.table.loc["sigma_x", "linear"], result.table.loc["sigma_r", "nonlinear"]) > 0.9
+    assert max(abs(result.table.loc["sigma_x", "nonlinear"]), abs(result.table.loc["sigma_r", "linear"])) < 0.1
+
+
+def test_deviation_is_that_of_all_estimates_at_no_ablation():
+    result = introduced_error(activations(), HOOK, sae(), levels=(0.0, 2.0), ablated=(0.0, 0.5))
+    table = result.closed_form
+    deviations = [
+        np.linalg.norm(table[name] - table[f"{name}_closed_form"]) / np.linalg.norm(table[f"{name}_closed_form"])
+        for name in ("linear", "nonlinear")
+    ]
+    assert judged(result)["deviation"] == pytest.approx(max(deviations))
 
 
 def test_closed_form_by_its_matrices():
     covariance = torch.cov(rows(400).T).double()
+    spectrum = torch.linalg.eigvalsh(covariance)
     noise = 0.7**2 * torch.eye(12, dtype=torch.float64)
-    linear, nonlinear = closed_form(covariance, 0.7, 1.1)
+    linear, nonlinear = closed_form(spectrum, 0.7, 1.1)
     expected = float((noise @ torch.linalg.inv(covariance + noise) @ noise).trace() / (covariance + noise).trace())
     assert linear == pytest.approx(expected)
     assert nonlinear == pytest.approx(float((noise.trace() + 12 * 1.1**2) / (covariance + noise).trace()) - expected)
-    assert closed_form(covariance, 0.0, 0.0) == (0.0, 0.0)
+    assert closed_form(spectrum, 0.0, 0.0) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("k", [4, None])
@@ -107,7 +139,8 @@ def test_latents_of_least_mean_value_are_ablated_first(k):
 def synthetic():
     model = SyntheticModel.random(d=32, features=64)
     unit = noise_unit(model.covariance())
-    return model, unit, noise_grid(model.sample(400_000, seed=1), model.sample(400_000, seed=2), ABLATED, LEVELS, unit)
+    fit, evaluate = (model.sample(400_000, seed=seed) for seed in (1, 2))
+    return model, unit, noise_grid(fit, evaluate, ABLATED, LEVELS, unit).table()
 
 
 def test_the_synthetic_models_moments():
