@@ -107,7 +107,7 @@ def _stacks(ax: Axes, parts: pd.DataFrame) -> None:
     for x, total in zip(place, parts[col.FVU], strict=True):
         ax.text(x, total, f"{total:.3f}", ha="center", va="bottom", fontsize=6)
     ax.set_xticks(place, [short(width) for width in parts["width"]], rotation=30 if len(parts) > 9 else 0)
-    ax.set(xlabel=WIDTH_LABEL, ylabel=FVU_LABEL, ylim=(0, 1.35 * parts[col.FVU].max()))
+    ax.set(xlabel=WIDTH_LABEL, ylabel=FVU_LABEL, ylim=(0, 1.7 * parts[col.FVU].max()))
     ax.legend(loc="upper right", reverse=True)
 
 

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from raysae.analysis.dark_matter.measures.breakdown import at_nearest_l0
 from raysae.analysis.dark_matter.measures.error_regression import BASELINES, FEWEST_ACTIVE, NORMS, ErrorRegression
 from raysae.analysis.dark_matter.probes import (
     Shown,
@@ -78,8 +79,8 @@ def run(lab: Lab) -> Findings:
         of = f"{where} · {len(alike)} SAEs · {alike[col.ALIKE].iloc[0]}".removesuffix(" · ")
         findings.draw(per_hook_point("contours", hook, lab), contours, alike, of)
         findings.figures[per_hook_point("norms", hook, lab)] = norm_prediction(here, where)
-        some = list(chosen.saes if hook == chosen.hook_point else found)
-        some = some[:: max(1, (len(some) - 1) // 2)]  # The narrowest, the central and the widest.
+        some = list(at_nearest_l0(alike, lab.config.target_l0)["sae"])
+        some = list(dict.fromkeys((some[0], some[(len(some) - 1) // 2], some[-1])))  # Narrowest, central and widest
         findings.draw(per_hook_point("loadings", hook, lab), loadings, {name: found[name] for name in some}, hook)
     if table["layer"].nunique() > 1:
         findings.figures["layers"] = r2_per_layer(table, model_name(lab))

@@ -29,21 +29,27 @@ GROUP = 3  # How many SAEs share a task's pass over the activations.
 
 def regressions(lab: Lab, hook_point: str, saes: Mapping[str, Subject]) -> dict[str, ErrorRegression]:
     """The regressions (analyses 1 and 2) of each of `saes`, all of one hook point, by name."""
-    recorded = lab.record([hook_point])
+    recorded, outlier_norm = lab.record([hook_point]), lab.sweep.evaluation.outlier_norm
     by_width = sorted(saes.values(), key=lambda sae: sae.width)
     count = -(-len(by_width) // GROUP)
     groups = [by_width[i::count] for i in range(count)]  # Each mixes wide and narrow SAEs, so tasks take alike.
     tasks = [
-        Task("error_regression", lab.key(*group), _regress, (recorded, hook_point, group, lab.replicates, lab.seed))
+        Task(
+            "error_regression",
+            lab.key(*group, outlier_norm=outlier_norm),
+            _regress,
+            (recorded, hook_point, group, lab.replicates, lab.seed, outlier_norm),
+        )
         for group in groups
     ]
     return {name: found for group in lab.run(tasks) for name, found in group.items()}
 
 
 def _regress(
-    recorded: Recorded, hook_point: str, saes: Sequence[Subject], replicates: int, seed: int
+    recorded: Recorded, hook_point: str, saes: Sequence[Subject], replicates: int, seed: int, outlier_norm: float
 ) -> dict[str, ErrorRegression]:
-    return error_regression(recorded.open(), hook_point, {sae.name: sae.load() for sae in saes}, replicates, seed)
+    loaded = {sae.name: sae.load() for sae in saes}
+    return error_regression(recorded.open(), hook_point, loaded, replicates, seed, outlier_norm)
 
 
 def regression_table(lab: Lab, saes: Mapping[str, Subject], found: Mapping[str, ErrorRegression]) -> pd.DataFrame:

@@ -106,6 +106,9 @@ PAPER = (  # Label, analysis, table, column, the paper's value.
 )
 
 
+OFF = 0.05  # Relative difference from FVU above which the FVU without outliers is shown.
+
+
 # ---------------------------------------------------------------- the job
 
 
@@ -189,7 +192,15 @@ def shown_tables(analysis: str, tables: Mapping[str, pd.DataFrame]) -> list[tupl
 def _regressions(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFrame]]:
     columns = ["hook_point", "architecture", "width", col.L0, col.FVU, col.NONLINEAR_FVU, col.R2_ERROR]
     columns += [col.R2_ERROR_WEIGHTED, col.R2_ERROR + col.RESCALED, col.R2_ERROR_NORM, col.R2_NORM_NONLINEAR]
-    shown = [("Every SAE", tables["regressions"][columns].sort_values(["hook_point", "width", col.L0]))]
+    table = tables["regressions"]
+    if (abs(table[col.FVU_INLIERS] / table[col.FVU] - 1) > OFF).any():
+        columns[6:6] = [col.FVU_INLIERS, col.NONLINEAR_FVU_INLIERS]
+    shown = [
+        (
+            "Every SAE. Inliers: without rows of outlier norm, where that matters",
+            table[columns].sort_values(["hook_point", "width", col.L0]),
+        )
+    ]
     if "half_trained" in tables:
         compared = (col.FVU, col.R2_ERROR, col.R2_ERROR + col.RESCALED, col.R2_ERROR_NORM)
         columns = ["width", *(name for column in compared for name in (column, column + col.HALF))]

@@ -41,6 +41,7 @@ ALIKE = "alike"  # Architecture, learning rate and seed in words. Figures compar
 L0 = "l0"  # Mean active latents per row.
 FVU = "fvu"  # FVU(x, Sae(x)).
 NONLINEAR_FVU = "nonlinear_fvu"  # FVU(x, Sae(x) + ê).
+FVU_INLIERS, NONLINEAR_FVU_INLIERS = "fvu_inliers", "nonlinear_fvu_inliers"  # Without rows of outlier norm.
 LINEAR_GAP = "linear_gap"  # FVU less nonlinear FVU.
 DEAD_FRACTION = "dead_fraction"  # Share of the latents that no row activates.
 

@@ -109,6 +109,8 @@ class GroupSums:
 
     def add(self, group: Tensor, **rows: Tensor) -> None:
         """Takes in named quantities (b,) or (b, m) of rows whose groups are `group` (b,)."""
+        if not len(group):
+            return
         groups, of_row = torch.unique(group, return_inverse=True)
         there = groups.tolist()
         self._seen.update(there)

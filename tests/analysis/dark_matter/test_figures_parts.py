@@ -12,6 +12,7 @@ from raysae.analysis.dark_matter.error_parts import taken_apart
 from raysae.analysis.dark_matter.error_saes import error_sae_bars
 from raysae.analysis.dark_matter.measures.earlier_layers import BY_DEFINITION, TARGETS
 from raysae.analysis.dark_matter.pursuit import pursued, pursuit_bars
+from raysae.analysis.dark_matter.report import shown_tables
 from raysae.analysis.instruments.intervals import with_intervals
 from raysae.analysis.instruments.plots import PAPER_WIDTH, SOURCE_PARTS, save
 
@@ -131,3 +132,14 @@ def test_earlier_layer_bars(tmp_path):
     assert "-0.10" in {text.get_text() for text in figure.axes[0].texts}  # There is no bar, and still a number
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["resid_post.1", "mlp_out.1", "attn_z.1"]
     assert save(figure, tmp_path / "earlier")[0].exists()
+
+
+@pytest.mark.parametrize(("inliers", "told"), [(0.101, False), (0.3, True)])
+def test_the_report_shows_fvus_without_outliers_where_they_differ(inliers, told):
+    numbers = ("l0", "nonlinear_fvu", "r2_error", "r2_error_weighted", "r2_error_rescaled", "r2_error_norm")
+    row = dict.fromkeys((*numbers, "r2_norm_nonlinear", "nonlinear_fvu_inliers"), 0.5)
+    row |= {"hook_point": "resid_post.2", "architecture": "topk", "width": 512, "fvu": 0.1, "fvu_inliers": inliers}
+    ((_, table),) = shown_tables("error_regression", {"regressions": pd.DataFrame([row])})
+    assert ("fvu_inliers" in table) == told
+    if told:
+        assert list(table)[4:8] == ["fvu", "nonlinear_fvu", "fvu_inliers", "nonlinear_fvu_inliers"]

@@ -98,6 +98,14 @@ def test_replicates_are_paired_whatever_the_order_and_the_chunks(groups):
     assert "twice" not in first
 
 
+@pytest.mark.parametrize("groups", [20, 40])
+def test_a_chunk_without_rows_changes_nothing(groups):
+    group, y = np.arange(400) % groups, np.arange(400.0)
+    sums, same = summed(group, y=y), summed(group, y=y)
+    sums.add(torch.zeros(0, dtype=torch.int64), y=torch.zeros(0))
+    assert torch.equal(sums["y"], same["y"])
+
+
 def test_another_seed_draws_other_resamples():
     sums = [GroupSums(50, seed) for seed in (1, 2)]
     for each in sums:

@@ -32,6 +32,8 @@ from raysae.analysis.instruments import columns as col
 from raysae.analysis.instruments.activations import Activations, Activity, Chunk, reconstruct
 from raysae.analysis.instruments.intervals import REPLICATES, Estimate, GroupSums, in_columns
 from raysae.analysis.instruments.regression import Fit, Linear, Moments, add_target, r2
+from raysae.config import OUTLIER_NORM
+from raysae.kernels.rows import norm_limit
 from raysae.sae.base import SAE
 
 # v → name of the R² with which x predicts ‖v‖²
@@ -60,6 +62,7 @@ class ErrorRegression:
 
     `numbers`, measured on C with intervals over groups of documents:
         fvu, nonlinear_fvu             FVU(x, Sae(x)) and FVU(x, Sae(x) + ê)
+        …_inliers                      both without outliers, rows of a large norm
         linear_gap                     fvu − nonlinear_fvu, the part of the breakdown that no fit enters
         l0                             mean active latents
         r2_error, r2_error_weighted    R² of ê for e: mean over dimensions (the paper's figure), and variance-weighted
@@ -104,12 +107,17 @@ class ErrorRegression:
 
 @torch.no_grad()
 def error_regression(
-    activations: Activations, hook_point: str, saes: Mapping[str, SAE], replicates: int = REPLICATES, seed: int = 0
+    activations: Activations,
+    hook_point: str,
+    saes: Mapping[str, SAE],
+    replicates: int = REPLICATES,
+    seed: int = 0,
+    outlier_norm: float = OUTLIER_NORM,
 ) -> dict[str, ErrorRegression]:
     """Runs analyses 1 and 2 for the folded `saes` (by name) of one hook point.
 
-    The activations are (b, d) in raw units. Memory does not depend on the number of tokens. Each SAE takes a few (d, d)
-    and (replicates, 3d) matrices in float64.
+    The activations are (b, d) in raw units. Rows of C are outliers where their norm is above `outlier_norm` times the
+    median norm. Memory is 4 bytes per row of C, and for each SAE a few (d, d) and (replicates, 3d) matrices in float64.
     """
     fitted = {name: _PassA(sae) for name, sae in saes.items()}
     shared = _Shared()
@@ -133,16 +141,28 @@ def error_regression(
 
     common = GroupSums(replicates, seed)
     sums = {name: GroupSums(replicates, seed) for name in saes}
+    limit = _limit(activations, hook_point, outlier_norm)
     for chunk in activations.chunks("C"):
         x = chunk.x[hook_point].double()
         squared = x.square().sum(1)
+        inside = squared.sqrt() <= limit
         add_target(common, chunk.group, "x", x, {})
+        add_target(common, chunk.group[inside], "x_inliers", x[inside], {})
         add_target(common, chunk.group, "x_norm", squared, {"x": whole.maps["x_norm"](x)})
         for name, sae in saes.items():
             reconstruction, l0 = reconstruct(sae, chunk.x[hook_point])
             state = fitted[name]
-            _evaluate(sums[name], chunk, squared, state.parts(x, reconstruction.double()), l0, name, state, maps)
+            parts = state.parts(x, reconstruction.double())
+            _evaluate(sums[name], chunk, squared, parts, l0, name, state, maps)
+            missed = {"inliers_e": parts.e[inside].square().sum(1)}
+            missed["inliers_nonlinear"] = parts.nonlinear[inside].square().sum(1)
+            sums[name].add(chunk.group[inside], **missed)
     return {name: fitted[name].result(common, sums[name]) for name in saes}
+
+
+def _limit(activations: Activations, hook_point: str, outlier_norm: float) -> float:
+    """The norm above which a row of C is an outlier."""
+    return norm_limit(torch.cat([chunk.x[hook_point].norm(dim=1) for chunk in activations.chunks("C")]), outlier_norm)
 
 
 # ---------------------------------------------------------------- the passes
@@ -196,11 +216,14 @@ class _PassA:
 
     def result(self, common: GroupSums, sums: GroupSums) -> ErrorRegression:
         variance = common.variation("x").sum(1)
+        inliers = common.variation("x_inliers").sum(1)
         missed = sums["e_missed_x"].sum(1)
         values = {
             col.FVU: sums["fvu"].squeeze(1) / variance,
             col.NONLINEAR_FVU: missed / variance,
             col.LINEAR_GAP: (sums["fvu"].squeeze(1) - missed) / variance,
+            col.FVU_INLIERS: sums["inliers_e"].squeeze(1) / inliers,
+            col.NONLINEAR_FVU_INLIERS: sums["inliers_nonlinear"].squeeze(1) / inliers,
             col.L0: sums.mean("l0"),
             col.R2_NORM_X: r2(common, "x_norm", "x")[0],
         }

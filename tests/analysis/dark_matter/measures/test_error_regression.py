@@ -47,7 +47,12 @@ def naive(source: ArrayActivations, autoencoder) -> dict[str, float]:
     from_half = regressed(x["A"][halves], e["A"][halves], x["C"])
     residual = regressed(x["A"], rescaled["A"], x["C"])
     l0 = {split: reconstruct(autoencoder, x[split].float())[1] for split in "AC"}
+    lengths = x["C"].norm(dim=1)
+    inside = lengths <= 1.1 * lengths.median()
+    inliers = (x["C"][inside] - x["C"][inside].mean(0)).square().sum()
     numbers = {
+        "fvu_inliers": float(e["C"][inside].square().sum() / inliers),
+        "nonlinear_fvu_inliers": float(epsilon["C"][inside].square().sum() / inliers),
         "fvu": float(e["C"].square().sum() / variance),
         "nonlinear_fvu": float(epsilon["C"].square().sum() / variance),
         "linear_gap": float((e["C"].square().sum() - epsilon["C"].square().sum()) / variance),
@@ -81,7 +86,7 @@ def naive(source: ArrayActivations, autoencoder) -> dict[str, float]:
 def test_every_number_equals_its_definition():
     source = activations()
     saes = {"topk": sae(), "relu": sae(k=None, seed=3)}
-    found = error_regression(source, HOOK, saes, replicates=30)
+    found = error_regression(source, HOOK, saes, replicates=30, outlier_norm=1.1)
     for name, autoencoder in saes.items():
         expected = naive(source, autoencoder)
         numbers = found[name].numbers
