@@ -46,7 +46,7 @@ from raysae.stream.producer import Production
 from raysae.stream.queue import patiently, start_stream
 from raysae.stream.relay import CONSUMERS, Relay, start_relays
 from raysae.stream.spec import ActivationSpec
-from raysae.stream.state import StreamState
+from raysae.stream.state import Life, StreamState
 from raysae.stream.task import Streaming
 
 GOAL = 10_000 / 60  # Blocks per second
@@ -74,9 +74,9 @@ def simulate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
     As in the queue, each piece of news is followed by the question what to produce next.
     """
     state = StreamState(shards=10**9, cap=CAP)
-    done = {f"consumer {i}": 0 for i in range(consumers)}
-    for name in done:
-        state.join(name, 0)
+    done = {Life(f"consumer {i}"): 0 for i in range(consumers)}
+    for life in done:
+        state.join(life, 0)
     rng = random.Random(0)
     orders = itertools.cycle([rng.choices(list(done), k=consumers) for _ in range(64)])
     began = time.process_time()
@@ -84,10 +84,10 @@ def simulate(consumers: int, blocks: int, seconds: float) -> dict[str, float]:
         state.lease()
         for shard in list(state.leased):
             state.produced(shard)
-        for name in next(orders):
-            if state.ready(name, done[name]):
-                done[name] += 1
-                state.advance(name, done[name])
+        for life in next(orders):
+            if state.ready(life, done[life]):
+                done[life] += 1
+                state.advance(life, done[life])
                 state.lease()
     each = spent / (blocks * sum(done.values()))
     return {
@@ -149,13 +149,12 @@ class Readers:
             threading.Thread(target=self._read, args=(client,), daemon=True).start()
 
     def _read(self, client: Taker) -> None:
-        client._joined = True
-        client._join()
+        reading = client._begin(0, None)
         for shard in range(self.spec.shards):
             for block in range(self.blocks):
                 client.block(shard, block)
                 self.read[client.consumer] += 1
-            client._acknowledge(shard + 1)
+            client._acknowledge(reading, shard + 1)
 
     def progress(self) -> dict[str, int]:
         return self.read
@@ -261,14 +260,15 @@ class Crowd(Relay):
         self.tasks = [asyncio.create_task(self.consume(name, blocks)) for name in names]
 
     async def consume(self, name: str, blocks: int) -> None:
-        await self.join(name, HOOK, 0)
+        life = Life(name)
+        await self.join(life, HOOK, 0)
         due = time.monotonic()
         for shard in itertools.count():
-            await self.fetch(name, shard, 0, shard)
+            await self.fetch(life, shard, 0, shard)
             due = max(due, time.monotonic() - 1) + random.uniform(0.5, 1.5) * blocks / GOAL
             await asyncio.sleep(max(0, due - time.monotonic()))
             self.read[name] += blocks
-            await self.acknowledge(name, shard + 1)
+            await self.acknowledge(life, shard + 1)
 
     async def progress(self) -> dict[str, int]:
         return self.read

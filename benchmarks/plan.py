@@ -99,7 +99,8 @@ def language_model(name: str, layer: int | None, context: int) -> tuple[Lm, int]
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from raysae.lm.facts import EMBEDDED, MODULES_OF
+    from raysae.lm.facts import EMBEDDED
+    from raysae.lm.layout import MODULES_OF
 
     path = EMBEDDED if name == "embedded" else Path(name)
     try:

@@ -63,7 +63,14 @@ def raysae(architecture: str, d: int, n: int, k: int, batch: int, device: str) -
     config = SAEConfig(
         architecture=architecture, width=n, hook_point="resid_post.0", learning_rate=2e-4, seed=0, **sparsity
     )
-    train = TrainConfig(batch=batch, tokens=STEPS * batch, warmup=WARMUP / STEPS, sparsity_warmup=0, aux_coefficient=0)
+    train = TrainConfig(
+        batch=batch,
+        tokens=STEPS * batch,
+        warmup=WARMUP / STEPS,
+        sparsity_warmup=0,
+        aux_coefficient=0,
+        jumprelu_unit="sum",
+    )
     if device == "cuda":
         be_deterministic()
     bank = Bank(d, train, device)

@@ -113,7 +113,7 @@ def evaluate(side: str, folder: Path, tokens: int, in_model: bool = False) -> fl
     from raysae.stream.blocks import as_tensor
     from raysae.stream.shard import ShardMaker
     from raysae.study.plan import plan
-    from raysae.train.evaluation import Variance, reconstruction_metrics
+    from raysae.train.evaluation import HeldOut, reconstruction_metrics
 
     settled = plan(stream(tokens))
     (hook,), spec = settled.hook_points, settled.evaluation
@@ -123,8 +123,8 @@ def evaluate(side: str, folder: Path, tokens: int, in_model: bool = False) -> fl
     rows = [as_tensor(block, spec.dtype) for shard in shards for block in maker.make(shard)[1][hook]]
     saes = {str(path.parent): load_any(path.parent, hook).sae for path in folder.glob(SAVED[side])}
     assert len(saes) == len(WIDTHS) * len(KS), f"{folder} has {len(saes)} SAEs"
-    variance = Variance(settled.widths[hook])
-    fvu = statistics.mean(reconstruction_metrics(sae, rows, variance).fvu for sae in saes.values())
+    held_out = HeldOut(lambda: rows, settled.widths[hook])
+    fvu = statistics.mean(reconstruction_metrics(sae, rows, held_out).fvu for sae in saes.values())
     if in_model:
         contexts = settled.contexts["evaluation"][np.arange(-(-EVALUATED // (CONTEXT - 1 - spec.skip_positions)))]
         downstream_metrics(

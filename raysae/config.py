@@ -26,20 +26,28 @@ class ArchitectureFacts:
     saelens: str  # SAELens's name of the architecture that a saved SAE has
     native: bool = True  # SAELens's files of that name are loaded as this architecture
     searches: float = 3  # Predicted cost of a step in units of TopK's search, see `capacity.cost`
+    beta1: float = 0.9  # Adam's beta 1 where train.beta1 is unset
+    # Width of the straight-through window where train.bandwidth is unset, for activations of mean square norm 1
+    bandwidth: float | None = None
+    earlier_levels: tuple[float, ...] = ()  # Default range of studies with the earlier unit, see train.jumprelu_unit
 
     def pick(self, *, k: int, sparsity: float) -> dict[str, float]:
         """The one of both knobs that the architecture takes, as an argument of SAEConfig."""
         return {"k": k} if self.level == "k" else {"sparsity": sparsity}
 
 
-# Ranges of coefficients span a useful range of L0. The squared error is a sum over d, and for tied a mean.
+# Ranges of coefficients span a useful range of L0. The squared error is a sum over d, and for tied a mean. JumpReLU's
+# coefficient is multiplied by d.
 ARCHITECTURES: dict[str, ArchitectureFacts] = {
     "topk": ArchitectureFacts("k", (8, 16, 32), "topk", searches=1),
     "batchtopk": ArchitectureFacts("k", (8, 16, 32), "jumprelu", native=False, searches=2),
     "matryoshka": ArchitectureFacts("k", (8, 16, 32), "jumprelu", native=False, searches=2),
     "relu": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "standard"),
     "tied": ArchitectureFacts("sparsity", (1e-4, 1e-3, 1e-2), "standard", native=False),
-    "jumprelu": ArchitectureFacts("sparsity", (0.03, 0.3, 3.0), "jumprelu"),
+    # beta1 and bandwidth are the paper's (arXiv 2407.14435)
+    "jumprelu": ArchitectureFacts(
+        "sparsity", (3e-4, 1e-3, 3e-3), "jumprelu", beta1=0.0, bandwidth=1e-3, earlier_levels=(0.03, 0.3, 3.0)
+    ),
     "gated": ArchitectureFacts("sparsity", (0.3, 1.0, 3.0), "gated", searches=5),
 }
 Architecture = Literal[*ARCHITECTURES]
@@ -50,6 +58,7 @@ _TRAINERS = (*_ARITHMETIC, "kernels", "numba", "fast_integers", "triton", "preci
 _PRODUCERS = (*_ARITHMETIC, "numpy", "transformers", "attention", "dtype", "transform")
 # Facts on which the bits of an SAE depend, beside the knobs. See docs/determinism.md.
 FACTS = (*_TRAINERS, *(f"producer.{fact}" for fact in _PRODUCERS))
+OUTLIER_NORM = 10.0  # A row is an outlier where its norm is above this multiple of the median norm
 
 
 class UserError(ValueError):
@@ -112,7 +121,7 @@ class ModelConfig(Strict):
     )
     modules: dict[str, str] = Field(
         default_factory=dict,
-        description="Module paths of an architecture that raysae does not know, or in place of those it knows, e.g. "
+        description="Module paths, in place of those that raysae knows or finds, e.g. "
         "blocks=transformer.h,attn=attn,attn_proj=attn.o,mlp=mlp,mlp_proj=mlp.o",
     )
 
@@ -126,18 +135,29 @@ class TextConfig(Strict):
         "files or globs separated by commas. Files are txt, md, py, jsonl or parquet, or these as .gz, "
         ".xz or .zst.",
     )
-    field: str = Field("text", description="Column that holds the text in jsonl, parquet and Hugging Face datasets.")
+    field: str = Field(
+        "text",
+        description="Column that holds the documents in jsonl, parquet and Hugging Face datasets. It holds text, lists "
+        "of token ids, or chats: lists of messages with role and content, which go through the model's chat template.",
+    )
     subset: str | None = Field(None, description="Configuration name of a Hugging Face dataset. Unset: its default.")
     split: str = Field("train", description="Split of a Hugging Face dataset.")
     max_documents: int | None = Field(None, gt=0, description="Most documents to read. Unset: no limit.")
     separator: str = Field(
         "\n\n",
-        description="Text put after each document, before the next. No BOS is put between the documents of a context.",
+        description="Text put after each text, before the next. No BOS is put between the documents of a context. A "
+        "special token here lies inside contexts, where its activations can have outlier norms.",
     )
     delimiter: str | None = Field(
         None,
-        description="String that separates documents inside .txt and .md files, e.g. '<|endoftext|>'. Unset: each "
-        "file is one document.",
+        description="String that separates documents inside a text, e.g. '<|endoftext|>'. Unset: each txt or md file, "
+        "each line of jsonl and each row is one document. Python files are never split.",
+    )
+    join_documents: bool = newer_knob(
+        True,
+        before=True,
+        description="Contexts join documents one after the other. False: each context is the start of one document, "
+        "cut at the context length. What a shorter document leaves free is padded and yields no rows.",
     )
     evaluation_fraction: float = Field(
         0.15,
@@ -160,6 +180,26 @@ class StreamConfig(Strict):
         ge=1,
         description="Positions at the start of each context that yield no rows, because BOS has an outlier norm. "
         "Larger leaves fewer rows. Unset: 8, or 200 for contexts of 1,024 tokens and more.",
+    )
+    leave_out_tokens: list[int | str] = newer_knob(
+        [],
+        before=[],
+        description="Tokens whose positions yield no rows: 'special' (all special tokens of the tokenizer), token ids, "
+        "or tokens as the tokenizer spells them, e.g. special,198,Ġthe. A row of the same shard takes the "
+        "place of each one left out.",
+    )
+    leave_out_norm: float | None = newer_knob(
+        None,
+        before=None,
+        gt=1,
+        description="Leave out rows whose norm is above this multiple of their shard's median norm, such as 10. "
+        "Smaller leaves out more. Unset: none.",
+    )
+    leave_out_hook_point: str | None = newer_knob(
+        None,
+        before=None,
+        description="Hook point at which leave_out_norm judges the norm. Rows are left out at every hook point alike. "
+        "Unset: the study's first.",
     )
     epochs: int = Field(
         1,
@@ -247,6 +287,11 @@ class StreamConfig(Strict):
             raise ValueError(
                 f"producers_max is {self.producers_max}: it must be at least producers_min, {self.producers_min}"
             )
+        if self.leave_out_hook_point and self.leave_out_norm is None:
+            raise ValueError(
+                f"leave_out_hook_point is {self.leave_out_hook_point}, but leave_out_norm is unset: "
+                "set leave_out_norm to a multiple of the median norm, such as 10"
+            )
         return self
 
 
@@ -286,6 +331,14 @@ def error_kind(hook_point: str) -> tuple[str | None, str]:
 
 def _names(level: str) -> str:
     return ", ".join(name for name, facts in ARCHITECTURES.items() if facts.level == level)
+
+
+def _own_facts(name: str) -> str:
+    """One fact of all architectures: the value of most, then who has another."""
+    values = [getattr(facts, name) for facts in ARCHITECTURES.values()]
+    usual = max(values, key=values.count)
+    others = [f"{kind} {value:g}" for kind, value in zip(ARCHITECTURES, values, strict=True) if value != usual]
+    return ", ".join([*others, f"others {usual:g}"])
 
 
 def _ranges(level: str) -> str:
@@ -354,7 +407,13 @@ class TrainConfig(Strict):
         description="Share of the steps, at the start, in which a sparsity coefficient rises linearly from 0. It has "
         "no effect on architectures with k.",
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's beta 1. Larger averages gradients over more steps.")
+    beta1: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description=f"Adam's beta 1. Larger averages gradients over more steps. Unset: each architecture has its own: "
+        f"{_own_facts('beta1')}.",
+    )
     beta2: float = Field(
         0.999, ge=0, lt=1, description="Adam's beta 2. Larger averages squared gradients over more steps."
     )
@@ -378,11 +437,18 @@ class TrainConfig(Strict):
         description="Number format of the operands of a step's products, and of TopK's pre-activations. Unset: "
         "bfloat16 on GPUs that have it, else float32. CPUs take float32 only.",
     )
-    bandwidth: float = Field(
-        0.03,
+    bandwidth: float | None = Field(
+        None,
         gt=0,
         description="Width of jumprelu's straight-through window, in units of the normalised activation. Larger: "
-        "thresholds learn from more rows, less exactly.",
+        f"thresholds learn from more rows, less exactly. Unset: {ARCHITECTURES['jumprelu'].bandwidth:g} √d, for "
+        "activations of width d.",
+    )
+    jumprelu_unit: Literal["norm", "sum"] = newer_knob(
+        "norm",
+        before="sum",
+        description="Unit of jumprelu's coefficient. With 'norm' it is the paper's, for activations of mean square "
+        "norm 1. With 'sum' it is d times as large, as in studies begun before this knob.",
     )
     group_shares: list[Annotated[float, Field(gt=0)]] = newer_knob(
         list(GROUP_SHARES),
@@ -459,6 +525,13 @@ class EvaluationConfig(Strict):
         ge=0,
         description="Held-out tokens for ce_recovered and kl. More give steadier numbers and take more time. 0 "
         "leaves both metrics out.",
+    )
+    outlier_norm: float = newer_knob(
+        OUTLIER_NORM,
+        before=OUTLIER_NORM,
+        gt=1,
+        description="Rows whose norm is above this multiple of the median norm count as outliers. fvu_inliers is the "
+        "FVU without them. Smaller counts more rows as outliers.",
     )
 
 
@@ -689,7 +762,8 @@ class SweepConfig(Strict):
 
     def _levels(self, facts: ArchitectureFacts) -> list[dict[str, float]]:
         given = self.k if facts.level == "k" else self.sparsities
-        return [{facts.level: value} for value in given or facts.levels]
+        own = facts.earlier_levels if self.train.jumprelu_unit == "sum" and facts.earlier_levels else facts.levels
+        return [{facts.level: value} for value in given or own]
 
     def saes(self) -> list[SAEConfig]:
         """The sweep's SAEs, in a fixed order. `hook_points` must be resolved.
@@ -764,8 +838,8 @@ class AnalysisConfig(Strict):
     replicates: int = Field(
         200,
         ge=20,
-        description="Bootstrap replicates of every interval. More give steadier intervals and take more time and "
-        "memory.",
+        description="Bootstrap replicates of every interval over more than 30 groups of documents. More give steadier "
+        "intervals and take more time and memory.",
     )
     seed: int = Field(0, ge=0, description="Seed of splits, bootstrap and noise.")
     model: ModelConfig = ModelConfig()

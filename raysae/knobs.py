@@ -15,6 +15,7 @@ Nothing here knows any particular knob. Values are checked by pydantic alone, wi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -157,9 +158,7 @@ def coerced(name: str, value: Any, annotation: Any) -> Any:
         return None
     if kind is list and value is not None:
         items = value if isinstance(value, list) else [value]
-        parts = [
-            part for item in items for part in (map(str.strip, item.split(",")) if isinstance(item, str) else [item])
-        ]
+        parts = [part for item in items for part in (_parts(item) if isinstance(item, str) else [item])]
         return [coerced(name, part, get_args(inner)[0]) for part in parts if part != ""]
     if kind is dict and isinstance(value, str):
         return _mapping(value)
@@ -172,6 +171,11 @@ def coerced(name: str, value: Any, annotation: Any) -> Any:
     if kind is float and str(value).lstrip("+-").lower() in ("inf", "infinity", ".inf"):
         raise UserError(f"{name} is {value}: it must be a finite number")
     return value
+
+
+def _parts(text: str) -> list[str]:
+    """The items of a list separated by commas. The name of a file or folder that exists is one item."""
+    return [text] if os.path.lexists(os.path.expanduser(text)) else [part.strip() for part in text.split(",")]
 
 
 def _whole(text: str) -> int | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Callable
@@ -31,10 +32,19 @@ def apart(function: Callable, *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def command(words: str) -> str:
-    """A command line for the user to paste: this Python with `words`, called from the present folder."""
-    interpreter = Path(sys.executable)
-    return f"{interpreter.relative_to(Path.cwd()) if interpreter.is_relative_to(Path.cwd()) else interpreter} {words}"
+def command(*words: str | Path) -> str:
+    """A line for the user to paste into a shell: this Python with `words`, called from the present folder."""
+    return shlex.join([_from_here(sys.executable), *map(str, words)])
+
+
+def job_script(name: str) -> str:
+    """The script of `jobs/` called `name`, as a word of `command`."""
+    return _from_here(Path(__file__).parents[1] / "jobs" / name)
+
+
+def _from_here(path: str | Path) -> str:
+    """A path, relative to the present folder where it lies below it."""
+    return str(Path(path).relative_to(Path.cwd()) if Path(path).is_relative_to(Path.cwd()) else path)
 
 
 def threads() -> set[int]:

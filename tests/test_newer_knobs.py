@@ -56,6 +56,16 @@ def test_a_study_is_resumed_that_lacks_a_newer_knob(tmp_path, monkeypatch):
     assert saved_config(output, "s").train.anneal == 1.0
 
 
+def test_a_study_from_before_the_papers_unit_keeps_the_saes_it_had(tmp_path):
+    asked = {"architectures": ["jumprelu"], "hook_points": ["resid_post.0"], "widths": [64]}
+    settings = SweepConfig(study="s", **asked).model_dump()
+    settings["train"] |= {"beta1": 0.9, "bandwidth": 0.03}  # Such a study has all its knobs in its config
+    del settings["train"]["jumprelu_unit"]
+    config = saved_config(saved(settings, tmp_path), "s")
+    assert [sae.sparsity for sae in config.saes()] == [0.03, 0.3, 3.0]
+    assert (config.train.beta1, config.train.bandwidth, config.train.jumprelu_unit) == (0.9, 0.03, "sum")
+
+
 def test_a_study_that_lacks_an_older_knob_is_damaged(tmp_path):
     settings = SweepConfig(study="s").model_dump()
     del settings["train"]["warmup"]

@@ -4,11 +4,12 @@ import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 
 from raysae.config import UserError
-from raysae.processes import apart
+from raysae.processes import apart, command, job_script
 
 
 def bad(value: str) -> None:
@@ -30,7 +31,7 @@ def test_a_process_that_dies_is_told():
 INTERRUPTED = """
 import sys, time
 from pathlib import Path
-from raysae.processes import apart
+from raysae.processes import apart, command, job_script
 
 def work(folder):
     try:
@@ -54,3 +55,20 @@ def test_when_interrupted_the_function_tidies_up(tmp_path):
     os.killpg(job.pid, signal.SIGINT)  # Ctrl-C sends the same
     assert job.wait(30) != 0
     assert (tmp_path / "tidied").exists()
+
+
+def test_a_line_to_paste_is_one_that_the_shell_reads_back(tmp_path, monkeypatch):
+    folder = tmp_path / "it's my $project; (1)"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    line = command("-c", "import sys; print(sys.argv[1:])", "--output", f"{folder}/a b", "*", "%20")
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{['--output', f'{folder}/a b', '*', '%20']}\n", done.stderr
+
+
+def test_a_job_is_told_by_the_path_of_its_script(tmp_path, monkeypatch):
+    repository = Path(__file__).parents[1]
+    monkeypatch.chdir(repository)
+    assert job_script("scaling_sweep.py") == "jobs/scaling_sweep.py"
+    monkeypatch.chdir(tmp_path)
+    assert job_script("scaling_sweep.py") == str(repository / "jobs" / "scaling_sweep.py")

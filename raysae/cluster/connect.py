@@ -7,7 +7,9 @@ Ray has no options for some of this, so this module patches Ray's internals whil
 from __future__ import annotations
 
 import os
+import shlex
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,8 +18,10 @@ import ray
 from ray._private import ray_constants, services
 from ray._private.node import Node
 
+from raysae.borders import border
 from raysae.config import UserError
 
+LONGEST_TMPDIR = 36  # Bytes of the path of the folder for temporary files in which Ray's sockets have room
 REACHABLE_SECONDS = 5.0  # Longest wait for a cluster's address to answer
 
 
@@ -38,13 +42,15 @@ def connect(address: str | None, store_bytes: int) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     if address:
         _check_reachable(address)
-        try:
+        with border("resources.address", address, "where no Ray cluster answers", "unset it for a Ray of this machine"):
             ray.init(address=address, log_to_driver=False, logging_level="error", ignore_reinit_error=True)
-        except (ConnectionError, ValueError) as error:
-            raise UserError(
-                f"resources.address is {address}, where no Ray cluster answers ({str(error).splitlines()[0]})"
-            ) from error
         return
+    with border("resources.address", "unset", "and Ray does not start on this machine"):
+        _start(store_bytes)
+
+
+def _start(store_bytes: int) -> None:
+    """Start Ray on this machine, with an object store of this size, and connect to it."""
     stay_on_loopback()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # Only this machine's users can reach it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -53,16 +59,45 @@ def connect(address: str | None, store_bytes: int) -> None:
         "log_to_driver": False,
         "logging_level": "error",
         "ignore_reinit_error": True,
+        "object_store_memory": store_bytes,
+        "_system_config": {"num_workers_soft_limit": 0},
+        "_temp_dir": folder_of_sockets(),
     }
+    if (word := shlex.quote(sys.executable)) != sys.executable:  # Ray pastes the path into a shell's line
+        options["runtime_env"] = {"py_executable": word}
     try:
         with _out_of_reach(), _bare():
-            ray.init("local", object_store_memory=store_bytes, _system_config={"num_workers_soft_limit": 0}, **options)
+            ray.init("local", **options)
     except ValueError as error:
+        if "memory" not in str(error):
+            raise
         raise UserError(
             "the activations in flight (stream.mib_in_flight), the held-out ones (evaluation.rows × hook_points) and "
             f"the tokens take {store_bytes / 2**30:.1f} GiB of shared memory, which this machine does not have "
             f"({str(error).splitlines()[0]}): choose less of them"
         ) from error
+
+
+def folder_of_sockets() -> str:
+    """The folder in which Ray makes its sockets: that of RAY_TMPDIR, TMPDIR or /tmp, if it will do.
+
+    The system takes no socket whose path is longer than about 107 bytes. Ray's own part of the path has 68.
+
+    Raises:
+        UserError: no such folder has a short path and can be written.
+    """
+    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    for folder in map(os.path.abspath, (usual, "/tmp", "/var/tmp", "/dev/shm")):
+        if (
+            len(os.fsencode(folder)) <= LONGEST_TMPDIR
+            and os.path.isdir(folder)
+            and os.access(folder, os.W_OK | os.X_OK)
+        ):
+            return os.path.join(folder, "ray")
+    raise UserError(
+        f"TMPDIR is {usual}, where Ray cannot make its sockets: set it to a folder that can be written, with a path of "
+        f"at most {LONGEST_TMPDIR} characters"
+    )
 
 
 def named_cluster(address: str | None) -> str | None:

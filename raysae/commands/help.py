@@ -44,7 +44,7 @@ def help_text(
             (f"--{name} {_metavar(field.annotation)}", f"{field.description or name} {note}")
         )
     note = "Lists: --widths 256 512 or --widths 256,512. Numbers: 1e6, 1_000_000. "
-    note += "'none' unsets a knob that is unset by default."
+    note += "Text that begins with -: --text.delimiter=---. 'none' unsets a knob that is unset by default."
     description = inspect.cleandoc(description)
     paragraphs = [
         description if "\n" in description else textwrap.fill(description, width),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raysae.borders import reason
 from raysae.commands.help import help_text
 from raysae.config import UserError
 from raysae.knobs import Model, coerced, explain, fields, flattened, kind_of, nested, shown
@@ -127,8 +129,15 @@ def _suggestion(key: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # Lists such as -0.25,1 and -1e-3 are no options either
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument ").replace("expected one argument", "a value is missing"))
+        flag, colon, rest = message.removeprefix("argument ").partition(": ")
+        if rest == "expected one argument":
+            rest = f"a value is missing. One that begins with - is given as {flag}=VALUE"
+        raise UserError(f"{flag}{colon}{rest}")
 
 
 def _underscored(word: str) -> str:
@@ -151,6 +160,8 @@ def _read_yaml(path: Path, model: type[BaseModel]) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f" (line {mark.line + 1}: {error.problem})" if mark else ""
         raise UserError(f"--config {path}: this is not valid YAML{place}") from error
+    except Exception as error:  # A value that looks like a date but is none, or lists too deep within each other
+        raise UserError(f"--config {path}: this is not valid YAML ({reason(error)})") from error
     if not isinstance(content, dict):
         if content is None:
             return {}

@@ -8,9 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from raysae.borders import border
 from raysae.commands.parse import main
 from raysae.config import UserError
-from raysae.tracking.client import absolute, client_of, experiment_id
+from raysae.tracking.client import client_of, experiment_id
+from raysae.tracking.database import absolute
 from raysae.tracking.delivery import Delivery
 from raysae.tracking.outbox import KILLED, RUNNING, STUDY, Outbox, refusal
 from raysae.tracking.runs import direct
@@ -34,8 +36,6 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
         path = Path(path) / "outbox.db"
     if not Path(path).is_file():
         raise UserError(f"{path} is not there: name the outbox file of a study, or the study's folder")
-    from mlflow.exceptions import MlflowException
-
     outbox = Outbox(path)
     if outbox.meta("study") is None:
         raise UserError(f"{path} holds no study: name the outbox file of a study")
@@ -44,18 +44,13 @@ def send(path: str | Path, uri: str | None = None, experiment: str | None = None
         raise UserError(f"{path} belongs to a sweep that is running and sends it itself: wait until it ends")
     with lock:
         uri, experiment = absolute(uri or outbox.meta("uri")), experiment or outbox.meta("experiment")
-        try:
+        with border("tracking.uri", uri, "where MLflow takes nothing now", f"what it has not taken is kept in {path}"):
             experiment_id(client_of(uri), uri, experiment)  # Once MLflow answers, the outbox may be addressed to it
             direct(outbox, uri, experiment)
             if any(run.status == RUNNING for run in outbox.runs()):
                 outbox.end(STUDY, KILLED, outbox.last_time())
             waiting, refused = outbox.unsent(), sum(outbox.refused().values())
             Delivery(outbox).deliver()
-        except (MlflowException, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"MLflow at {uri} takes nothing now ({reason}): what it has not taken is kept in {path}"
-            ) from error
         sent = waiting - (sum(outbox.refused().values()) - refused)
     outbox.close()
     return sent

@@ -16,14 +16,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import ProxyHandler, build_opener
 
 from raysae.commands.parse import main
 from raysae.config import TrackingConfig, UserError
-from raysae.tracking.client import ENVIRONMENT, SQLITE, absolute
+from raysae.tracking.client import ENVIRONMENT
+from raysae.tracking.database import absolute, database_file
 from raysae.tracking.views import ALL, LATEST, VIEW_TAG, view_url
 
 HOST = "127.0.0.1"  # Nobody else can reach the server
@@ -65,7 +65,7 @@ def check(uri: str, port: int) -> None:
     """
     if uri.startswith(("http://", "https://")):
         raise UserError(f"--uri is {uri}, which is a server already. Open it in a browser.")
-    if uri.startswith(SQLITE) and not Path(absolute(uri).removeprefix(SQLITE)).is_file():
+    if (file := database_file(uri)) and not file.is_file():
         raise UserError(
             f"--uri is {uri}: there is no such database yet. "
             "Train SAEs first (make sweep), or name the database of your sweeps."

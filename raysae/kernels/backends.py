@@ -1,4 +1,4 @@
-"""Picks and loads the GPU kernels, and holds the version of all kernels.
+"""Picks and loads the GPU kernels, and holds the version of all training arithmetic.
 
 `cuda.py` needs Triton, which PyTorch for GPUs brings along on Linux. So this module imports `cuda.py` only when a
 tensor is there for it. Elsewhere callers use plain PyTorch, or CPU loops that `compiled.py` compiles. Nothing is
@@ -13,8 +13,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-# Raise this with every change in this folder that gives SAEs other bits. Earlier checkpoints are then refused.
-VERSION = 8
+# Raise this with every change here, in sae/ or in train/ that gives SAEs other bits. Earlier checkpoints are then
+# refused.
+VERSION = 9
 
 
 def for_triton(like: Tensor) -> ModuleType | None:

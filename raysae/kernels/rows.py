@@ -56,6 +56,21 @@ def row_norms(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
+def norm_limit(norms: Tensor, multiple: float) -> float:
+    """The norm above which a row is an outlier: `multiple` times the median of `norms` (r,).
+
+    Where that is 0, nothing is an outlier, and the limit is infinite.
+    """
+    return multiple * float(norms.median()) or math.inf
+
+
+def without_outliers(rows: Tensor, multiple: float) -> Tensor:
+    """The rows of `rows` (r, d) that are no outliers, see `norm_limit`. Without outliers, `rows` itself."""
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    outliers = norms > norm_limit(norms, multiple)
+    return rows[~outliers] if bool(outliers.any()) else rows
+
+
 def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yields the same rows of matrices of one shape, as many at a time as `PASS_BYTES` allows."""
     rows = rows_of(PASS_BYTES[matrices[0].device.type], matrices[0])

@@ -197,7 +197,7 @@ class BatchTop:
     """The `count` largest positive elements of a (b, n) matrix that comes in chunks of rows.
 
     The plain twin is `matrix.flatten().topk(count)`, as in `naive.batch_top` of `tests/sae/naive.py`. This one never
-    holds the whole matrix.
+    holds the whole matrix. NaN counts as +∞, which is selected in its place.
     """
 
     def __init__(self, count: int, n: int, like: Tensor):
@@ -208,8 +208,8 @@ class BatchTop:
     def add(self, first_row: int, scores: Tensor) -> None:
         """Takes the rows from `first_row` on. They are the columns of `scores` (n, r), which is contiguous."""
         flat, r = scores.flatten(), scores.shape[1]
-        found = torch.nonzero(flat >= self._lower_bound(scores)).squeeze(1)
-        values = torch.cat([self.values, flat[found]])
+        found = torch.nonzero((flat < self._lower_bound(scores)).logical_not_()).squeeze(1)
+        values = torch.cat([self.values, _nan_as_infinity(flat[found])])
         latents = found.div(r, rounding_mode="floor")
         rows = found.sub_(latents, alpha=r).add_(first_row)
         places = torch.cat([self.places, latents.add_(rows, alpha=self.n)])
@@ -227,7 +227,7 @@ class BatchTop:
         if members < 2:
             return smallest_positive
         groups = self.n // members
-        maxima = scores[: members * groups].unflatten(0, (members, groups)).amax(0).flatten()
+        maxima = _nan_as_infinity(scores[: members * groups].unflatten(0, (members, groups)).amax(0).flatten())
         if len(maxima) < self.count:
             return smallest_positive
         # At least `count` groups have an element as large as the count-th largest maximum.
@@ -238,3 +238,7 @@ class BatchTop:
         places, order = self.places.sort()
         rows = places.div(self.n, rounding_mode="floor")
         return Nonzeros(places - rows * self.n, self.values[order], rows, starts_of(rows, b))
+
+
+def _nan_as_infinity(values: Tensor) -> Tensor:
+    return values.where(values.isnan().logical_not_(), torch.inf)

@@ -1,7 +1,7 @@
 """What is known of a language model before it is loaded: sizes, hook points and a digest of its weights.
 
-Nothing here imports torch, so that a job can refuse a wrong model, hook point or layer at once. Sizes come from the
-model's `config.json`.
+Nothing here imports torch, so that a job can refuse a wrong model, hook point or layer at once. What raysae does not
+know of an architecture it finds in a process apart, once (see `architecture`).
 
 Hook points are named KIND.LAYER, with layers counted from 0:
 
@@ -9,83 +9,31 @@ Hook points are named KIND.LAYER, with layers counted from 0:
 | --- | --- | --- |
 | `resid_pre` | the residual stream entering the block, at layer 0 the embeddings | d_model |
 | `resid_post` | the residual stream leaving the block, before any final norm | d_model |
-| `attn_out` | what attention adds to the residual stream, so after a post-norm (Gemma 2) | d_model |
-| `mlp_out` | what the MLP adds to the residual stream, so after a post-norm (Gemma 2) | d_model |
+| `attn_out` | what attention adds to the residual stream: after post-norms (Gemma 2) and factors (Granite) | d_model |
+| `mlp_out` | what the MLP adds to the residual stream, likewise | d_model |
 | `attn_z` | input of the attention's output projection: the concatenated heads | d_attn = heads · head size |
 | `mlp_act` | input of the MLP's output projection: the neurons | d_mlp |
 
-So resid_pre + attn_out + mlp_out = resid_post, in parallel blocks too.
+So resid_pre + attn_out + mlp_out = resid_post, in parallel blocks too. "Attention" is what mixes positions, so a
+state-space mixer as well. Blocks may differ in what they have. A block of one part has only that part's hook points.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
 
+from raysae.borders import border
 from raysae.config import ModelConfig, UserError, digest
+from raysae.lm.architecture import examined, listed, named_modules
+from raysae.lm.digests import file_digest
 from raysae.lm.gguf import unpacked
+from raysae.lm.layout import KINDS, Architecture
 
 EMBEDDED = Path(__file__).parent / "embedded"
-UNLIMITED_CONTEXT = 1024  # Context length taken for models that have no limit of their own (ALiBi)
-# Bytes of the largest weight file that is digested whole. Of a larger one the digest takes the size and SAMPLES pieces
-# of SAMPLE bytes.
-HASHED_WHOLE = 1 << 30
-SAMPLES, SAMPLE = 1024, 1 << 16
-
-
-# ---------------------------------------------------------------- where an architecture's modules are
-
-
-@dataclass(frozen=True)
-class Modules:
-    """Module paths. `blocks` starts at the causal LM, the others at a block. A path of None has no hook points."""
-
-    blocks: str  # List of decoder blocks
-    attn: str | None = None  # The block adds its output, or its post-norm's, to the residual stream
-    attn_proj: str | None = None  # Output projection inside attn
-    mlp: str | None = None
-    mlp_proj: str | None = None
-    attn_norm: str | None = None  # Post-norm between attn and the residual stream
-    mlp_norm: str | None = None
-
-
-_LLAMA = Modules("model.layers", attn="self_attn", attn_proj="self_attn.o_proj", mlp="mlp", mlp_proj="mlp.down_proj")
-MODULES_OF: dict[str, Modules] = {
-    "gpt2": Modules("transformer.h", attn="attn", attn_proj="attn.c_proj", mlp="mlp", mlp_proj="mlp.c_proj"),
-    "gpt_neox": Modules(
-        "gpt_neox.layers", attn="attention", attn_proj="attention.dense", mlp="mlp", mlp_proj="mlp.dense_4h_to_h"
-    ),
-    "llama": _LLAMA,
-    "gemma2": replace(_LLAMA, attn_norm="post_attention_layernorm", mlp_norm="post_feedforward_layernorm"),
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-}
-
-
-class Kind(NamedTuple):
-    """Where a kind of hook point is read: a field of `Modules`, and the module's side.
-
-    `width` is the field of `ModelFacts` that holds the kind's width.
-    """
-
-    module: Literal["blocks", "attn", "attn_proj", "mlp", "mlp_proj"]
-    side: Literal["input", "output"]
-    width: Literal["d_model", "d_attn", "d_mlp"]
-
-
-KINDS: dict[str, Kind] = {
-    "resid_pre": Kind("blocks", "input", "d_model"),
-    "resid_post": Kind("blocks", "output", "d_model"),
-    "attn_out": Kind("attn", "output", "d_model"),
-    "mlp_out": Kind("mlp", "output", "d_model"),
-    "attn_z": Kind("attn_proj", "input", "d_attn"),
-    "mlp_act": Kind("mlp_proj", "input", "d_mlp"),
-}
 
 
 # ---------------------------------------------------------------- facts
@@ -95,65 +43,61 @@ KINDS: dict[str, Kind] = {
 class ModelFacts:
     folder_or_name: str  # Name that transformers loads
     commit: str | None  # Commit of a model on the hub, None for a folder
-    architecture: str  # The model_type of config.json
-    layers: int
-    d_model: int
-    d_attn: int | None  # Heads · head size, or None if config.json does not give it
-    d_mlp: int | None
-    context_length: int  # Longest context in tokens
+    model_type: str  # From config.json
     dtype: str  # Number format that the checkpoint's config.json names, float32 where it names none
     digest: str  # Equal for equal weights, configuration and module paths
-    modules: Modules
+    architecture: Architecture
+
+    @property
+    def layers(self) -> int:
+        return len(self.architecture.blocks)
+
+    @property
+    def d_model(self) -> int:
+        return self.architecture.d_model
+
+    @property
+    def context_length(self) -> int:
+        """Longest context in tokens."""
+        return self.architecture.context_length
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of hook point this model has: those whose module and width are known."""
-        return [
-            name for name, kind in KINDS.items() if getattr(self.modules, kind.module) and getattr(self, kind.width)
-        ]
+        """The kinds of hook point that some layer of this model has."""
+        return [kind for kind in KINDS if self.layers_with(kind)]
+
+    def layers_with(self, kind: str) -> list[int]:
+        """The layers that have a kind of hook point: those whose module and width are known."""
+        return [layer for layer, block in enumerate(self.architecture.blocks) if block.width(kind, self.d_model)]
 
 
 def model_facts(config: ModelConfig) -> ModelFacts:
     """Facts of the model that `config` names, from its config.json and the content of its weight files.
 
     Raises:
-        UserError: the model is not found, its architecture is unknown, or its configuration lacks a size.
+        UserError: the model is not found, or it has no decoder blocks that raysae finds.
     """
     path, commit = _config_file(config)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        architecture = content["model_type"]
-    except (ValueError, KeyError, TypeError, OSError):
+        model_type = content["model_type"]
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(
             f"model.name is {config.name!r}: its config.json is not the configuration of a transformers model"
         ) from None
-    modules = _modules(config, architecture)
-
-    def size(*names: str) -> int | None:
-        return next((content[name] for name in names if content.get(name) is not None), None)
-
-    layers = size("num_hidden_layers", "n_layer")
-    d_model = size("hidden_size", "n_embd")
-    if not layers or not d_model:
-        raise UserError(
-            f"model.name is {config.name!r}: its config.json lacks num_hidden_layers or hidden_size, which raysae needs"
-        )
-    heads = size("num_attention_heads", "n_head")
-    d_mlp = size("intermediate_size", "n_inner")
+    named = named_modules(config, model_type)
+    architecture = None if config.modules else listed(content, named)
+    if architecture is None:
+        architecture = examined(config, path, content, commit, named)
+    weights = _weights(path.parent, config) if commit is None else f"{config.name}@{commit}"
+    modules = asdict(named) if named else [architecture.path, *map(asdict, architecture.blocks)]
     return ModelFacts(
         folder_or_name=str(path.parent) if commit is None else config.name,
         commit=commit,
+        model_type=model_type,
+        digest=digest([weights, modules]),
         architecture=architecture,
-        layers=layers,
-        d_model=d_model,
-        d_attn=heads * (size("head_dim") or d_model // heads) if heads else None,
-        d_mlp=4 * d_model if d_mlp is None and architecture == "gpt2" else d_mlp,
-        context_length=size("max_position_embeddings", "n_positions") or UNLIMITED_CONTEXT,
         dtype=str(content.get("dtype") or content.get("torch_dtype") or "float32"),
-        digest=digest(
-            [_weights(path.parent, config) if commit is None else f"{config.name}@{commit}", asdict(modules)]
-        ),
-        modules=modules,
     )
 
 
@@ -194,32 +138,53 @@ def not_loadable(config: ModelConfig, reason: object = "") -> UserError:
     )
 
 
+def not_loading(config: ModelConfig) -> AbstractContextManager:
+    """Turns any error of a library that loads this model or its tokenizer into a UserError. See `borders.border`."""
+    fault = "which is neither a model's folder nor a model that can be loaded from the Hugging Face hub"
+    if model_folder(config):
+        fault = "a model's folder that transformers cannot load"
+    return border("model.name", repr(config.name), fault)
+
+
 def parse_hook_point(name: str, facts: ModelFacts) -> tuple[str, int]:
     """Kind and layer of a hook point, e.g. `("resid_post", 3)`.
 
     Raises:
         UserError: this model has no such kind or layer. The message names the valid ones.
     """
-    kinds = ", ".join(facts.kinds)
     kind, layer = match.groups() if (match := re.fullmatch(r"([a-z_]+)\.(0|[1-9][0-9]*)", name)) else (None, "0")
-    if kind in KINDS and kind not in facts.kinds:
-        needed = KINDS[kind].module
-        raise UserError(
-            f"hook point {name!r} needs model.modules to name {needed!r} and config.json to give its width. "
-            f"This model has {kinds}"
-        )
+    kinds = ", ".join(facts.kinds)
     if kind not in KINDS or int(layer) >= facts.layers:
         raise UserError(
             f"hook point {name!r} is not one of this model's: "
             f"give KIND.LAYER with a kind of {kinds} and a layer from 0 to {facts.layers - 1}"
         )
+    having = facts.layers_with(kind)
+    if not having:
+        raise UserError(
+            f"hook point {name!r} needs a module {KINDS[kind].module!r}, which neither the table, model.modules nor "
+            f"raysae's search names in this model. It has {kinds}"
+        )
+    if int(layer) not in having:
+        raise UserError(f"hook point {name!r}: layer {layer} has no {kind}. The layers {ranges(having)} have one")
     return kind, int(layer)
 
 
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers as text, e.g. "0 to 3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def hook_width(name: str, facts: ModelFacts) -> int:
-    """Width of the activations at a hook point: d_model, d_attn or d_mlp."""
-    kind, _ = parse_hook_point(name, facts)
-    return getattr(facts, KINDS[kind].width)
+    """Width of the activations at a hook point: d_model, or what the output projection of its layer takes."""
+    kind, layer = parse_hook_point(name, facts)
+    return facts.architecture.blocks[layer].width(kind, facts.d_model)
 
 
 # ---------------------------------------------------------------- reading
@@ -236,29 +201,9 @@ def _config_file(config: ModelConfig) -> tuple[Path, str | None]:
         raise not_loadable(config)
     from huggingface_hub import hf_hub_download  # Imported only for models from the hub
 
-    try:
+    with not_loading(config):
         path = Path(hf_hub_download(config.name, "config.json", revision=config.revision))
-    except (OSError, ValueError) as error:  # Every error of the hub's client is one of these
-        raise not_loadable(config, error) from None
     return path, path.parent.name  # The hub's local copy is .../snapshots/COMMIT/config.json
-
-
-def _modules(config: ModelConfig, architecture: str) -> Modules:
-    names = [field.name for field in fields(Modules)]
-    unknown = [name for name in config.modules if name not in names]
-    if unknown:
-        raise UserError(f"model.modules names {unknown[0]!r}, which is none of {', '.join(names)}")
-    known = MODULES_OF.get(architecture)
-    if known is not None:
-        return replace(known, **config.modules)
-    if "blocks" not in config.modules:
-        raise UserError(
-            f"model.name is {config.name!r} of architecture {architecture!r}, but raysae only knows "
-            f"{', '.join(sorted(MODULES_OF))}. Name the module paths with model.modules, e.g. {{'blocks': "
-            "'model.layers', 'attn': 'self_attn', 'attn_proj': 'self_attn.o_proj', 'mlp': 'mlp', 'mlp_proj': "
-            "'mlp.down_proj'}, and 'attn_norm' and 'mlp_norm' if the model has post-norms"
-        )
-    return Modules(**config.modules)
 
 
 def _weights(folder: Path, config: ModelConfig) -> dict[str, str]:
@@ -268,20 +213,3 @@ def _weights(folder: Path, config: ModelConfig) -> dict[str, str]:
         raise not_loadable(config, f"there are no weights (*.safetensors) in {folder}")
     code = sorted(folder.glob("*.py")) if config.trust_remote_code else []
     return {path.name: file_digest(path) for path in [folder / "config.json", *code, *weights]}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content, so that machines with copies of their own agree.
-
-    A file above `HASHED_WHOLE` is too large to be read for it. Its digest is that of its size and of pieces spread over
-    it, the first and the last among them.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if size <= HASHED_WHOLE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        found = hashlib.sha256(str(size).encode())
-        for i in range(SAMPLES):
-            file.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
-            found.update(file.read(SAMPLE))
-    return found.hexdigest()

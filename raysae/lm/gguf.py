@@ -15,8 +15,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from raysae.borders import border
 from raysae.config import UserError, digest
 from raysae.processes import apart
+from raysae.storage import local_path
 
 UNPACKED = Path("~/.cache/raysae/models")
 PLAIN_FORMATS = {
@@ -40,7 +42,7 @@ def unpacked(file: Path) -> Path:
         )
     about = file.stat()
     key = [str(file.resolve()), about.st_size, about.st_mtime_ns, version("transformers"), version("gguf")]
-    folder = UNPACKED.expanduser() / f"{file.stem}-{digest(key)}"
+    folder = local_path("model.name", str(UNPACKED)) / f"{file.stem}-{digest(key)}"
     if not folder.is_dir():
         print(f"Unpacking {file.name} once, to {folder}", file=sys.stderr, flush=True)
         apart(unpack, file, folder)
@@ -55,13 +57,11 @@ def unpack(file: Path, folder: Path) -> None:
     """
     part = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.part")
     try:
-        part.mkdir(parents=True)
-        _write(file, part)
-        if not folder.is_dir():  # Another process may have been faster
-            os.rename(part, folder)
-    except Exception as error:  # The loader raises anything, a KeyError for an architecture that it does not know
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"model.name is '{file}': transformers cannot load this .gguf file ({reason[0]})") from None
+        with border("model.name", f"'{file}'", f"which cannot be unpacked to {folder}"):
+            part.mkdir(parents=True)
+            _write(file, part)
+            if not folder.is_dir():  # Another process may have been faster
+                os.rename(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

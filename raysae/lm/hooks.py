@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -19,69 +20,96 @@ class Stop(Exception):  # noqa: N818 - a signal, as StopIteration is
 
 
 class Site(NamedTuple):
-    """A place in a model: the tensor that enters or leaves a module. If a tuple leaves it, its first element counts."""
+    """A place in a model: the tensor that enters or leaves a module. If a tuple leaves it, its first element counts.
+
+    What is seen there is the tensor times `factor`.
+    """
 
     module: nn.Module
     side: Literal["input", "output"]
+    factor: float = 1.0
 
 
 @contextmanager
-def hooked(looks: Iterable[tuple[Site, Look]]) -> Iterator[None]:
-    """Show each site's tensor to its function while this lasts. The function may replace the tensor or raise `Stop`."""
+def hooked(looks: Iterable[tuple[Site, Look]], shape: Sequence[int]) -> Iterator[None]:
+    """Show each site's tensor to its function while this lasts. The function may replace the tensor or raise `Stop`.
+
+    Args:
+        looks: sites and their functions. A function sees (c, t, w), also where the model flattens to (c · t, w).
+        shape: c and t.
+    """
     with ExitStack() as stack:
-        for (module, side), look in looks:
-            if side == "input":
-                handle = module.register_forward_pre_hook(_on_input(look), with_kwargs=True)
+        for site, look in looks:
+            shown = partial(_shown, look, site.factor, tuple(shape))
+            if site.side == "input":
+                handle = site.module.register_forward_pre_hook(_on_input(shown), with_kwargs=True)
             else:
-                handle = module.register_forward_hook(_on_output(look))
+                handle = site.module.register_forward_hook(_on_output(shown))
             stack.callback(handle.remove)
         yield
 
 
-def _on_input(look: Look):
+def _shown(look: Look, factor: float, shape: tuple[int, ...], tensor: Tensor) -> Tensor | None:
+    """What takes the place of `tensor`: a copy, because a block may add to it in place. None lets it pass."""
+    seen = tensor.reshape(*shape, -1) if tensor.dim() == 2 else tensor
+    new = look(seen if factor == 1 else seen * factor)
+    if new is None:
+        return None
+    if new.shape != seen.shape:
+        raise ValueError(f"the replacement has the shape {tuple(new.shape)}, the activation {tuple(seen.shape)}")
+    return (new if factor == 1 else new / factor).to(tensor, copy=True).view(tensor.shape)
+
+
+def taken(args: tuple, kwargs: dict) -> tuple[Tensor | None, str | None]:
+    """The tensor that a module is called with, and its name where that is not the first positional argument."""
+    if args and isinstance(args[0], Tensor):
+        return args[0], None
+    names = ["hidden_states", *kwargs]
+    name = next((name for name in names if isinstance(kwargs.get(name), Tensor)), None)
+    return (None, None) if name is None else (kwargs[name], name)
+
+
+def given(output: object) -> Tensor | None:
+    """The tensor that a module returns, or the first of the tuple."""
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    return first if isinstance(first, Tensor) else None
+
+
+def _on_input(shown: Look):
     def hook(module: nn.Module, args: tuple, kwargs: dict):
-        seen = args[0] if args else kwargs["hidden_states"]
-        new = look(seen)
+        seen, name = taken(args, kwargs)
+        new = shown(seen)
         if new is None:
             return None
-        new = _like(new, seen)
-        return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+        return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
 
     return hook
 
 
-def _on_output(look: Look):
+def _on_output(shown: Look):
     def hook(module: nn.Module, args: tuple, output: Tensor | tuple):
-        seen = output if isinstance(output, Tensor) else output[0]
-        new = look(seen)
+        new = shown(given(output))
         if new is None:
             return None
-        new = _like(new, seen)
         return new if isinstance(output, Tensor) else (new, *output[1:])
 
     return hook
 
 
-def _like(new: Tensor, old: Tensor) -> Tensor:
-    if new.shape != old.shape:
-        raise ValueError(f"the replacement has the shape {tuple(new.shape)}, the activation {tuple(old.shape)}")
-    return new.to(device=old.device, dtype=old.dtype)
-
-
 @contextmanager
-def passed_over(blocks: Sequence[nn.Module], hidden: Tensor, extras: int | None) -> Iterator[None]:
+def passed_over(blocks: Sequence[nn.Module], hidden: Tensor, extras: Sequence[int | None]) -> Iterator[None]:
     """Make `blocks` compute nothing while this lasts. The last returns `hidden`, the others return their input.
 
     Args:
         blocks: consecutive decoder blocks from the first on.
         hidden: (c, t, d), the residual stream that leaves the last of them.
-        extras: how many elements follow the tensor in the tuple that a block returns. None means that a block returns
-            its tensor alone.
+        extras: for each block, how many elements follow the tensor in the tuple that it returns. None means that it
+            returns its tensor alone.
     """
 
-    def stand_in(last: bool):
-        def forward(hidden_states: Tensor, *args, **kwargs):
-            leaving = hidden if last else hidden_states
+    def stand_in(last: bool, extras: int | None):
+        def forward(*args, **kwargs):
+            leaving = hidden.clone() if last else taken(args, kwargs)[0]
             return leaving if extras is None else (leaving, *[None] * extras)
 
         return forward
@@ -90,8 +118,8 @@ def passed_over(blocks: Sequence[nn.Module], hidden: Tensor, extras: int | None)
     # of its own there.
     before = [block.__dict__.get("forward") for block in blocks]
     try:
-        for block in blocks:
-            block.forward = stand_in(block is blocks[-1])
+        for block, following in zip(blocks, extras, strict=True):
+            block.forward = stand_in(block is blocks[-1], following)
         yield
     finally:
         for block, forward in zip(blocks, before, strict=True):

@@ -1,6 +1,7 @@
 """A causal language model whose activations can be read and replaced at named hook points (see `facts`).
 
-Every method works on whole contexts of equal length without padding, in evaluation mode and without gradients. Shapes
+Every method works on whole contexts of equal length, in evaluation mode and without gradients. Padding at their end
+needs no mask: attention is causal, so nothing before it changes. Shapes
 are in contexts `c`, positions `t`, a hook point's width `w`, the model's width `d` and the vocabulary `V`.
 
 The model's own forward pass does all the computing. Hooks read and replace tensors on the way. An exception ends the
@@ -21,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raysae.config import ModelConfig, UserError
-from raysae.lm.facts import KINDS, ModelFacts, hook_width, model_facts, not_loadable, parse_hook_point
+from raysae.lm.check import check_modules, probe
+from raysae.lm.facts import ModelFacts, model_facts, not_loading, parse_hook_point
 from raysae.lm.hooks import Site, Stop, hooked, passed_over
+from raysae.lm.layout import KINDS
 from raysae.lm.number_format import fast_formats, number_format
 
 Replacement = Callable[[Tensor], Tensor]
@@ -58,8 +61,8 @@ class LanguageModel:
         """
         self.model = model.eval().requires_grad_(False)
         self.facts = facts
-        self.blocks: nn.ModuleList = self._submodule(model, "blocks", facts.modules.blocks)
-        self._block_extras = self._check_modules()
+        self._block_extras = check_modules(self.model, facts.architecture, probe(model.config).to(self.device))
+        self.blocks: nn.ModuleList = model.get_submodule(facts.architecture.path)
 
     @classmethod
     def load(cls, config: ModelConfig, device: str | torch.device = "cpu") -> LanguageModel:
@@ -75,7 +78,7 @@ class LanguageModel:
 
         facts = model_facts(config)
         fast = fast_formats(gpu=bool(config.device_map) or torch.device(device).type == "cuda")
-        try:
+        with not_loading(config):
             model, report = AutoModelForCausalLM.from_pretrained(
                 facts.folder_or_name,
                 revision=facts.commit,
@@ -84,8 +87,6 @@ class LanguageModel:
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
             )
-        except (OSError, ValueError) as error:
-            raise not_loadable(config, error) from None
         missing = sorted(report["missing_keys"])
         if missing:
             raise UserError(
@@ -134,7 +135,7 @@ class LanguageModel:
 
     def contexts_at_once(self, length: int) -> int:
         """How many contexts of `length` tokens have logits of at most LOGITS_AT_ONCE elements. It is at least 1."""
-        return max(1, LOGITS_AT_ONCE // (length * self.model.config.vocab_size))
+        return max(1, LOGITS_AT_ONCE // (length * self.model.config.get_text_config().vocab_size))
 
     # ---------------------------------------------------------------- reading
 
@@ -166,7 +167,7 @@ class LanguageModel:
 
         At each hook point of `replace`, the function's result takes the place of the activation.
         """
-        with hooked([(self._site(name), function) for name, function in replace.items()]):
+        with hooked([(self._site(name), function) for name, function in replace.items()], tokens.shape):
             return self._forward(tokens)
 
     # ---------------------------------------------------------------- continuing from a hook point up
@@ -187,7 +188,8 @@ class LanguageModel:
         """Logits (c, t, V) with `activation` (c, t, w) in place of the prefix's own.
 
         `resume(prefix(tokens, hook), f(prefix.activation))` equals `logits(tokens, {hook: f})`. Only the blocks above
-        the hook point are computed. The hook point's own block is computed too, except at resid_post.
+        the hook point are computed. The hook point's own block is computed too, except at resid_post. If blocks need
+        more of those below them than the residual stream, all are computed.
 
         Raises:
             ValueError: the activation has another shape than the prefix's.
@@ -196,6 +198,8 @@ class LanguageModel:
             raise ValueError(
                 f"the activation has the shape {tuple(activation.shape)}, the prefix's {tuple(prefix.activation.shape)}"
             )
+        if not self.facts.architecture.resumes:
+            return self.logits(prefix.tokens, {prefix.hook_point: lambda _: activation})
         if prefix.hidden is prefix.activation:
             return self._logits_from(prefix.tokens, prefix.first, activation.to(prefix.hidden))
         return self._logits_from(prefix.tokens, prefix.first, prefix.hidden, {prefix.hook_point: lambda _: activation})
@@ -213,9 +217,10 @@ class LanguageModel:
         If `first` is the number of layers, only the final norm and the head remain. The embedding lookup is wasted,
         which is cheap. Running it lets the model build its masks and positions.
         """
-        if first == 0:
-            return self.logits(tokens, {"resid_pre.0": lambda _: hidden, **replace})
-        with passed_over(self.blocks[:first], hidden, self._block_extras):
+        if first == 0 or not self.facts.architecture.resumes:
+            entering = f"resid_pre.{first}" if first < self.facts.layers else f"resid_post.{first - 1}"
+            return self.logits(tokens, {entering: lambda _: hidden, **replace})
+        with passed_over(self.blocks[:first], hidden, self._block_extras[:first]):
             return self.logits(tokens, replace)
 
     def _capture(self, tokens: Tensor, hook_points: Sequence[str]) -> dict[str, Tensor]:
@@ -227,78 +232,23 @@ class LanguageModel:
         captured: dict[str, Tensor] = {}
 
         def keep(name: str, tensor: Tensor) -> None:
-            captured[name] = tensor
+            captured[name] = tensor.clone()  # The model may add to it in place
             if len(captured) == len(wanted):
                 raise Stop
 
         if wanted:
-            with suppress(Stop), hooked([(site, functools.partial(keep, name)) for name, site in wanted.items()]):
+            looks = [(site, functools.partial(keep, name)) for name, site in wanted.items()]
+            with suppress(Stop), hooked(looks, tokens.shape):
                 self._forward(tokens)
-        for name in wanted.keys() - captured.keys():
-            raise UserError(
-                f"hook point {name!r}: the model's forward pass does not go through the module "
-                "that model.modules names for it"
-            )
         return {name: captured[name] for name in wanted}
 
     def _site(self, hook_point: str) -> Site:
         name, layer = parse_hook_point(hook_point, self.facts)
-        kind, modules = KINDS[name], self.facts.modules
+        kind, block = KINDS[name], self.facts.architecture.blocks[layer]
         if kind.module == "blocks":
             return Site(self.blocks[layer], kind.side)
-        field = kind.module
-        if field in ("attn", "mlp") and getattr(modules, f"{field}_norm"):
-            field = f"{field}_norm"
-        return Site(self._submodule(self.blocks[layer], field, getattr(modules, field)), kind.side)
-
-    @staticmethod
-    def _submodule(parent: nn.Module, field: str, path: str) -> nn.Module:
-        try:
-            return parent.get_submodule(path)
-        except AttributeError:
-            raise UserError(
-                f"model.modules: {field!r} is {path!r}, which {type(parent).__name__} does not have"
-            ) from None
-
-    @torch.no_grad()
-    def _check_modules(self) -> int | None:
-        """Run block 0 on four tokens to check the module paths.
-
-        Every hook point must have the width in `facts`, and attention and MLP must add up to the block.
-
-        Returns:
-            how many elements follow the residual stream in what a block returns, or None if it returns a tensor alone.
-
-        Raises:
-            UserError: the module paths do not fit.
-        """
-        if not isinstance(self.blocks, nn.ModuleList) or len(self.blocks) != self.facts.layers:
-            raise UserError(
-                f"model.modules: 'blocks' is {self.facts.modules.blocks!r}, "
-                f"which is not the list of the model's {self.facts.layers} blocks"
-            )
-        returned = []
-        handle = self.blocks[0].register_forward_hook(lambda module, args, output: returned.append(output))
-        try:
-            seen = self._capture(torch.ones(1, 4, dtype=torch.long), [f"{kind}.0" for kind in self.facts.kinds])
-        finally:
-            handle.remove()
-        for name, activation in seen.items():
-            found, expected = activation.shape[-1], hook_width(name, self.facts)
-            if found != expected:
-                raise UserError(
-                    f"hook point {name!r} is {found} wide, but config.json says {expected}: check model.modules"
-                )
-        if {"attn_out.0", "mlp_out.0"} <= seen.keys():
-            parts = [seen[name].float() for name in ("resid_pre.0", "attn_out.0", "mlp_out.0")]
-            difference = sum(parts) - seen["resid_post.0"].float()
-            if difference.norm() > 0.05 * max(part.norm() for part in parts):  # Rounding to bfloat16 alone gives 0.004
-                raise UserError(
-                    "model.modules: resid_pre + attn_out + mlp_out is not resid_post in block 0, so 'attn' or 'mlp' is "
-                    "not what the block adds to the residual stream. Name its post-norms as 'attn_norm' and "
-                    "'mlp_norm', or leave 'attn' and 'mlp' out"
-                )
-        return None if isinstance(returned[0], Tensor) else len(returned[0]) - 1
+        factor = getattr(block, f"{kind.module}_factor") if kind.side == "output" else 1.0
+        return Site(self.blocks[layer].get_submodule(getattr(block, kind.module)), kind.side, factor)
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Cross-entropy and KL of a language model whose activations give way to an SAE's reconstructions at a hook point.
 
-Definitions. A context's first `skip` positions are left intact. At all later ones the activation is replaced.
-Cross-entropy (CE, nats per token) and KL are taken over the predictions made *at* a replaced position. These predict
-the tokens skip + 1 … t − 1.
+Definitions. A context's first `skip` positions are left intact, and so are positions left out of the stream. At all
+others the activation is replaced. Cross-entropy (CE, nats per token) and KL are taken over the predictions made *at* a
+replaced position. These predict the tokens skip + 1 … t − 1.
 
 - `ce_recovered` = (CE_mean − CE_sae) / (CE_mean − CE_clean). For CE_mean, every replaced activation is the mean over
   training rows.
@@ -95,6 +95,7 @@ def downstream_metrics(
     saes: Mapping[str, Callable[[Tensor], Tensor]],
     mean: Tensor,
     skip: int,
+    kept: Tensor | None = None,
 ) -> DownstreamSums:
     """Sums of the metrics above over the contexts of one shard.
 
@@ -106,9 +107,10 @@ def downstream_metrics(
             reconstructions of the same shape. Several threads may call them at once.
         mean: (w,), mean activation over training rows.
         skip: how many first positions of each context are left intact, less than t − 1.
+        kept: (c, t) bool, whether a later position is replaced. None is that predicts padding. Unset: all are.
 
     Raises:
-        ValueError: `skip` is out of range, or there are no contexts.
+        ValueError: `skip` is out of range, there are no contexts, or no prediction is made at a replaced position.
     """
     length = tokens.shape[1]
     if not 0 <= skip < length - 1:
@@ -118,8 +120,13 @@ def downstream_metrics(
         )
     if not len(tokens):
         raise ValueError("there are no contexts to evaluate")
+    replaced = torch.ones_like(tokens, dtype=torch.bool) if kept is None else kept
     at_once = lm.contexts_at_once(length)
-    batches = tokens.split(max(1, min(at_once, ROWS_AT_ONCE // length)))
+    size = max(1, min(at_once, ROWS_AT_ONCE // length))
+    pairs = zip(tokens.split(size), replaced[:, skip:].split(size), strict=True)
+    batches = [(batch, of_batch) for batch, of_batch in pairs if bool(of_batch[:, :-1].any())]
+    if not batches:
+        raise ValueError("no prediction is made at a replaced position")
     # With larger logits one context fills the cache, and contexts of each thread's own would fill memory.
     apart = lm.device.type == "cpu" and at_once > 1
     threads = min(torch.get_num_threads(), len(batches), THREADS) if apart else 1
@@ -127,10 +134,10 @@ def downstream_metrics(
     for model in (lm, *(lm.twin() for _ in range(threads - 1))):
         free.put(model)
 
-    def sums(batch: Tensor) -> DownstreamSums:
+    def sums(batch: tuple[Tensor, Tensor]) -> DownstreamSums:
         model = free.get()
         try:
-            return _batch_sums(model, batch, hook_point, saes, mean, skip)
+            return _batch_sums(model, *batch, hook_point, saes, mean)
         finally:
             free.put(model)
 
@@ -159,19 +166,23 @@ def _mapping(threads: int) -> Iterator[Callable]:
 def _batch_sums(
     lm: LanguageModel,
     tokens: Tensor,
+    replaced: Tensor,
     hook_point: str,
     saes: Mapping[str, Callable[[Tensor], Tensor]],
     mean: Tensor,
-    skip: int,
 ) -> DownstreamSums:
+    """The sums over contexts `tokens` (c, t). `replaced` (c, t − skip) bool tells which of the last positions are."""
     prefix = lm.prefix(tokens, hook_point)
     original = prefix.activation  # (c, t, w)
-    rows = original[:, skip:].float().flatten(0, 1)  # (c · (t − skip), w)
+    skip = tokens.shape[1] - replaced.shape[1]
+    replaced = replaced.to(original.device)
+    counted = replaced[:, :-1]  # Predictions made at these positions
+    rows = original[:, skip:][replaced].float()
 
     def patched(replacement: Tensor) -> Tensor:
-        """Logits (c, t, V) with `replacement` (rows, w) or (w,) at every position from `skip` on."""
+        """Logits (c, t, V) with `replacement` (rows, w) or (w,) at the replaced positions."""
         activation = original.clone()
-        activation[:, skip:] = replacement.expand_as(rows).view_as(original[:, skip:]).to(original)
+        activation[:, skip:][replaced] = replacement.expand_as(rows).to(original)
         return lm.resume(prefix, activation)
 
     predicted = tokens[:, skip + 1 :].to(original.device).unsqueeze(-1)
@@ -180,7 +191,7 @@ def _batch_sums(
         return logits.float().log_softmax(-1)[:, skip:-1]  # (c, t − 1 − skip, V). Cutting first would copy the logits
 
     def cross_entropy(log_probability: Tensor) -> float:
-        return -log_probability.gather(-1, predicted).sum(dtype=torch.float64).item()
+        return -log_probability.gather(-1, predicted).squeeze(-1)[counted].sum(dtype=torch.float64).item()
 
     clean_log_probability = log_probability(lm.resume(prefix, original))
     clean = cross_entropy(clean_log_probability)
@@ -190,9 +201,9 @@ def _batch_sums(
         found = log_probability(patched(reconstruct(rows)))
         sae[name] = cross_entropy(found)
         difference = torch.sub(clean_log_probability, found, out=found)
-        kl[name] = torch.linalg.vecdot(probability, difference).sum(dtype=torch.float64).item()
+        kl[name] = torch.linalg.vecdot(probability, difference)[counted].sum(dtype=torch.float64).item()
     return DownstreamSums(
-        tokens=tokens.shape[0] * (tokens.shape[1] - 1 - skip),
+        tokens=int(counted.sum()),
         clean=clean,
         mean=cross_entropy(log_probability(patched(torch.as_tensor(mean)))),
         zero=cross_entropy(log_probability(patched(torch.zeros_like(rows[0])))),

@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a language model."""
+"""The tokenizer that belongs to a language model, and the token ids that the model takes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from raysae.config import ModelConfig, UserError, digest
-from raysae.lm.facts import file_digest, hub_commit, model_folder, not_loadable
+from raysae.lm.digests import file_digest
+from raysae.lm.facts import hub_commit, model_folder, not_loadable, not_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ FILES = (
     "*.model",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template*",
     "config.json",
     "*.py",
 )
@@ -35,18 +37,35 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     folder = model_folder(config)
     if folder is None and config.name == "embedded":
         raise not_loadable(config)
-    try:
+    with not_loading(config):
         return AutoTokenizer.from_pretrained(
             folder or config.name,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        if folder is None:
-            raise not_loadable(config, error) from None
-        raise UserError(
-            f"model.name is {config.name!r}: the folder holds no tokenizer that transformers can load"
-        ) from None
+
+
+def load_vocabulary(config: ModelConfig) -> tuple[int, int | None]:
+    """How many token ids the model that `config` names takes, and the id that begins a context: BOS, or else EOS.
+
+    The second is the tokenizer's. The model's configuration gives it where there is no tokenizer. It is None where the
+    model has neither token.
+
+    Raises:
+        UserError: there is no model.
+    """
+    from transformers import AutoConfig
+
+    with not_loading(config):
+        found = AutoConfig.from_pretrained(
+            model_folder(config) or config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        ).get_text_config()
+    try:
+        of = load_tokenizer(config)
+    except UserError:
+        of = found
+    first = of.eos_token_id if of.bos_token_id is None else of.bos_token_id
+    return found.vocab_size, first[0] if isinstance(first, list) else first
 
 
 def tokenizer_digest(config: ModelConfig) -> str:

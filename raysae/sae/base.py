@@ -1,8 +1,9 @@
 """What all sparse autoencoders share: parameters, initialisation, folding, files, and the steps around an optimiser's.
 
 Training works in normalised units. Activations are divided by `scale`, measured once, so that the mean of ‖x / scale‖²
-is the activation's width d. The tied architecture takes raw activations, with a scale of 1. `folded()` gives the same
-autoencoder for raw activations. Evaluation, analyses and files know only folded ones.
+is the activation's width d. Outliers do not count there, see `Bank.initialise`. The tied architecture takes raw
+activations, with a scale of 1. `folded()` gives the same autoencoder for raw activations. Evaluation, analyses and
+files know only folded ones.
 
 One training step is
 
@@ -11,6 +12,8 @@ One training step is
     sae.after_grads()                                    # removes what would change the norm of decoder rows
     ... clip the gradients, optimizer.step() ...
     sae.after_step()                                     # decoder rows back to norm 1, thresholds brought up to date
+
+Before an SAE is evaluated or saved, `calibrate` sets what inference needs beside what is trained.
 
 `tests/sae/naive.py` is the readable version of every architecture's step.
 """
@@ -71,6 +74,8 @@ class SAE(nn.Module):
     precision: torch.dtype | None = None
     SAVED: tuple[str, ...] = ("W_enc", "W_dec", "b_enc", "b_dec")  # SAELens's names of the tensors in a file
     KNOBS: tuple[str, ...] = ()  # Knobs of training that a loaded SAE needs
+    CALIBRATION_ROWS = 0  # Rows that `calibrate` takes, at most
+    UNCLIPPED: tuple[str, ...] = ()  # Parameters whose gradients are neither clipped nor counted for it
     FACTOR_WITHOUT_DIRECTION = 1.0  # For codes of a latent with a decoder row of zeros, see `unit_decoder_rows_`
 
     def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
@@ -169,6 +174,12 @@ class SAE(nn.Module):
     def after_step(self) -> None:
         """Brings decoder rows back to norm 1."""
         normalise_rows_(self.W_dec)
+
+    def calibrate(self, x: Tensor) -> None:
+        """Sets what inference takes from data and training does not need, from normalised rows `x` (r, d).
+
+        Most architectures have nothing of the kind. Training comes out the same, whether and when this is called.
+        """
 
     def fired(self) -> Tensor:
         """(n,) bool: the latents active in the batch last given to `loss_and_grads`."""

@@ -3,7 +3,9 @@
 The readable twin is `batchtopk` in `tests/sae/naive.py`. Loss and AuxK are those of TopK.
 
 Rows compete in training only. `encode` keeps what lies above `threshold`, so a row's codes do not depend on the rows
-beside it. `threshold` is the running mean of each batch's smallest selected value.
+beside it. `calibrate` chooses the threshold at which k latents per row are active on average, with the present
+weights. The paper averages each batch's smallest selected value over training. That lags behind the weights: early in
+training far fewer than k latents would be active.
 """
 
 from __future__ import annotations
@@ -19,20 +21,16 @@ from raysae.kernels.products import pre_activation_chunks
 from raysae.kernels.selection import BatchTop, top_k
 from raysae.sae.topk import DeadCodes, TopK
 
-# Steps over which the running mean is plain. Then it is exponential, with this time constant.
-AVERAGED_STEPS = 100
-
 
 class BatchTopK(TopK):
     """x̂ comes from the pre-activations above one threshold, k per row on average."""
 
     SAVED = (*TopK.SAVED, "threshold")
+    CALIBRATION_ROWS = 8192
 
     def __init__(self, config: SAEConfig, d: int, train: TrainConfig):
         super().__init__(config, d, train)
         self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("threshold_steps", torch.zeros((), dtype=torch.int64))
-        self._smallest: Tensor | None = None
 
     @property
     def code_width(self) -> int:
@@ -53,7 +51,6 @@ class BatchTopK(TopK):
                     scores, 0, dead, out=self._workspace.take("dead", (len(dead), scores.shape[1]), scores)
                 )
                 dead_tops.append(top_k(of_dead, min(self.k_aux, len(dead))))
-        self._smallest = top.values.min() if len(top.values) else None
         codes = top.nonzeros(len(centred))
         if dead is None:
             return codes, None
@@ -61,11 +58,17 @@ class BatchTopK(TopK):
         return codes, DeadCodes(dead, places, values.relu_())
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
-        if self._smallest is not None:
-            self.threshold_steps += 1
-            self.threshold.lerp_(self._smallest, 1 / self.threshold_steps.clamp(max=AVERAGED_STEPS).to(self.threshold))
+    def calibrate(self, x: Tensor) -> None:
+        """Sets `threshold` so that k latents per row of `x` (r, d) are active on average.
+
+        If fewer pre-activations are positive, the threshold lets all of these pass.
+        """
+        top = BatchTop(len(x) * self.config.k, self.n, self.b_enc)
+        for rows, scores in pre_activation_chunks(x - self.b_dec, self.W_enc, self.b_enc, self._workspace):
+            top.add(rows.start, scores)
+        smallest = top.values.min() if len(top.values) else torch.zeros_like(self.threshold)
+        # The next number below it, since active means above the threshold
+        self.threshold.copy_(torch.nextafter(smallest, torch.zeros_like(smallest)))
 
     def saved(self) -> dict[str, Tensor]:
         """Repeats `threshold` for every latent, (n,), as files have it."""

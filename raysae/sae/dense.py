@@ -28,12 +28,15 @@ class Rows:
 
 
 class DenseSAE(SAE):
-    """Loss = error_weight · mean of ‖target − x̂‖² + sparsity · warm-up factor · mean of the penalty, over rows.
+    """Loss = error_weight · mean of ‖target − x̂‖² + coefficient · mean of the penalty, over rows.
+
+    The coefficient is penalty_weight · sparsity · warm-up factor.
 
     A subclass gives the activation, the penalty and their derivatives. The gradients of weights and biases follow here.
     """
 
     error_weight: float = 1.0
+    penalty_weight: float = 1.0
 
     def encode(self, x: Tensor) -> Tensor:
         return self._activate(self.pre_activations(x), All(self._workspace)).T
@@ -64,7 +67,7 @@ class DenseSAE(SAE):
         self._take_grads()
         for parameter in self.parameters():
             parameter.grad.zero_()
-        b, coefficient = len(x), self.config.sparsity * step.sparsity_factor / len(x)
+        b, coefficient = len(x), self._coefficient(step) / len(x)
         encoder, decoder = (
             matrix if self.precision is None else matrix.to(self.precision)
             for matrix in (self.encoder(), self.decoder())
@@ -97,8 +100,10 @@ class DenseSAE(SAE):
         return {"loss": loss, "squared_error": squared_error, "l0": active, **further}
 
     def _loss(self, squared_error: Tensor, further: dict[str, Tensor], step: StepInfo) -> Tensor:
-        penalty = self.config.sparsity * step.sparsity_factor * further["penalty"]
-        return self.error_weight * squared_error + penalty
+        return self.error_weight * squared_error + self._coefficient(step) * further["penalty"]
+
+    def _coefficient(self, step: StepInfo) -> float:
+        return self.penalty_weight * self.config.sparsity * step.sparsity_factor
 
     def _add_grads(self, rows: Rows, elements: All | Few, codes: Tensor, grad_x_hat: Tensor, grad_pre: Tensor) -> None:
         """Adds these rows' part to the gradients of W_dec, W_enc and b_enc."""

@@ -27,15 +27,8 @@ from raysae.config import ARCHITECTURES, SAEConfig, TrainConfig, UserError
 from raysae.knobs import completed
 from raysae.sae.architectures import build
 from raysae.sae.base import SAE
+from raysae.sae.origins import TRANSFORMER_LENS
 
-TRANSFORMER_LENS = {
-    "resid_pre": "blocks.{}.hook_resid_pre",
-    "resid_post": "blocks.{}.hook_resid_post",
-    "attn_out": "blocks.{}.hook_attn_out",
-    "mlp_out": "blocks.{}.hook_mlp_out",
-    "attn_z": "blocks.{}.attn.hook_z",
-    "mlp_act": "blocks.{}.mlp.hook_post",
-}
 # Version of the format written here. SAELens rewrites files that name an older version or none.
 SAELENS_VERSION = "6.0.0"
 WEIGHTS, CONFIG, OWN = "sae_weights.safetensors", "cfg.json", "raysae.json"

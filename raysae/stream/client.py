@@ -6,6 +6,8 @@ It goes on by itself when the queue, or a machine that stored blocks, has died.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,26 @@ from raysae.determinism import Seen, together
 from raysae.stream.queue import EVALUATION, TRAIN, patiently
 from raysae.stream.reader import BatchReader
 from raysae.stream.spec import ActivationSpec
-from raysae.stream.state import NotJoinedError, StreamError
+from raysae.stream.state import Life, NotJoinedError, StreamError
+
+
+@dataclass(eq=False)
+class _Reading:
+    """A reader's part of the stream, from `open` to its end."""
+
+    life: Life
+    done: int  # Shards completely consumed
+    until: int | None
+    # References by (shard, block), kept until the shard is consumed. Two threads may fetch the same block: the one that
+    # reads ahead, and one that wants the first rows. A process may drop its last reference to an object while another
+    # thread receives one. Then that thread may never get the object (Ray 2.60).
+    refs: dict[tuple[int, int], ray.ObjectRef] = field(default_factory=dict)
+
+    def forget(self, which: Callable[[int], bool]) -> None:
+        """Drop the references to the shards that `which` picks. Other threads may add some meanwhile."""
+        for place in list(self.refs):
+            if which(place[0]):
+                self.refs.pop(place, None)
 
 
 class StreamClient:
@@ -53,60 +74,61 @@ class StreamClient:
         self.block_mib = block_mib
         self.faults = faults or FaultsConfig()
         self.numerics: Seen = {}  # Numerics of the producers of the blocks read since `open`
-        self._done = 0  # Shards completely consumed
-        self._until: int | None = None
-        self._joined = False
-        # The current reader's references by (shard, block), kept until the shard is consumed. Two threads may fetch the
-        # same block: the one that reads ahead, and one that wants the first rows. A process may drop its last reference
-        # to an object while another thread receives one. Then that thread may never get the object (Ray 2.60).
-        self._refs: dict[tuple[int, int], ray.ObjectRef] = {}
+        self._process: int | None = None  # Our number, see `Life`
+        self._readings = 0
+        self._reading: _Reading | None = None  # Set while a reader is open
 
     def open(self, row: int, batch: int, end: int | None = None, device: torch.device | str = "cpu") -> BatchReader:
         """Join the training stream at `row` and return a reader of its batches up to row `end`.
 
         Only one reader may be open at a time. Closing it leaves the stream.
+
+        Raises:
+            SupersededError: a later process reads under our name.
         """
-        self.numerics, self._refs = {}, {}
-        self._done = row // self.training.rows_per_shard
-        self._until = None if end is None else -(-end // self.training.rows_per_shard)
-        self._joined = True
-        self._patiently(self._join)
+        reading = self._begin(row, end)
         return BatchReader(
-            self.block, self.training, self.width, self.block_mib, batch, row,
-            end=end, acknowledge=self._acknowledge, release=self.leave, device=device,
+            partial(self._block, reading), self.training, self.width, self.block_mib, batch, row,
+            end=end, acknowledge=partial(self._acknowledge, reading), release=self.leave, device=device,
         )  # fmt: skip
 
     def leave(self) -> None:
-        """Tell the queue that this consumer needs nothing more for now. Others no longer wait for it."""
-        self._joined = False
-        self._refs = {}
-        self.queue.leave.remote(self.consumer)
+        """Tell the queue that the open reader, if there is one, needs nothing more. Others no longer wait for it."""
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            self.queue.leave.remote(reading.life)
 
     def block(self, shard: int, block: int) -> np.ndarray | None:
-        """Wait for a block of the training stream.
+        """Wait for a block of the training stream. A reader must be open.
 
         The block is `(rows, width)`, read-only, and lies in the object store's memory. It is None if the shard is
         skipped.
 
         Raises:
+            SupersededError: a later process reads under our name.
             StreamError: the queue cannot give the block and says why, it could not be read, or the reader was closed.
         """
-        refs = self._refs
+        if (reading := self._reading) is None:
+            raise StreamError(f"consumer {self.consumer} has left the stream")
+        return self._block(reading, shard, block)
+
+    def _block(self, reading: _Reading, shard: int, block: int) -> np.ndarray | None:
+        refs = reading.refs
 
         def open_still() -> bool:
-            return self._joined and refs is self._refs
+            return self._reading is reading
 
         def fetch() -> ray.ObjectRef | None:
             if (ref := refs.get((shard, block))) is not None:
                 return ref
             try:
-                found, numerics = ray.get(self.queue.fetch.remote(self.consumer, shard, block, self._done))
+                found, numerics = ray.get(self.queue.fetch.remote(reading.life, shard, block, reading.done))
             except NotJoinedError:
                 if not open_still():
                     raise StreamError(f"consumer {self.consumer} has left the stream") from None
-                self._join()  # The queue was restarted. `patiently` then fetches again
-                if not self._joined:  # We left while joining: tell the queue
-                    self.queue.leave.remote(self.consumer)
+                self._join(reading)  # The queue was restarted. `patiently` then fetches again
+                if not open_still():  # We left while joining. A queue that was restarted since does not know it
+                    self.queue.leave.remote(reading.life)
                 raise
             if open_still():
                 self.numerics = together(self.numerics, {key: [value] for key, value in numerics.items()})
@@ -114,7 +136,7 @@ class StreamClient:
                 refs.setdefault((shard, block + i), ref)
             return found[0] if found else None
 
-        return self._get(TRAIN, shard, block, fetch, lambda: _forget(refs, lambda other: other == shard), open_still)
+        return self._get(TRAIN, shard, block, fetch, lambda: reading.forget(lambda other: other == shard), open_still)
 
     def evaluation_block(self, shard: int, block: int) -> np.ndarray | None:
         """Wait for a block of the held-out stream. It is like the result of `block`."""
@@ -124,14 +146,28 @@ class StreamClient:
 
         return self._get(EVALUATION, shard, block, fetch)
 
-    def _join(self) -> None:
-        row = self._done * self.training.rows_per_shard
-        ray.get(self.queue.join.remote(self.consumer, self.hook_point, row, self._until))
+    def _begin(self, row: int, end: int | None) -> _Reading:
+        """Join the training stream in a new life."""
+        if self._process is None:
+            self._process = self._patiently(lambda: ray.get(self.queue.new_process.remote()))
+        self._readings += 1
+        self.numerics = {}
+        self._reading = reading = _Reading(
+            Life(self.consumer, self._process, self._readings),
+            done=row // self.training.rows_per_shard,
+            until=None if end is None else -(-end // self.training.rows_per_shard),
+        )
+        self._patiently(lambda: self._join(reading))
+        return reading
 
-    def _acknowledge(self, done: int) -> None:
-        self._done = done
-        _forget(self._refs, lambda shard: shard < done)
-        self.queue.acknowledge.remote(self.consumer, done)
+    def _join(self, reading: _Reading) -> None:
+        row = reading.done * self.training.rows_per_shard
+        ray.get(self.queue.join.remote(reading.life, self.hook_point, row, reading.until))
+
+    def _acknowledge(self, reading: _Reading, done: int) -> None:
+        reading.done = done
+        reading.forget(lambda shard: shard < done)
+        self.queue.acknowledge.remote(reading.life, done)
 
     def _get(
         self,
@@ -161,10 +197,3 @@ class StreamClient:
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         return patiently(call, self.faults.queue_seconds)
-
-
-def _forget(refs: dict[tuple[int, int], ray.ObjectRef], which: Callable[[int], bool]) -> None:
-    """Drop the references to the shards that `which` picks. Other threads may add some meanwhile."""
-    for place in list(refs):
-        if which(place[0]):
-            refs.pop(place, None)

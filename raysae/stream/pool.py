@@ -20,7 +20,7 @@ from ray.exceptions import RayTaskError
 
 from raysae.cluster.actor_log import one_line
 from raysae.cluster.room import missing, placed
-from raysae.config import FaultsConfig
+from raysae.config import FaultsConfig, UserError
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +151,10 @@ class ProducerPool:
             producer.pid, producer.node = await self._start(producer)
         except Exception as error:
             self._failed_starts += 1
+            if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+                # A mistake of the user's comes again with every start
+                self._failed_starts = self.faults.start_attempts
+                error = error.cause
             self._bury(producer, error, died=False)
             return
         self._failed_starts = 0
@@ -229,7 +233,10 @@ class ProducerPool:
             self._deaths.popleft()
         if self._failed_starts >= self.faults.start_attempts:
             self._give_up(
-                f"the language model could not be started in {self.faults.start_attempts} attempts: {one_line(error)}"
+                str(error)
+                if isinstance(error, UserError)
+                else f"the language model could not be started in {self.faults.start_attempts} attempts: "
+                f"{one_line(error)}"
             )
         elif len(self._deaths) > self.faults.producer_deaths * max(1, len(self.producers)):
             self._give_up(

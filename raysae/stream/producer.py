@@ -44,9 +44,19 @@ class Production:
 
 
 class Producer:
-    """A language model on the device that Ray has assigned to this process."""
+    """A language model on the device that Ray has assigned to this process.
+
+    A mistake of the user's that shows while it starts is raised by `ping`. Raised here it would reach the pool as text.
+    """
 
     def __init__(self, production: Production):
+        self._refusal: UserError | None = None
+        try:
+            self._start(production)
+        except UserError as error:
+            self._refusal = error
+
+    def _start(self, production: Production) -> None:
         others = threads()  # Ray's threads
 
         import torch
@@ -83,7 +93,13 @@ class Producer:
         return ShardMaker(self.lm, self.contexts[stream], spec, list(plan.widths), plan.stream.block_mib, cache)
 
     def ping(self) -> tuple[int, str]:
-        """The process id and the machine's id, once the model is loaded."""
+        """The process id and the machine's id, once the model is loaded.
+
+        Raises:
+            UserError: it cannot be loaded, or its files differ from the driver's.
+        """
+        if self._refusal:
+            raise self._refusal
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def produce(self, stream: str, shard: int, tolerant: bool = False) -> list:
@@ -117,7 +133,8 @@ class Producer:
             hook_point: where the SAEs were trained.
             saes: folder or URL of each SAE, by name.
             mean: (width,), mean activation over training rows.
-            predicted_tokens: how many predictions to judge at least. A stream with fewer is judged whole.
+            predicted_tokens: how many predictions to judge at least, at rows that are not left out. A stream with
+                fewer is judged whole.
         """
         import torch
 
@@ -126,17 +143,37 @@ class Producer:
         from raysae.sae.files import load_sae
 
         spec = self.production.specs[stream]
-        predictions = spec.context_length - 1 - spec.skip_positions  # Predictions per context
-        wanted = min(-(-predicted_tokens // predictions), spec.shards * spec.shard_contexts)
-        shards = range(-(-wanted // spec.shard_contexts))
-        indices = np.concatenate([spec.contexts_of(shard) for shard in shards])[:wanted]
-        tokens = torch.from_numpy(self.contexts[stream][indices]).to(self.lm.device)
+        tokens, kept = (
+            torch.from_numpy(array).to(self.lm.device) for array in self._contexts_for(stream, predicted_tokens)
+        )
         mean = torch.from_numpy(np.array(mean)).to(self.lm.device)
         with torch.no_grad():
             loaded = {name: load_sae(folder) for name, folder in saes.items()}
             share_buffers(loaded.values())
             functions = {name: _where_rows_are(sae) for name, sae in loaded.items()}
-            return downstream_metrics(self.lm, tokens, hook_point, functions, mean, spec.skip_positions).finish()
+            return downstream_metrics(self.lm, tokens, hook_point, functions, mean, spec.skip_positions, kept).finish()
+
+    def _contexts_for(self, stream: str, predictions: int) -> tuple[np.ndarray, np.ndarray]:
+        """The stream's first contexts with at least that many predictions at rows that are not left out.
+
+        Returns:
+            Token ids, and whether a position is replaced, (c, t) each.
+        """
+        contexts, maker = self.contexts[stream], self.makers[stream]
+        taken: list[tuple[np.ndarray, np.ndarray]] = []
+        for shard in range(maker.spec.shards):
+            indices = maker.spec.contexts_of(shard)
+            kept = np.zeros((len(indices), maker.spec.context_length), bool)
+            kept[:, maker.spec.skip_positions :] = maker.kept(shard).reshape(len(indices), -1)
+            kept = contexts.before_no_padding(indices, kept)
+            made = kept[:, :-1].sum(1).cumsum()
+            enough = int(np.searchsorted(made, predictions)) + 1
+            taken.append((contexts[indices[:enough]], kept[:enough]))
+            predictions -= int(made[-1])
+            if predictions <= 0:
+                break
+        tokens, kept = (np.concatenate(arrays) for arrays in zip(*taken, strict=True))
+        return tokens, kept
 
 
 def nonfinite(meta: Mapping[str, object]) -> str:

@@ -14,8 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
@@ -31,11 +30,8 @@ from raysae.stream.blocks import blocks_per_shard, bytes_per_shard, shards_in_fl
 from raysae.stream.pool import Job, ProducerPool
 from raysae.stream.producer import Producer, Production, nonfinite
 from raysae.stream.skipped import Skipped
-from raysae.stream.state import NotJoinedError, StreamError, StreamState
+from raysae.stream.state import Attempts, Life, NotJoinedError, StreamError, StreamState
 from raysae.stream.task import Streaming
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +42,10 @@ PATIENCE, LEAST_PATIENCE = 10, 30.0
 RETRY_PAUSE = 0.5  # Seconds between two calls of a queue that is being restarted
 CONTEXTS_NAMED = 8  # Contexts of a bad shard that a message names
 CALLS = 10_000  # Concurrent calls. Waiting fetches occupy slots, so leave room for the calls that end their wait
-DEATH = Fraction(1, 3)  # A producer's death counts as this share of a failed attempt: mostly the shard is not its cause
 
 COUNTERS = {
     "contexts_forwarded": "Contexts the language model has read for training",
+    "rows_left_out": "Positions of these that yield no row, and whose places other rows take",
     "evaluation_contexts_forwarded": "Contexts the language model has read for held-out activations",
     "shards_produced": "Shards of the training stream produced, by the language model or from the cache",
     "shards_from_cache": "Shards of the training stream that were read from the cache",
@@ -139,7 +135,7 @@ def patiently(call: Callable[[], Any], seconds: float, wanted: Callable[[], bool
 class _Wait:
     """A fetch that waits for its shard."""
 
-    consumer: str
+    life: Life
     shard: int
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -171,6 +167,9 @@ class StreamQueue:
         self.faults = faults
         self.skipped = Skipped(skipped)
         self.state = StreamState(shards, cap, config.lag, faults.shard_attempts, self.skipped.of(TRAIN))
+        # Later reading processes have greater numbers, also when this process is restarted: the clock goes on. On a
+        # machine whose clock is behind, the readers that join again tell their numbers.
+        self._last_process = time.time_ns()
         self.held_out = held_out
         self.shard_bytes = bytes_per_shard(production.specs[TRAIN], production.widths.values())
         self._blocks = blocks
@@ -218,35 +217,46 @@ class StreamQueue:
         await self.start()
         self.state.expect(consumers, time.monotonic() + self.production.stream.hold_seconds)
 
-    async def join(self, consumer: str, hook_point: str, row: int, until_shard: int | None = None) -> None:
+    async def new_process(self) -> int:
+        """A number for a process that is to read the stream, greater than all before. Its lives have it, see `Life`."""
+        self._last_process += 1
+        return self._last_process
+
+    async def join(self, life: Life, hook_point: str, row: int, until_shard: int | None = None) -> None:
         """Register a reader of the training stream at `hook_point`, from global row `row` on.
 
-        It reads to the end of shard `until_shard` − 1. Unset: to the end of the stream. A consumer that joins again has
-        restarted and goes on from the new row.
+        It reads to the end of shard `until_shard` − 1. Unset: to the end of the stream. A consumer that has restarted
+        joins in a later life, and goes on from the new row.
 
         Raises:
+            SupersededError: the life is over.
             StreamError: the hook point is not streamed, or the stream has no such shards.
         """
         await self.start()
         if hook_point not in self.production.widths:
             raise StreamError(f"hook point {hook_point} is not streamed: {', '.join(self.production.widths)} are")
-        self.state.join(consumer, row // self.production.specs[TRAIN].rows_per_shard, until_shard)
-        self._hook_point[consumer] = hook_point
-        self._wake(lambda wait: wait.consumer == consumer)
-        self._settle()
+        self._last_process = max(self._last_process, life.process)
+        self.state.join(life, row // self.production.specs[TRAIN].rows_per_shard, until_shard)
+        self._hook_point[life.consumer] = hook_point
+        self._wake_consumer(life.consumer)
 
-    async def leave(self, consumer: str) -> None:
-        self.state.leave(consumer)
-        self._wake(lambda wait: wait.consumer == consumer)
-        self._settle()
+    async def leave(self, life: Life) -> None:
+        """End the life. Nobody waits for it any more."""
+        self.state.leave(life)
+        self._wake_consumer(life.consumer)
 
-    async def acknowledge(self, consumer: str, done_shards: int) -> None:
-        """`consumer` has completely consumed the shards below `done_shards`."""
-        if self.state.advance(consumer, done_shards):
+    async def dismiss(self, consumer: str) -> None:
+        """Wait for `consumer` no more. The driver says so of a trainer that has ended. One that lives joins again."""
+        self.state.dismiss(consumer)
+        self._wake_consumer(consumer)
+
+    async def acknowledge(self, life: Life, done_shards: int) -> None:
+        """The reader has completely consumed the shards below `done_shards`."""
+        if self.state.advance(life, done_shards):
             self._settle()
 
     async def fetch(
-        self, consumer: str, shard: int, block: int, done_shards: int
+        self, life: Life, shard: int, block: int, done_shards: int
     ) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
         """Wait for a shard of the training stream. Returns its blocks from `block` on, and their numerics.
 
@@ -258,16 +268,17 @@ class StreamQueue:
         consumer reads it.
 
         Raises:
-            NotJoinedError: `consumer` is unknown.
+            NotJoinedError: the life has not joined.
+            SupersededError: the life is over.
             StreamError: the shard is none of the consumer's, it could not be produced, or no producers are left.
         """
-        await self.acknowledge(consumer, done_shards)
-        while not self.state.ready(consumer, shard):
-            await self._arrival(consumer, shard)
+        await self.acknowledge(life, done_shards)
+        while not self.state.ready(life, shard):
+            await self._arrival(life, shard)
         if shard in self.state.skipped:
             return [], {}
         meta, refs = self._shards[shard]
-        hook_point = self._hook_point[consumer]
+        hook_point = self._hook_point[life.consumer]
         self._check_finite(meta, TRAIN, shard, hook_point)
         first = self._offsets[TRAIN][hook_point]
         blocks = refs[first + block : first + self._blocks[hook_point]]
@@ -361,7 +372,7 @@ class StreamQueue:
         and its end in shards, and whether it waits.
         """
         whole = {name: value if name.endswith("seconds") else int(value) for name, value in self._totals.items()}
-        waiting = {wait.consumer for wait in self._waits}
+        waiting = {wait.life.consumer for wait in self._waits}
         consumers = {
             name: {"position": consumer.position, "until": consumer.until, "waiting": name in waiting}
             for name, consumer in self.state.consumers.items()
@@ -433,6 +444,7 @@ class StreamQueue:
         self._count("shards_produced", 1)
         self._count("shards_from_cache", int(meta["from_cache"]))
         self._count("contexts_forwarded", meta["contexts_forwarded"])
+        self._count("rows_left_out", meta["rows_left_out"])
         self._note_seconds(meta)
         if meta["nonfinite"]:
             self._note_failure(TRAIN, shard, ValueError(nonfinite(meta)))
@@ -443,7 +455,7 @@ class StreamQueue:
 
     def _failed(self, shard: int, error: Exception, died: bool) -> None:
         reason = self._note_failure(TRAIN, shard, error)
-        if self.state.fail(shard, reason, DEATH if died else 1):
+        if self.state.fail(shard, reason, died):
             if self._skip(TRAIN, shard, reason):
                 self.state.skip(shard)
             self._wake(lambda wait: wait.shard == shard)
@@ -503,17 +515,17 @@ class StreamQueue:
         """Queue a call of a producer. The future gives (first result, references to the others).
 
         There are no references if a held-out shard is skipped. A job whose producer died is tried again, and so is a
-        shard that failed: `faults.shard_attempts` times in all.
+        shard that failed, while it has attempts left (see `Attempts`).
         """
         future = asyncio.get_running_loop().create_future()
-        attempts = itertools.count(1)
+        attempts = Attempts(self.faults.shard_attempts)
         produce = method == "produce"
 
         def patience() -> float:
             return self._patience() if produce else self.faults.hang_seconds
 
-        def arguments(attempt: int) -> tuple:
-            return (*args, self._tolerant(attempt >= self.faults.shard_attempts)) if produce else args
+        def arguments() -> tuple:
+            return (*args, self._tolerant(attempts.last)) if produce else args
 
         def done(result: object, refs: list[ray.ObjectRef]) -> None:
             if produce:
@@ -524,8 +536,9 @@ class StreamQueue:
 
         def failed(error: Exception, died: bool) -> None:
             reason = self._note_failure(*args, error) if produce else one_line(error)
-            if (died or produce) and (attempt := next(attempts)) < self.faults.shard_attempts:
-                self._send(replace(job, args=arguments(attempt + 1), seconds=patience()))
+            # A death in an evaluation counts whole: the memory that its SAEs take may be the cause.
+            if (died or produce) and not attempts.fail(died and produce):
+                self._send(replace(job, args=arguments(), seconds=patience()))
             elif produce and self._skip(*args, reason):
                 future.set_result((None, []))
             elif produce:
@@ -539,7 +552,7 @@ class StreamQueue:
                 future.set_exception(error)
             self._notify()
 
-        job = Job(method, arguments(1), returns, done, failed, seconds=patience())
+        job = Job(method, arguments(), returns, done, failed, seconds=patience())
         self._send(job)
         return future
 
@@ -575,7 +588,7 @@ class StreamQueue:
         self._told = dict(self._totals)
         self._gauges["bytes_in_flight"].set(self._bytes)
         self._gauges["producers"].set(len(self.pool.pids))
-        self._gauges["consumers_waiting"].set(len({wait.consumer for wait in self._waits}))
+        self._gauges["consumers_waiting"].set(len({wait.life.consumer for wait in self._waits}))
 
     @property
     def _bytes(self) -> int:
@@ -587,13 +600,13 @@ class StreamQueue:
             del self._shards[shard]
         self._work.set()
 
-    async def _arrival(self, consumer: str, shard: int) -> None:
+    async def _arrival(self, life: Life, shard: int) -> None:
         """Wait until something has happened to the shard or the consumer.
 
         Nothing else ends the wait, because many fetches wait for each shard.
         """
         self._check_pool()
-        wait, began = _Wait(consumer, shard), time.monotonic()
+        wait, began = _Wait(life, shard), time.monotonic()
         self._waits.add(wait)
         try:
             await wait.over.wait()
@@ -604,6 +617,11 @@ class StreamQueue:
     def _wake(self, whom: Callable[[_Wait], bool]) -> None:
         for wait in filter(whom, self._waits):
             wait.over.set()
+
+    def _wake_consumer(self, consumer: str) -> None:
+        """Have the consumer's fetches look again, because it has joined or left."""
+        self._wake(lambda wait: wait.life.consumer == consumer)
+        self._settle()
 
     def _notify(self) -> None:
         self._answered.set()

@@ -7,8 +7,9 @@ consumers say that they join, have consumed a shard, or leave. The relay sends t
 soon as the call before it has returned. The queue answers such a call at once, so no news waits behind a shard that is
 not there yet. The relay asks for a shard once per hook point, in the name of whichever consumer comes first.
 
-Only the queue's knowledge counts. What a relay knows may be lost. A restarted relay knows nobody, and consumers join
-again. When the queue's process has died, the relay says so to its consumers, and they join again too.
+Only the queue's knowledge counts, also of which life of a consumer is the present one. What a relay knows may be lost.
+A restarted relay knows nobody, and consumers join again. When the queue's process has died, the relay says so to its
+consumers, and they join again too.
 
 A relay drops a shard before it tells the queue that the last of its consumers has consumed it. It also drops what the
 queue gives up or loses. Each answer to its news says what the queue holds. While the relay holds anything, it asks at
@@ -31,7 +32,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from raysae.cluster.actor_log import Heard
 from raysae.stream.queue import TEND_SECONDS
-from raysae.stream.state import NotJoinedError, StreamError
+from raysae.stream.state import Life, NotJoinedError, StreamError, SupersededError
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +58,12 @@ def start_relays(queue: str, consumers: Sequence[str], of_each: int) -> tuple[li
 
 @dataclass(eq=False)
 class _Reader:
-    """A consumer that has joined here.
+    """A life that has joined here.
 
-    `over` is set when it has joined again or left, or when the queue does not know it.
+    `over` is set when a later life has joined or this one has left, or when the queue does not know it.
     """
 
+    life: Life
     hook_point: str
     done: int = 0  # Shards that it has reported as consumed
     over: asyncio.Future = field(default_factory=asyncio.Future)
@@ -89,32 +91,33 @@ class Relay:
 
     # ---------------------------------------------------------------- consumers: see the methods of `queue.StreamQueue`
 
-    async def join(self, consumer: str, hook_point: str, row: int, until_shard: int | None = None) -> None:
-        if error := await self._tell("join", consumer, hook_point, row, until_shard):
+    async def new_process(self) -> int:
+        return await _answer(self.queue.new_process.remote())
+
+    async def join(self, life: Life, hook_point: str, row: int, until_shard: int | None = None) -> None:
+        if error := await self._tell("join", life, hook_point, row, until_shard):
             raise error
 
-    async def leave(self, consumer: str) -> None:
-        self._tell("leave", consumer)
+    async def leave(self, life: Life) -> None:
+        self._tell("leave", life)
 
-    async def acknowledge(self, consumer: str, done_shards: int) -> None:
-        reader = self._readers.get(consumer)
-        if reader is None or done_shards > reader.done:
-            self._tell("acknowledge", consumer, done_shards)
-        if reader and done_shards > reader.done:
+    async def acknowledge(self, life: Life, done_shards: int) -> None:
+        reader = self._readers.get(life.consumer)
+        if reader and reader.life == life and done_shards > reader.done:
+            self._tell("acknowledge", life, done_shards)
             reader.done = done_shards
             self._let_go(reader.hook_point)
 
     async def fetch(
-        self, consumer: str, shard: int, block: int, done_shards: int
+        self, life: Life, shard: int, block: int, done_shards: int
     ) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
-        await self.acknowledge(consumer, done_shards)
+        await self.acknowledge(life, done_shards)
         while True:
-            if (reader := self._readers.get(consumer)) is None:
-                raise NotJoinedError(f"consumer {consumer} has not joined the stream")
+            reader = self._reader(life)
             key = reader.hook_point, shard
             mine = key not in self._shards
             if mine:
-                self._shards[key] = _task(self._ask(consumer, *key))
+                self._shards[key] = _task(self._ask(life, *key))
             asked = self._shards[key]
             began = time.monotonic()
             if not asked.done():
@@ -152,12 +155,10 @@ class Relay:
 
     # ---------------------------------------------------------------- the queue
 
-    async def _ask(
-        self, consumer: str, hook_point: str, shard: int
-    ) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
-        """Fetch the whole shard. `_tell` reports separately what `consumer` has consumed, in the order of its news."""
+    async def _ask(self, life: Life, hook_point: str, shard: int) -> tuple[list[ray.ObjectRef], Mapping[str, object]]:
+        """Fetch the whole shard. `_tell` reports separately what the life has consumed, in the order of its news."""
         try:
-            return await _answer(self.queue.fetch.remote(consumer, shard, 0, 0))
+            return await _answer(self.queue.fetch.remote(life, shard, 0, 0))
         except Exception:
             del self._shards[hook_point, shard]
             raise
@@ -199,16 +200,16 @@ class Relay:
         except Exception as error:
             # Mostly the queue's process has ended. Whatever it is, the queue may know none of the consumers any more.
             errors, held = dict.fromkeys(range(len(news)), error), {}
-            for consumer in list(self._readers):
-                self._place(consumer, None)
+            for reader in list(self._readers.values()):
+                self._remove(reader.life)
             for key in _answered(self._evaluation):
                 del self._evaluation[key]
-        for i, ((method, consumer, *arguments), answer) in enumerate(news):
+        for i, ((method, life, *arguments), answer) in enumerate(news):
             error = errors.get(i)
             if method == "join" and not error:
-                self._place(consumer, _Reader(arguments[0]))
-            elif method == "leave" or isinstance(error, NotJoinedError):
-                self._place(consumer, None)
+                self._place(_Reader(life, arguments[0]))
+            elif method == "leave" or isinstance(error, NotJoinedError | SupersededError):
+                self._remove(life)
             if not answer.done():  # The caller who waited for it may be gone
                 answer.set_result(error)
         for key, asked in before.items():
@@ -226,12 +227,34 @@ class Relay:
             if key[0] == hook_point and key[1] < done:
                 del self._shards[key]
 
-    def _place(self, consumer: str, reader: _Reader | None) -> None:
-        """Make `reader` the consumer's entry. With None the consumer is unknown from now on."""
-        if old := self._readers.pop(consumer, None):
-            old.over.set_result(None)
-        if reader:
-            self._readers[consumer] = reader
+    def _reader(self, life: Life) -> _Reader:
+        """The life's entry.
+
+        Raises:
+            SupersededError: a later life of its consumer has joined here.
+            NotJoinedError: the life has not joined here, or it has left. Only the queue knows which.
+        """
+        reader = self._readers.get(life.consumer)
+        if reader and reader.life > life:
+            raise SupersededError(f"consumer {life.consumer} was started again: its earlier reading is over")
+        if reader is None or reader.life != life:
+            raise NotJoinedError(f"consumer {life.consumer} has not joined the stream")
+        return reader
+
+    def _place(self, reader: _Reader) -> None:
+        """Make `reader` its consumer's entry, unless that life or a later one has joined before."""
+        known = self._readers.get(reader.life.consumer)
+        if known is None or known.life < reader.life:
+            if known:
+                self._remove(known.life)
+            self._readers[reader.life.consumer] = reader
+
+    def _remove(self, life: Life) -> None:
+        """Forget the life and its consumer's earlier ones."""
+        known = self._readers.get(life.consumer)
+        if known and known.life <= life:
+            del self._readers[life.consumer]
+            known.over.set_result(None)
 
 
 def _task(work: Coroutine) -> asyncio.Task:

@@ -10,10 +10,8 @@ where it would have ended.
 
 from __future__ import annotations
 
-import fsspec
-
 from raysae.config import UserError
-from raysae.storage import sealed, unsealed, write_atomically
+from raysae.storage import open_location, sealed, unsealed, write_atomically
 
 FILE = "skipped.json"  # Name of the file in the study's folder
 SHARE = 0.1  # Largest share of a stream's shards to skip, or one shard. If more are bad, the text is not at fault
@@ -33,7 +31,7 @@ class Skipped:
         # Stream → shard → {reason, contexts}. Shards are strings, because JSON has no other keys
         self.shards: dict[str, dict[str, dict]] = {}
         if file:
-            files, path = fsspec.core.url_to_fs(file)
+            files, path = open_location("output", file)
             if files.exists(path):
                 try:
                     self.shards = unsealed(files.cat_file(path), file)
@@ -59,7 +57,7 @@ class Skipped:
         shards_of = self.shards.get(stream, {}) | {str(shard): {"reason": reason, "contexts": contexts}}
         skipped = self.shards | {stream: shards_of}
         if self.file:
-            files, path = fsspec.core.url_to_fs(self.file)
+            files, path = open_location("output", self.file)
             write_atomically(files, path, sealed(skipped))
         self.shards = skipped  # Not before it is on disk
         return True

@@ -25,6 +25,10 @@ happens once when a late joiner begins, and after a consumer went back. So every
 more passes than places. That holds even if the others' consumers are dead. If there are more passes, those without a
 place wait until another has consumed its shard. Within a pass, everyone goes on as long as the slowest consumer does.
 
+Each reading of a consumer, from its joining to its leaving, is a *life* of its own. Lives are ordered. What an earlier
+life says late changes nothing, however its messages are doubled or reordered: its process may be dead, and the
+consumer's name has gone on to another.
+
 A shard that fails too often is *bad*: a consumer that asks for it gets an error. It may be *skipped* instead. A skipped
 shard is ready at once for everyone and holds nothing. Consumers pass over it, so `position` never stands at one.
 """
@@ -34,7 +38,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
+
+# A producer's death counts as this share of a failed attempt, because mostly the job is not its cause.
+DEATH = Fraction(1, 3)
 
 
 class StreamError(RuntimeError):
@@ -45,18 +52,49 @@ class NotJoinedError(StreamError):
     """The stream does not know the consumer, for instance after the queue's restart. It can join again and go on."""
 
 
+class SupersededError(StreamError):
+    """The life that asks is over: it has left the stream, or a later life of its consumer has joined."""
+
+
+class Life(NamedTuple):
+    """One reading of the stream by a consumer. Of two lives of one consumer, the greater is the later."""
+
+    consumer: str
+    process: int = 0  # Number of the reading process. The queue gives later processes greater ones
+    reading: int = 0  # Number of this reading in its process
+
+
+class Attempts:
+    """How often a job may fail: `limit` times. A death of its producer weighs `DEATH`."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._spent = Fraction(0)
+
+    @property
+    def last(self) -> bool:
+        """Whether one more failure is the last."""
+        return self._spent + 1 >= self.limit
+
+    def fail(self, died: bool) -> bool:
+        """Note a failure, or that the producer `died`. Returns whether no attempt is left."""
+        self._spent += DEATH if died else 1
+        return self._spent >= self.limit
+
+
 @dataclass(eq=False)
 class Consumer:
     """A reader of the stream. It has completely consumed `position` shards and needs the shards [position, until)."""
 
     position: int
     until: int
+    life: Life | None = None  # A placeholder has none
     expected_until: float | None = None  # A placeholder has a time here, at which it is given up
     turn: int = 0  # Number of the last lease for its pass
 
     @property
     def real(self) -> bool:
-        return self.expected_until is None
+        return self.life is not None
 
     def needs(self, shard: int) -> bool:
         return self.position <= shard < self.until
@@ -87,13 +125,15 @@ class StreamState:
         self.lag = lag
         self.window = cap if lag == "stall" else max(1, cap // 2)
         self.consumers: dict[str, Consumer] = {}
+        # The earliest life of each consumer that may still join. It stays when the consumer leaves.
+        self._earliest: dict[str, Life] = {}
         # Consumers that still need something, by position. The inner dicts are ordered sets.
         self._standing: dict[int, dict[Consumer, None]] = {}
         self.leased: set[int] = set()
         self.held: set[int] = set()
         self.attempts = attempts
         self.skipped = set(skipped)
-        self._failures: dict[int, Fraction | int] = {}
+        self._attempts: dict[int, Attempts] = {}  # Of the shards that have failed
         self._bad: dict[int, str] = {}
         self._turn = 0
 
@@ -102,56 +142,73 @@ class StreamState:
     def expect(self, names: Iterable[str], until: float) -> None:
         """Keep the first shards for consumers that will join by time `until`.
 
-        Nothing is produced for them before they join.
+        Nothing is produced for them before they join. Those that have joined before are not waited for.
         """
         for name in names:
-            if name not in self.consumers:
+            if name not in self.consumers and name not in self._earliest:
                 self._place(name, Consumer(0, self.shards, expected_until=until))
 
     def expire(self, now: float) -> bool:
         """Give up the expected consumers that are overdue. Returns whether there were any."""
         overdue = [name for name, c in self.consumers.items() if not c.real and c.expected_until <= now]
         for name in overdue:
-            self.leave(name)
+            self.dismiss(name)
         return bool(overdue)
 
-    def join(self, name: str, position: int, until: int | None = None) -> None:
-        """Register `name` as a reader of the shards [position, until). Joining again replaces its position.
+    def join(self, life: Life, position: int, until: int | None = None) -> None:
+        """Register a reader of the shards [position, until), in place of the consumer's earlier lives.
 
-        `until` is the stream's end if unset.
+        `until` is the stream's end if unset. Joining again in the same life never moves the position back.
 
         Raises:
+            SupersededError: the life is over.
             StreamError: the stream has no such shards.
         """
         until = self.shards if until is None else until
+        self._check_current(life)
         if not 0 <= position <= self.shards or until > self.shards:
             raise StreamError(
-                f"consumer {name} asks for shards {position} to {until} of a stream of {self.shards} shards"
+                f"consumer {life.consumer} asks for shards {position} to {until} of a stream of {self.shards} shards"
             )
-        self._place(name, Consumer(self._behind_skipped(position), until))
+        known = self.consumers.get(life.consumer)
+        if known and known.life == life:
+            position = max(position, known.position)
+        self._earliest[life.consumer] = life
+        self._place(life.consumer, Consumer(self._behind_skipped(position), until, life))
 
-    def advance(self, name: str, done: int) -> bool:
-        """Note that `name` has consumed the shards below `done`. Returns whether that was news.
+    def advance(self, life: Life, done: int) -> bool:
+        """Note that the reader has consumed the shards below `done`. Returns whether that was news.
 
         A position never goes back, so late or repeated messages do no harm.
+
+        Raises:
+            NotJoinedError, SupersededError: see `ready`.
         """
-        consumer = self._consumer(name)
+        consumer = self._consumer(life)
         if done <= consumer.position:
             return False
         self._move(consumer, done)
         return True
 
-    def leave(self, name: str) -> None:
+    def leave(self, life: Life) -> None:
+        """End the life. From now on it is over, also if it never joined."""
+        if life >= self._earliest.get(life.consumer, life):
+            self._earliest[life.consumer] = life._replace(reading=life.reading + 1)
+            self._place(life.consumer, None)
+
+    def dismiss(self, name: str) -> None:
+        """Wait for the consumer no more, whichever life it is in. That life may join again."""
         self._place(name, None)
 
-    def ready(self, name: str, shard: int) -> bool:
-        """Whether `name` can read `shard` now, or pass over it.
+    def ready(self, life: Life, shard: int) -> bool:
+        """Whether the reader can read `shard` now, or pass over it.
 
         Raises:
-            NotJoinedError: `name` is unknown.
-            StreamError: the shard lies outside those that `name` joined for, or it could not be produced.
+            NotJoinedError: the life has not joined.
+            SupersededError: the life is over.
+            StreamError: the shard lies outside those that it joined for, or it could not be produced.
         """
-        consumer = self._consumer(name)
+        name, consumer = life.consumer, self._consumer(life)
         if shard in self.skipped:
             return True
         if not consumer.needs(shard):
@@ -215,28 +272,27 @@ class StreamState:
         if shard not in self.leased:
             return False
         self.leased.remove(shard)
-        self._failures.pop(shard, None)
+        self._attempts.pop(shard, None)
         self.held.add(shard)
         self._release(shard, shard + 1)
         return shard in self.held
 
-    def fail(self, shard: int, reason: str, weight: Fraction | int = 1) -> bool:
+    def fail(self, shard: int, reason: str, died: bool = False) -> bool:
         """Note that the production of a leased shard failed. Returns whether the shard is bad now.
 
-        The shard can be leased again until its failures weigh `attempts`. Then it is bad.
+        The shard can be leased again while it has attempts left, see `Attempts`. Then it is bad.
         """
         if shard not in self.leased:
             return False
         self.leased.remove(shard)
-        self._failures[shard] = self._failures.get(shard, 0) + weight
-        if self._failures[shard] < self.attempts:
+        if not self._attempts.setdefault(shard, Attempts(self.attempts)).fail(died):
             return False
         self._bad[shard] = reason
         return True
 
     def last_attempt(self, shard: int) -> bool:
         """Whether the shard will be bad if it fails once more."""
-        return self._failures.get(shard, 0) + 1 >= self.attempts
+        return self._attempts.get(shard, Attempts(self.attempts)).last
 
     def skip(self, shard: int) -> None:
         """Skip a bad shard: its consumers pass over it."""
@@ -251,10 +307,17 @@ class StreamState:
 
     # ---------------------------------------------------------------- derived
 
-    def _consumer(self, name: str) -> Consumer:
-        consumer = self.consumers.get(name)
-        if consumer is None or not consumer.real:
-            raise NotJoinedError(f"consumer {name} has not joined the stream")
+    def _check_current(self, life: Life) -> None:
+        if life < self._earliest.get(life.consumer, life):
+            raise SupersededError(
+                f"consumer {life.consumer} has left the stream or was started again: its earlier reading is over"
+            )
+
+    def _consumer(self, life: Life) -> Consumer:
+        self._check_current(life)
+        consumer = self.consumers.get(life.consumer)
+        if consumer is None or consumer.life != life:
+            raise NotJoinedError(f"consumer {life.consumer} has not joined the stream")
         return consumer
 
     def _together(self, members: list[Consumer], position: int) -> bool:

@@ -14,15 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import yaml
 from pydantic import ValidationError
 
+from raysae.borders import border, reason
 from raysae.config import SweepConfig, UserError
-from raysae.knobs import completed, explain
-from raysae.storage import write_atomically
+from raysae.knobs import completed, explain, shown
+from raysae.storage import (
+    check_folder,
+    inside,
+    is_name,
+    local_path,
+    open_location,
+    patterns,
+    quoted,
+    write_atomically,
+)
 from raysae.stream.skipped import FILE as SKIPPED
 from raysae.stream.skipped import Skipped
+from raysae.text.sources import absolute_source
+from raysae.tracking.database import absolute, check_database
 
 CONFIG, LOCK = "config.yaml", "driver.lock"
 
@@ -59,31 +70,32 @@ def with_absolute_paths(config: SweepConfig) -> SweepConfig:
     """
     output, uri = config.output.rstrip("/"), config.tracking.uri
     if "://" not in output:
-        output = str(_base() / Path(output).expanduser())
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        _base().mkdir(parents=True, exist_ok=True)
-        uri = f"sqlite:///{_base() / uri.removeprefix('sqlite:///')}"
-    config = config.model_copy(update={"output": output, "tracking": config.tracking.model_copy(update={"uri": uri})})
+        output = str(_base() / local_path("output", output))
+    tracking = config.tracking.model_copy(update={"uri": absolute(uri, _base())})
+    config = config.model_copy(update={"output": output, "tracking": tracking})
     if _in_ray_job():
         return config
     model, text, errors = config.model, config.text, config.errors.model_dump()
-    if Path(model.name).expanduser().exists():
+    if os.path.exists(os.path.expanduser(model.name)):
         model = model.model_copy(update={"name": _absolute(model.name)})
     if text.source != "stdlib" and not text.source.startswith("hf:"):
-        patterns = [_absolute(pattern.strip()) for pattern in text.source.split(",") if pattern.strip()]
-        text = text.model_copy(update={"source": ",".join(patterns)})
+        here = quoted(os.getcwd())
+        source = ",".join(os.path.normpath(os.path.join(here, pattern)) for pattern in patterns(text.source))
+        text = text.model_copy(update={"source": source})
+    elif text.source.startswith("hf:"):
+        text = text.model_copy(update={"source": absolute_source(text.source)})
     errors = {field: _absolute(value) if value and "://" not in value else value for field, value in errors.items()}
     return config.model_copy(update={"model": model, "text": text, "errors": config.errors.model_copy(update=errors)})
 
 
 def check_writable(config: SweepConfig) -> None:
-    """Raise UserError where the local folder `output` cannot be written. Nothing has been started then."""
-    if "://" in config.output:
-        return
-    there = next(path for path in (Path(config.output), *Path(config.output).parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        why = "read-only" if there.is_dir() else "a file"
-        raise UserError(f"output is {config.output}, which cannot be written: {there} is {why}")
+    """Raise UserError where the local folder `output` or the tracking database cannot be written.
+
+    Nothing has been started then.
+    """
+    check_database(config.tracking.uri)
+    if "://" not in config.output:
+        check_folder("output", config.output, Path(config.output))
 
 
 def new_place(config: SweepConfig, resume: str | None) -> Place:
@@ -95,8 +107,9 @@ def new_place(config: SweepConfig, resume: str | None) -> Place:
     name = resume or config.study or time.strftime("%Y%m%d-%H%M%S")
     folder = f"{config.output}/{name}"
     place = Place(name, folder, _base() / "runs" / name if "://" in folder else Path(folder))
-    try:
-        files, path = fsspec.core.url_to_fs(folder)
+    instead = "name a folder or a URL such as s3://bucket/runs"
+    with border("output", config.output, "which cannot be written", instead):
+        files, path = open_location("output", folder)
         if not resume and files.exists(path):
             raise UserError(
                 f"study is '{name}' but {folder} exists: choose another name, or go on with it by --resume {name}"
@@ -106,13 +119,6 @@ def new_place(config: SweepConfig, resume: str | None) -> Place:
         settled = yaml.safe_dump(config.model_copy(update={"study": name}).model_dump(), sort_keys=False)
         # A study with half a config could not be resumed
         write_atomically(files, f"{path}/{CONFIG}", settled.encode())
-    except (OSError, ImportError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"output is {config.output}, which cannot be written ({error}): "
-            "name a folder or a URL such as s3://bucket/runs"
-        ) from error
     return place
 
 
@@ -140,23 +146,36 @@ def saved_config(output: str, study: str, faults: Mapping[str, Any] = {}) -> Swe
     Raises:
         UserError: there is no such study in `output`, or its config or record of skipped shards is damaged.
     """
-    output = output if "://" in output else str(_base() / Path(output).expanduser())
-    files, path = fsspec.core.url_to_fs(output)
-    if not files.exists(f"{path}/{study}/{CONFIG}"):
-        known = sorted(found.split("/")[-2] for found in files.glob(f"{path}/*/{CONFIG}"))
-        others = f", there are {', '.join(known)}" if known else ""
-        raise UserError(f"--resume {study}: there is no such study in {output}{others}")
+    if not is_name(study):
+        raise UserError(f"--resume {shown(study)}: that is no study's name")
+    output = output if "://" in output else str(_base() / local_path("output", output))
+    with border("output", output, "which cannot be read", "name the folder or URL of the study"):
+        files, path = open_location("output", output)
+        if not files.exists(f"{path}/{study}/{CONFIG}"):
+            known = [found.split("/")[-2] for found in inside(files, path, f"*/{CONFIG}")]
+            others = f", there are {', '.join(known)}" if known else ""
+            raise UserError(f"--resume {study}: there is no such study in {output}{others}")
+        content = files.cat_file(f"{path}/{study}/{CONFIG}")
     Skipped(f"{output}/{study}/{SKIPPED}")  # Raises where it is damaged
+    config = config_of(content, f"{path}/{study}/{CONFIG}")
+    return config.model_copy(update={"faults": config.faults.model_copy(update=faults)})
+
+
+def config_of(content: bytes, where: str) -> SweepConfig:
+    """The config in a study's file.
+
+    Raises:
+        UserError: it is damaged. The message names the file, `where`.
+    """
     try:
-        saved = yaml.safe_load(files.cat_file(f"{path}/{study}/{CONFIG}"))
-        saved = completed(SweepConfig, saved)
+        saved = completed(SweepConfig, yaml.safe_load(content))
         config = SweepConfig.model_validate(saved)
         if lacking := _paths(config.model_dump()) - _paths(saved):  # Defaults for these would train another sweep
             raise ValueError(f"{min(lacking)} is not in it")
-        return config.model_copy(update={"faults": config.faults.model_copy(update=faults)})
-    except (yaml.YAMLError, ValueError) as error:
-        reason = explain(error) if isinstance(error, ValidationError) else str(error).splitlines()[0]
-        raise UserError(f"{path}/{study}/{CONFIG} is damaged, or of another version of raysae: {reason}") from error
+        return config
+    except Exception as error:  # YAML's values raise errors of many classes, such as that of a date
+        why = explain(error) if isinstance(error, ValidationError) else reason(error)
+        raise UserError(f"{where} is damaged, or of another version of raysae: {why}") from error
 
 
 def _paths(settings: Mapping[str, Any], prefix: str = "") -> set[str]:

@@ -12,9 +12,9 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from raysae.config import SAEConfig, SweepConfig, UserError, error_kind
+from raysae.config import ModelConfig, SAEConfig, SweepConfig, UserError, error_kind
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
-from raysae.lm.tokenizer import load_tokenizer, tokenizer_digest
+from raysae.lm.tokenizer import load_tokenizer, load_vocabulary, tokenizer_digest
 from raysae.processes import apart
 from raysae.storage import open_location
 from raysae.stream.blocks import WIRE_DTYPES, shards_in_flight
@@ -89,14 +89,20 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
     length = config.stream.context_length
     enough = _enough(config, held_out) if config.text.source.startswith("hf:") else None
     tokenizer = partial(load_tokenizer, config.model)
-    contexts = build_contexts(config.text, tokenizer, tokenizer_digest(config.model), length, enough, run=apart)
+    vocabulary = partial(load_vocabulary, config.model)
+    contexts = build_contexts(
+        config.text, tokenizer, tokenizer_digest(config.model), length, enough, run=apart, load_vocabulary=vocabulary
+    )
+
+    left_out = leave_out_ids(config)
 
     def spec(split: str, epochs: int) -> ActivationSpec:
         return ActivationSpec(
             model=facts.digest, text=contexts[split].digest, contexts=max(1, len(contexts[split])),
             context_length=length, epochs=epochs, skip_positions=config.stream.skip_positions,
             dtype=config.model.dtype, seed=config.stream.seed, shard_contexts=config.stream.shard_contexts,
-            batch_contexts=config.stream.batch_contexts,
+            batch_contexts=config.stream.batch_contexts, leave_out_tokens=left_out,
+            leave_out_norm=config.stream.leave_out_norm, leave_out_hook_point=config.stream.leave_out_hook_point,
         )  # fmt: skip
 
     training, evaluation = spec("train", config.stream.epochs), spec("evaluation", 1)
@@ -108,7 +114,10 @@ def plan(config: SweepConfig, held_out: int = 0) -> Plan:
 
 
 def _with_defaults(config: SweepConfig, facts: ModelFacts) -> SweepConfig:
-    """`config` with hook points, context length, skipped positions, and the model's revision and dtype settled."""
+    """`config` with hook points, context length, skipped positions, and the model's revision and dtype settled.
+
+    So is the hook point at which norms are judged.
+    """
     hooks = config.hook_points or [f"resid_post.{facts.layers // 2 - 1 if facts.layers > 1 else 0}"]
     for hook in hooks:
         kind, of = error_kind(hook)
@@ -125,11 +134,39 @@ def _with_defaults(config: SweepConfig, facts: ModelFacts) -> SweepConfig:
         raise UserError(
             f"stream.skip_positions is {skipped}: it must be at most the context length less 2, {length - 2}"
         )
-    stream = config.stream.model_copy(update={"context_length": length, "skip_positions": skipped})
+    judge = None
+    if config.stream.leave_out_norm is not None:
+        judge = config.stream.leave_out_hook_point or error_kind(hooks[0])[1]
+        hook_width(judge, facts)
+    update = {"context_length": length, "skip_positions": skipped, "leave_out_hook_point": judge}
+    stream = config.stream.model_copy(update=update)
     # The hub may get a newer revision while the sweep runs
     revision, dtype = facts.commit or config.model.revision, settled_dtype(config, facts)
     model = config.model.model_copy(update={"revision": revision, "dtype": dtype})
     return config.model_copy(update={"hook_points": list(dict.fromkeys(hooks)), "stream": stream, "model": model})
+
+
+def leave_out_ids(config: SweepConfig) -> tuple[int, ...]:
+    """The ids of the tokens in `stream.leave_out_tokens`, in order, each once.
+
+    Raises:
+        UserError: the tokenizer has no such token.
+    """
+    wanted = config.stream.leave_out_tokens
+    return apart(_token_ids, config.model, wanted) if wanted else ()
+
+
+def _token_ids(model: ModelConfig, wanted: list[int | str]) -> tuple[int, ...]:
+    tokenizer = load_tokenizer(model)
+    id_of = tokenizer.get_vocab()
+    known = set(id_of.values())
+    ids = {id_of.get(token, token) for token in wanted if token != "special"}
+    if unknown := [token for token in wanted if token in ids - known]:
+        raise UserError(
+            f"stream.leave_out_tokens has {unknown[0]!r}, which is no token of {model.name}: give 'special', "
+            f"ids up to {max(known)}, or tokens as the tokenizer spells them"
+        )
+    return tuple(sorted(ids | set(tokenizer.all_special_ids if "special" in wanted else ())))
 
 
 def _check_errors(config: SweepConfig, hook: str) -> None:

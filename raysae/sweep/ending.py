@@ -22,14 +22,16 @@ from ray.actor import ActorHandle
 from rich.console import Console
 
 from raysae.config import SweepConfig, error_kind
-from raysae.processes import command
+from raysae.processes import command, job_script
 from raysae.stream.queue import patiently
 from raysae.stream.state import StreamError
 from raysae.study.place import Place
 from raysae.study.plan import MIB, Plan
+from raysae.sweep.notes import held_out_notes, left_out_note
 from raysae.sweep.summary import EVALUATED, summary_table, write_summary
 from raysae.sweep.trials import RUNGS
 from raysae.sweep.watch import Watch, track
+from raysae.tracking.database import database_file
 from raysae.tracking.find import URL_TAG
 from raysae.tracking.outbox import refusal
 from raysae.tracking.runs import Study
@@ -43,7 +45,7 @@ EVALUATED_BYTES = 2 << 30  # Bytes of the SAEs that a producer evaluates togethe
 
 def resume_command(config: SweepConfig, place: Place) -> str:
     """The command that goes on with the study."""
-    return command(f"jobs/scaling_sweep.py --output {config.output} --resume {place.name}")
+    return command(job_script("scaling_sweep.py"), "--output", config.output, "--resume", place.name)
 
 
 def counted(number: int, noun: str) -> str:
@@ -180,7 +182,8 @@ def finish(
     """
     failed = int((~results["status"].isin(EVALUATED)).sum())
     _close_saes(results, study, place)
-    for path in write_summary(results, place.local / "summary", Path(settled.config.model.name).name):
+    notes = [*left_out_note(stream, settled.training), *held_out_notes(results, settled.config.evaluation)]
+    for path in write_summary(results, place.local / "summary", Path(settled.config.model.name).name, notes):
         study.artifact(None, path, "summary")
     if (rungs := place.local / RUNGS).exists():
         study.artifact(None, rungs, "summary")
@@ -189,14 +192,17 @@ def finish(
         study.tag(None, {"raysae.skipped_shards": told})
     if unmeasured:
         study.tag(None, {"raysae.unmeasured": "; ".join(unmeasured)})
+    if notes:
+        study.tag(None, {"raysae.notes": " ".join(notes)})
     needed = settled.shards * settled.training.shard_contexts
     counts = {"saes": len(results), "saes_failed": failed, "minutes": seconds / 60}
     study.metrics(None, _headlines(results, stream, needed) | counts, step=0)
     study.end(None, "FAILED" if failed == len(results) else "FINISHED")
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console = Console(width=None if sys.stdout.isatty() else WIDE, markup=False)  # Paths may have brackets
     console.print(summary_table(results, f"Study {place.name}"))
     console.print(_told_of_the_stream(stream, needed, settled.shards, seconds), highlight=False)
-    for sentence in (*_told_of_skipped(skipped), *unmeasured, *what_next(results, unmeasured, settled.config, place)):
+    told = (*_told_of_skipped(skipped), *notes, *unmeasured)
+    for sentence in (*told, *what_next(results, unmeasured, settled.config, place)):
         console.print(sentence, highlight=False, soft_wrap=True)
     for sentence in _where_it_is(settled.config, place, study):
         console.print(sentence, highlight=False, soft_wrap=True)
@@ -261,7 +267,7 @@ def what_next(results: pd.DataFrame, unmeasured: list[str], config: SweepConfig,
         if for_good:
             yield (
                 f"{counted(len(for_good), 'SAE')} failed for good: trained again, the same would come out. "
-                "A new study with other settings, such as a lower learning rate, may do better."
+                "A new study with other settings may do better: where a loss was nan, a lower learning rate."
             )
         if len(for_good) < len(failed):
             yield f"SAEs that have not come to their end go on with: {resume_command(config, place)}"
@@ -292,6 +298,7 @@ def _headlines(results: pd.DataFrame, stream: dict, needed: int) -> dict[str, fl
 
 def _how_to_open(uri: str) -> str:
     """What to type or do to see the tracked study."""
-    if uri == f"sqlite:///{Path.cwd() / 'mlflow.db'}":
+    file = database_file(uri)
+    if file == Path.cwd() / "mlflow.db":
         return "`make ui` opens it"
-    return command(f"-m raysae.commands.ui --uri {uri}") if uri.startswith("sqlite") else "open it in a browser"
+    return command("-m", "raysae.commands.ui", "--uri", uri) if file else "open it in a browser"

@@ -3,7 +3,7 @@
 `progress` and `line` are pure functions of status dicts. What is unknown may be None or missing there.
 
 - An SAE's has name, state (a key of `STATES`), tokens, tokens_per_second, fvu, l0, and waited_share: the share of its
-  time that it waited for activations.
+  time that it waited for activations. `LiveTable` alone takes SAEs of unknown tokens.
 - The stream's has contexts_forwarded, bytes_in_flight, producers.
 """
 
@@ -209,7 +209,7 @@ class LiveTable:
     def __call__(self, saes: Sequence[Status], stream: Status, last: bool = False) -> None:
         """Redraw the table. Without a terminal, print a line every ten seconds, and for the `last` status."""
         elapsed = time.monotonic() - self._start
-        saes = [{**sae, "tokens_before": self._tokens_before.setdefault(sae["name"], sae["tokens"])} for sae in saes]
+        saes = [self._since_before(sae) for sae in saes]
         if self._live:
             self._live.update(
                 progress(saes, stream, self.tokens, elapsed, self.title, self.console.height, self.console.width),
@@ -218,3 +218,9 @@ class LiveTable:
         elif last or elapsed - self._last_line >= LINE_SECONDS:
             self._last_line = elapsed
             self.console.print(line(saes, stream, self.tokens, elapsed), soft_wrap=True, highlight=False, markup=False)
+
+    def _since_before(self, sae: Status) -> Status:
+        """The status with the tokens that the SAE had seen when its trainer first told of it. Unknown tokens are 0."""
+        if sae["tokens"] is None:
+            return {**sae, "tokens": 0}
+        return {**sae, "tokens_before": self._tokens_before.setdefault(sae["name"], sae["tokens"])}

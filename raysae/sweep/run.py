@@ -27,7 +27,7 @@ from raysae.processes import INTERRUPTED
 from raysae.stream.queue import patiently, start_stream
 from raysae.stream.relay import CONSUMERS, start_relays
 from raysae.stream.task import Streaming
-from raysae.study.place import Place, check_writable, driving, new_place, with_absolute_paths
+from raysae.study.place import CONFIG, Place, check_writable, driving, new_place, with_absolute_paths
 from raysae.study.plan import Plan, plan, store_bytes
 from raysae.sweep.capacity import BankPlan, check_cluster, pack
 from raysae.sweep.ending import (
@@ -90,6 +90,8 @@ def _drive(
     """Run the study and close it, whatever happens. Returns the exit code."""
     knobs = settled.config.model_dump()
     study = Study(place.local / "outbox.db", settled.config.tracking, place.name, knobs, made_for=made_for)
+    if not place.remote:
+        study.artifact(None, place.local / CONFIG)  # Analyses read the settings there where the folder is out of reach
     for sae in settled.saes:
         study.child(sae.name, sae.model_dump(exclude_none=True) | {"model": settled.config.model.name})
     what = f"{counted(len(settled.saes), 'SAE')} in {counted(len(bank_plans), 'bank')}"
@@ -143,7 +145,8 @@ def _train_and_evaluate(
     queue, relays, trainers = _start(settled, bank_plans, place, allow)
     trainer_of = {sae.name: trainers[bank.name] for bank in bank_plans for sae in bank.saes}
     faults = settled.config.faults
-    watch = Watch(settled, queue, trainers, study, relays)
+    saes = {bank.name: [sae.name for sae in bank.saes] for bank in bank_plans}
+    watch = Watch(settled, queue, trainers, saes, study, relays)
     try:
         with watch:
             watch.await_training(START_SECONDS)

@@ -7,6 +7,7 @@ it is not "done", `reason` says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 # Statuses with a final evaluation, at the end of the run or when the scheduler ended the SAE
 EVALUATED = ("done", "stopped")
+OFF = 0.05  # Relative difference from fvu above which fvu_inliers is shown
 METRICS = {  # Column: heading, format
     "fvu": ("FVU", ".4f"),
+    "fvu_inliers": ("FVU, no outliers", ".4f"),
     "l0": ("L0", ".1f"),
     "dead_fraction": ("dead", ".1%"),
     "ce_recovered": ("CE recovered", ".3f"),
@@ -40,7 +43,7 @@ def summary_table(results: pd.DataFrame, title: str = "") -> RenderableType:
     """
     varying, common = _knobs(results)
     finished, others = split(results)
-    metrics = [column for column in METRICS if column in finished and finished[column].notna().any()]
+    metrics = _metrics(finished)
     same_tokens = "tokens" in metrics and finished["tokens"].nunique() == 1
     if same_tokens:
         metrics.remove("tokens")
@@ -68,12 +71,15 @@ def failures(others: pd.DataFrame) -> str:
     return "\n".join([f"{len(others)} SAE{'s' * (len(others) != 1)} without a final result:", *lines])
 
 
-def write_summary(results: pd.DataFrame, folder: Path, model: str) -> list[Path]:
-    """Write summary.csv (everything), summary.md (the table) and the figures into `folder`. Returns the files."""
+def write_summary(results: pd.DataFrame, folder: Path, model: str, notes: Sequence[str] = ()) -> list[Path]:
+    """Write summary.csv (everything), summary.md (the table and `notes`) and the figures into `folder`.
+
+    Returns the files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     csv, markdown = folder / "summary.csv", folder / "summary.md"
     results.to_csv(csv, index=False)
-    markdown.write_text(_markdown(results, model), encoding="utf-8")
+    markdown.write_text(_markdown(results, model, notes), encoding="utf-8")
     whole = results[results["status"] == "done"]  # SAEs that were stopped early would bend the curves
     return [csv, markdown, *draw(split(whole)[0], folder, model)]
 
@@ -88,10 +94,18 @@ def split(results: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return ordered[finished], ordered[~finished]
 
 
-def _markdown(results: pd.DataFrame, model: str) -> str:
+def _metrics(finished: pd.DataFrame) -> list[str]:
+    """Columns of METRICS that have numbers. Of both FVUs the first is enough where they are nearly equal."""
+    known = [column for column in METRICS if column in finished and finished[column].notna().any()]
+    if "fvu_inliers" in known and not (abs(finished["fvu_inliers"] - finished["fvu"]) > OFF * finished["fvu"]).any():
+        known.remove("fvu_inliers")
+    return known
+
+
+def _markdown(results: pd.DataFrame, model: str, notes: Sequence[str]) -> str:
     varying, common = _knobs(results)
     finished, others = split(results)
-    metrics = [column for column in METRICS if column in finished and finished[column].notna().any()]
+    metrics = _metrics(finished)
     rows = [[KNOBS[column] for column in varying] + [METRICS[column][0] for column in metrics]]
     rows.append(["---:"] * len(rows[0]))
     for _, row in finished.iterrows():
@@ -100,6 +114,7 @@ def _markdown(results: pd.DataFrame, model: str) -> str:
         )
     text = f"# SAEs of {model}\n\n" + "".join(f"- {key}: {value}\n" for key, value in common.items())
     text += "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    text += "".join(f"\n{note}\n" for note in notes)
     return text + (f"\n{failures(others)}\n" if len(others) else "")
 
 

@@ -26,6 +26,7 @@ from raysae.cluster.room import machine_of, missing, placed
 from raysae.config import FaultsConfig
 from raysae.study.plan import Plan
 from raysae.sweep.live_table import LiveTable
+from raysae.sweep.notes import outliers_told
 from raysae.tracking.runs import Study
 from raysae.train.actor import end_trainers
 from raysae.train.progress import ENDED
@@ -35,7 +36,10 @@ LOOK_SECONDS = 1.0  # Time between two looks
 ANSWER_SECONDS = 10.0  # The last look waits this long for answers
 JOIN_SECONDS = 30.0  # The driver waits this long for the last look
 # Numbers of a report that go to MLflow
-TRACKED = ("fvu", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "tokens", "tokens_per_second", "learning_rate")
+TRACKED = (
+    "fvu", "fvu_inliers", "l0", "loss", "dead_fraction", "cosine", "norm_ratio", "outlier_fraction",
+    "largest_rows_share", "tokens", "tokens_per_second", "learning_rate",
+)  # fmt: skip
 # Of these, the numbers that depend on how many held-out rows were read: the fewer rows, the more latents look dead
 BY_ROWS = ("dead_fraction",)
 INTERIM = "interim/"  # Prefix of a BY_ROWS metric in MLflow while an SAE trains
@@ -54,6 +58,7 @@ class WatchedTrainer:
     since: float = 0.0  # Time of these calls
     starts_since: float | None = None  # Set while the trainer starts or has no place
     stopping: ray.ObjectRef | None = None  # Set while it writes checkpoints, to be restarted on another machine
+    stop_on: str | None = None  # The machine that it is to leave
     stop_by: float = 0.0  # Time at which it is restarted, whether they are written or not
     status: list[dict] = field(default_factory=list)
 
@@ -70,6 +75,7 @@ class WatchedRelay:
 class Watch:
     """Watches the `trainers` (by bank), the queue and its relays while it is entered.
 
+    `saes` are the names of each bank's SAEs. Until its trainer tells of them, they wait and their tokens are unknown.
     `failure` says why the sweep cannot go on. It is None while the sweep can.
     """
 
@@ -78,6 +84,7 @@ class Watch:
         settled: Plan,
         queue: ActorHandle,
         trainers: Mapping[str, ActorHandle],
+        saes: Mapping[str, Sequence[str]],
         study: Study,
         relays: Sequence[ActorHandle] = (),
     ) -> None:
@@ -86,9 +93,17 @@ class Watch:
         self.needs = {"num_cpus": resources.trainer_cpus, "num_gpus": resources.trainer_gpus}
         self.rows = train.steps * train.batch
         self.queue, self.study = queue, study
-        self.trainers = {bank: WatchedTrainer(actor) for bank, actor in trainers.items()}
+        self.trainers = {
+            bank: WatchedTrainer(
+                actor, status=[{"name": name, "state": "waiting", "tokens": None} for name in saes[bank]]
+            )
+            for bank, actor in trainers.items()
+        }
         self.relays = [WatchedRelay(actor) for actor in relays]
-        self.tracked = dict.fromkeys((sae.name for sae in settled.saes), 0)
+        self.hook_point = {sae.name: sae.hook_point for sae in settled.saes}
+        self.outlier_norm = settled.config.evaluation.outlier_norm
+        self._spoilt: set[str] = set()  # Hook points with outliers, of which the console has told
+        self.tracked = {name: 0 for names in saes.values() for name in names}
         self.failure: str | None = None
         self.abandoned = False  # The driver waits no more: the study is about to be closed, so nothing is written
         self._ended_since: float | None = None
@@ -183,9 +198,9 @@ class Watch:
                     if not self.abandoned:
                         log.exception("the sweep could not be watched")
                 saes = [row for trainer in self.trainers.values() for row in trainer.status]
-                if len(saes) == len(self.tracked) and all(row["state"] in ENDED for row in saes):
+                if all(row["state"] in ENDED for row in saes):
                     self._ended_since = self._ended_since or time.monotonic()
-                if saes and stream and not self.abandoned:
+                if stream and not self.abandoned:
                     table(saes, stream, last=last)
                 if last:
                     return
@@ -206,22 +221,29 @@ class Watch:
             failed = {"state": "failed", "message": str(error)}
             trainer.status = [row if row["state"] in ENDED else row | failed for row in trainer.status]
             trainer.asked = None
-            self.queue.leave.remote(bank)  # Nobody else may wait for it. Told at every look: the queue may restart.
+            self.queue.dismiss.remote(bank)  # Nobody else may wait for it. Told at every look: the queue may restart.
             return
         if self.abandoned:
             return
         trainer.asked = trainer.starts_since = None
         trainer.status = status
         if status and all(row["state"] in ENDED for row in status):
-            self.queue.leave.remote(bank)  # The bank has said so, perhaps to a relay that died with the message
+            self.queue.dismiss.remote(bank)  # The bank has said so, perhaps to a relay that died with the message
         for line in warnings:
             log.warning("trainer %s: %s", bank, line)
         for name, reports in news.items():
             for report in reports:
                 track(self.study, name, report)
+                self._note_outliers(self.hook_point[name], report)
             self.tracked[name] += len(reports)
         if silent > self.faults.hang_seconds and trainer.stopping is None:  # It answers and does not train
             self._restart(bank, trainer, silent)
+
+    def _note_outliers(self, hook_point: str, report: dict) -> None:
+        """Tell once per hook point where outliers spoil its FVU."""
+        if hook_point not in self._spoilt and (told := outliers_told(hook_point, report, self.outlier_norm)):
+            self._spoilt.add(hook_point)
+            log.warning("%s", told)
 
     def _ask(self, trainer: WatchedTrainer, now: float) -> bool:
         """Ask the trainer, unless a call has no answer yet. False: trainers are not asked any more."""
@@ -285,14 +307,19 @@ class Watch:
                 if deadline := draining[node]:
                     seconds = min(seconds, deadline / 1000 - time.time())
                 trainer.stopping, trainer.stop_by = trainer.actor.stop.remote(), time.monotonic() + seconds
+                trainer.stop_on = node
 
     def _restart_elsewhere(self, bank: str, trainer: WatchedTrainer) -> None:
-        """Restart the trainer once its checkpoints are written, or its time is up."""
+        """Restart the trainer once its checkpoints are written, or its time is up.
+
+        Its process may have died meanwhile. Ray has then restarted it elsewhere, and it trains there.
+        """
         stopped, _ = ray.wait([trainer.stopping], timeout=0)
         if stopped or time.monotonic() > trainer.stop_by:
-            without = "" if stopped else " before its checkpoints were written"
-            log.warning("trainer %s leaves its machine%s", bank, without)
-            ray.kill(trainer.actor, no_restart=False)
+            if machine_of(trainer.actor) == trainer.stop_on:
+                without = "" if stopped else " before its checkpoints were written"
+                log.warning("trainer %s leaves its machine%s", bank, without)
+                ray.kill(trainer.actor, no_restart=False)
             trainer.stopping, trainer.since = None, time.monotonic()
 
     # ---------------------------------------------------------------- the stream

@@ -12,11 +12,10 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from raysae.config import UserError
+from raysae.tracking.database import absolute, database_file, database_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-
-SQLITE = "sqlite:///"
 
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # The default of 7 retries blocks for minutes
@@ -51,8 +50,8 @@ def client_of(uri: str) -> MlflowClient:
 
     for chatty in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    if uri.startswith(SQLITE) and "?" not in uri and not (path := Path(uri.removeprefix(SQLITE))).exists():
-        _make(path)
+    if (file := database_file(uri)) and not file.exists():
+        _make(file)
     return MlflowClient(uri)
 
 
@@ -66,7 +65,7 @@ def _make(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}-{uuid4().hex}")
     try:
-        MlflowClient(f"{SQLITE}{new}").search_experiments(max_results=1)  # The first use makes the tables
+        MlflowClient(database_url(new)).search_experiments(max_results=1)  # The first use makes the tables
         try:
             os.link(new, path)
         except FileExistsError:  # Another process was faster
@@ -75,11 +74,6 @@ def _make(path: Path) -> None:
             os.rename(new, path)
     finally:
         new.unlink(missing_ok=True)
-
-
-def absolute(uri: str) -> str:
-    """`sqlite:///mlflow.db` with its full path. So the data goes to one file from whatever folder it is sent."""
-    return SQLITE + str(Path(uri.removeprefix(SQLITE)).expanduser().absolute()) if uri.startswith(SQLITE) else uri
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
@@ -92,11 +86,8 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
     """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        location = (
-            (Path(absolute(uri).removeprefix(SQLITE)).parent / "mlartifacts" / quote(name, safe="")).as_uri()
-            if uri.startswith(SQLITE)
-            else None
-        )
+        file = database_file(absolute(uri))
+        location = (file.parent / "mlartifacts" / quote(name, safe="")).as_uri() if file else None
         # Without this kind the UI opens the experiment as one of language-model traces.
         return client.create_experiment(
             name, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"}

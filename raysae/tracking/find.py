@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
+from raysae.borders import border
 from raysae.config import TrackingConfig, UserError
-from raysae.tracking.client import SQLITE, absolute, client_of
+from raysae.storage import is_name
+from raysae.tracking.client import client_of
+from raysae.tracking.database import absolute, refuse_unknown, unknown
 from raysae.tracking.tags import KIND_SAE, KIND_STUDY, KIND_TAG, MADE_FOR_TAG, PARENT_TAG, SAE_TAG, STUDY_TAG, condition
 
 if TYPE_CHECKING:
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 URL_TAG = "raysae.folder"
+PLAIN_URL = re.compile(r"(?!file:)\w+://(?!.*(::|/\.\./))")  # No local file, and no file systems within each other
+STUDY_CONFIG = "config.yaml"  # Artifact of the study's run
 SAE_ARTIFACT = "sae"  # Artifact folder of a child run that holds its SAE
 
 
@@ -33,6 +39,20 @@ class TrackedSAE:
     _url: str | None = field(repr=False)  # Where the sweep wrote the SAE, if not to MLflow
     _artifacts: str = field(repr=False)  # URI of the run's artifacts
     _client: MlflowClient = field(repr=False, compare=False)
+
+    @property
+    def hook_point(self) -> str:
+        """What it was trained on. UserError: the run does not say so."""
+        if not self.params.get("hook_point"):
+            raise _foreign(self.run_id, "it has no parameter hook_point")
+        return self.params["hook_point"]
+
+    @property
+    def width(self) -> int:
+        """Its latents. UserError: the run does not give a number."""
+        if not self.params.get("width", "").isdecimal():
+            raise _foreign(self.run_id, f"its parameter width is {self.params.get('width')}, which is no number")
+        return int(self.params["width"])
 
     @cached_property
     def folder(self) -> str | Path:
@@ -58,15 +78,18 @@ def find_saes(tracking: TrackingConfig, which: str | None = None) -> list[Tracke
         which: a study's name, or the run id of a sweep or of one SAE. None means the latest sweep that saved any SAE.
 
     Raises:
-        UserError: there is no such SAE.
+        UserError: there is no such SAE, MLflow does not answer, or what it says is not what a sweep has written.
     """
-    uri = absolute(tracking.uri)
-    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
-        raise UserError(
-            f"tracking.uri is {tracking.uri}: there is no such database. "
-            "Train SAEs first, or name the database of your sweeps."
-        )
-    client = client_of(uri)
+    refuse_unknown(tracking.uri, which)
+    if which is not None and not is_name(which):
+        raise unknown(tracking.uri, which)
+    with border(
+        "tracking.uri", tracking.uri, "where MLflow does not answer", "name the database or server of the SAEs"
+    ):
+        return _found(client_of(absolute(tracking.uri)), tracking, which)
+
+
+def _found(client: MlflowClient, tracking: TrackingConfig, which: str | None) -> list[TrackedSAE]:
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
         raise UserError(f"tracking.experiment is {tracking.experiment}: {tracking.uri} has no experiment of this name")
@@ -89,12 +112,16 @@ def find_saes(tracking: TrackingConfig, which: str | None = None) -> list[Tracke
         ]
         if found:
             return sorted(found, key=lambda sae: sae.name)
-    raise UserError(
-        f"no saved SAE in the experiment {tracking.experiment} of {tracking.uri}: train some first"
-        if which is None
-        else f"{which} is neither a run id nor a study with saved SAEs "
-        f"in the experiment {tracking.experiment} of {tracking.uri}"
-    )
+    place = f"the experiment {tracking.experiment} of {tracking.uri}"
+    raise unknown(place, which) if which else UserError(f"no saved SAE in {place}: train some first")
+
+
+def study_settings(sae: TrackedSAE) -> bytes | None:
+    """The study's config.yaml that its sweep has put into MLflow. None where it has not."""
+    parent = sae._client.get_run(sae.run_id).data.tags[PARENT_TAG]
+    if not any(artifact.path == STUDY_CONFIG for artifact in sae._client.list_artifacts(parent)):
+        return None
+    return Path(sae._client.download_artifacts(parent, STUDY_CONFIG)).read_bytes()
 
 
 def study_params(sae: TrackedSAE) -> dict[str, str]:
@@ -116,8 +143,21 @@ def _by_run_id(client: MlflowClient, run_id: str, search) -> list[Run]:
 
 
 def _tracked(client: MlflowClient, run: Run) -> TrackedSAE:
+    """What the run says of its SAE. Whoever can write to MLflow has written it, so names and places are checked.
+
+    Raises:
+        UserError: a name that is no file's, or a URL that is not the SAE's.
+    """
     tags, info = run.data.tags, run.info
     params, metrics = dict(run.data.params), dict(run.data.metrics)
-    return TrackedSAE(
-        tags[SAE_TAG], tags[STUDY_TAG], info.run_id, params, metrics, tags.get(URL_TAG), info.artifact_uri, client
-    )
+    for tag in (SAE_TAG, STUDY_TAG):
+        if not is_name(tags.get(tag, "")):
+            raise _foreign(info.run_id, f"its tag {tag} is {tags.get(tag)!r}, which is no name of a file")
+    url = tags.get(URL_TAG)
+    if url is not None and not (PLAIN_URL.match(url) and url.endswith(f"/{tags[STUDY_TAG]}/saes/{tags[SAE_TAG]}")):
+        raise _foreign(info.run_id, f"its tag {URL_TAG} is {url!r}, which is no URL of this SAE")
+    return TrackedSAE(tags[SAE_TAG], tags[STUDY_TAG], info.run_id, params, metrics, url, info.artifact_uri, client)
+
+
+def _foreign(run_id: str, why: str) -> UserError:
+    return UserError(f"run {run_id} in MLflow is not as a sweep writes it, and is not used: {why}")

@@ -18,12 +18,13 @@ from typing import Any
 
 from raysae.config import TrackingConfig, UserError
 from raysae.processes import command
-from raysae.tracking.client import absolute
+from raysae.tracking.database import absolute
 from raysae.tracking.outbox import FAILED, FINISHED, KILLED, STUDY, Outbox
 from raysae.tracking.sender import Sender
 from raysae.tracking.tags import KIND_ANALYSIS, KIND_STUDY
 
 LONGEST_PARAM = 500  # Characters that every MLflow server takes (newer ones take 6,000)
+CUT = "…"  # Ends what is cut
 LONGEST_TAG = 5000
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class Study:
         """
         self._sender.stop(timeout)
         if unsent := self.outbox.unsent():
-            sending = command(f"-m raysae.commands.send {self.outbox.path}")
+            sending = command("-m", "raysae.commands.send", self.outbox.path)
             log.warning("%d entries are not in MLflow yet. To send them: %s", unsent, sending)
         self.outbox.close()
 
@@ -156,9 +157,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     `{"train": {"tokens": 5}, "k": [8, 16], "study": None}` → `{"train.tokens": "5", "k": "8, 16"}`
     """
     return {
-        key: value if len(value) <= LONGEST_PARAM else value[: LONGEST_PARAM - 1] + "…"
+        key: value if len(value) <= LONGEST_PARAM else value[: LONGEST_PARAM - 1] + CUT
         for key, value in _flat(config, prefix)
     }
+
+
+def is_cut(value: str) -> bool:
+    """Whether a parameter in MLflow is only the beginning of its knob's value."""
+    return len(value) == LONGEST_PARAM and value.endswith(CUT)
 
 
 def _flat(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

@@ -12,18 +12,24 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 
 import torch
 
-from raysae.config import SAEConfig, TrainConfig
+from raysae.config import ARCHITECTURES, OUTLIER_NORM, SAEConfig, TrainConfig
 from raysae.determinism import precision_of_training
-from raysae.kernels.rows import sum_of_rows
+from raysae.kernels.rows import sum_of_rows, without_outliers
 from raysae.sae.architectures import build
 from raysae.sae.base import StepInfo, centre_of, share_buffers
 from raysae.train.adam import Adam
 from raysae.train.schedule import dead_after, learning_rate_factor, sparsity_factor
 
+# Rows of the stream from one that `Member.calibrate` takes to the next. Contexts of several shards then take part, and
+# not just the rows that the weights have learned last.
+EVERY = 16
+
 State = tuple[dict[str, torch.Tensor], dict]  # Tensors and JSON scalars
+ROUNDING = 1e-10  # Rows whose variance is below this share of their mean square differ by rounding alone
 
 
 class Member:
@@ -42,10 +48,14 @@ class Member:
         self.sae = build(config, d, train).to(device)
         self.sae.precision = precision_of_training(train, device)
         self.parameters = dict(self.sae.named_parameters())
-        self.adam = Adam(self.parameters.values(), train.beta1, train.beta2)
+        self.clipped = {name: p for name, p in self.parameters.items() if name not in self.sae.UNCLIPPED}
+        beta1 = ARCHITECTURES[config.architecture].beta1 if train.beta1 is None else train.beta1
+        self.adam = Adam(self.parameters.values(), beta1, train.beta2)
         self.quiet = torch.zeros(config.width, dtype=torch.int64, device=device)  # (n,) tokens since each latent fired
         self.dead_after = dead_after(train.tokens)
         self.row_sum = torch.zeros(d, dtype=torch.float64, device=device)  # (d,) sum of the raw rows trained on
+        # Raw rows for `calibrate`, oldest first: every EVERY-th row, and CALIBRATION_ROWS of these
+        self.recent: deque[torch.Tensor] = deque()
         self.steps_done = 0
         self.steps_skipped = 0  # Steps among `steps_done` whose batch was skipped
         self.initialised = False
@@ -83,6 +93,7 @@ class Member:
         """
         self.sae.initialise(rows.to(self.quiet.device), centre)
         self.scale = float(self.sae.scale)
+        self.keep(rows[-self.sae.CALIBRATION_ROWS :].to(self.quiet.device))
         self.initialised = True
 
     def step(self, x: torch.Tensor, row_sum: torch.Tensor) -> None:
@@ -98,19 +109,15 @@ class Member:
         )
         terms = self.sae.loss_and_grads(x, x, info)
         self.sae.after_grads()
-        names = [*terms, "gradient_norm"]
+        names = [*terms, "gradient_norm", "clipped_norm"]
         # One transfer brings all numbers of a step. Separate ones would each wait for the GPU.
-        values = dict(
-            zip(
-                names,
-                torch.stack([value.detach().double() for value in (*terms.values(), self._gradient_norm())]).tolist(),
-                strict=True,
-            )
-        )
+        numbers = [value.detach().double() for value in (*terms.values(), *self._gradient_norms())]
+        values = dict(zip(names, torch.stack(numbers).tolist(), strict=True))
+        clipped_norm = values.pop("clipped_norm")
         if bad := [name for name in ("loss", "gradient_norm") if not math.isfinite(values[name])]:
             self.fail(bad[0].replace("_", " "), values[bad[0]])
             return
-        self._clip(values["gradient_norm"])
+        self._clip(clipped_norm)
         self.adam.step(self.learning_rate)
         self.sae.after_step()
         self.row_sum += row_sum
@@ -121,6 +128,25 @@ class Member:
         self.steps_done += 1
         self.seconds += time.perf_counter() - began
         self.timed += 1
+
+    def keep(self, x: torch.Tensor) -> None:
+        """Remember the raw rows `x` (r, d) for `calibrate`. Drop those that later ones replace."""
+        if wanted := self.sae.CALIBRATION_ROWS:
+            self.recent.append(x)
+            while sum(map(len, self.recent)) - len(self.recent[0]) >= wanted:
+                self.recent.popleft()
+
+    def calibrate(self) -> None:
+        """Set what inference takes from data, from every EVERY-th of the last rows. See `SAE.calibrate`.
+
+        A run that has seen too few rows also takes those it was initialised from. The result depends on weights and
+        rows alone. So it does not matter how often a run is evaluated.
+        """
+        if self.recent:
+            self.sae.calibrate(self._last_rows() / self.sae.scale)
+
+    def _last_rows(self) -> torch.Tensor:
+        return torch.cat(list(self.recent))[-self.sae.CALIBRATION_ROWS :]
 
     def skip(self) -> None:
         """Let a step pass whose batch has skipped rows. The step counts, and nothing else changes."""
@@ -141,29 +167,35 @@ class Member:
         self.sums, self.summed = {}, 0
         return means
 
-    def _gradient_norm(self) -> torch.Tensor:
-        return torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(p.grad) for p in self.parameters.values()])
+    def _gradient_norms(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Global norms of this SAE's gradients: of all, and of those that are clipped."""
+        norms = {name: torch.linalg.vector_norm(p.grad) for name, p in self.parameters.items()}
+        whole, clipped = (
+            torch.linalg.vector_norm(torch.stack([norms[name] for name in names]))
+            for names in (self.parameters, self.clipped)
         )
+        return whole, clipped
 
     def _clip(self, norm: float) -> None:
-        """Scale this SAE's gradients down to the global norm clip_norm · √d.
+        """Scale this SAE's gradients down to the global norm clip_norm · √d. `norm` is what it is before.
 
         Most steps are below it and need no pass over the gradients.
         """
         limit = self.train.clip_norm * math.sqrt(self.sae.d_in)
         if norm > limit:
-            torch._foreach_mul_([p.grad for p in self.parameters.values()], limit / norm)
+            torch._foreach_mul_([p.grad for p in self.clipped.values()], limit / norm)
 
     def state(self) -> State:
         """Everything the rest of the training depends on.
 
-        The tensors are live, not copies. JSON keeps the scalars exactly.
+        The tensors are live, not copies, except the last rows. JSON keeps the scalars exactly.
         """
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         for name, parameter in self.parameters.items():
             tensors |= {f"adam.{key}.{name}": value for key, value in self.adam.state[parameter].items()}
         tensors |= {"quiet": self.quiet, "row_sum": self.row_sum}
+        if self.recent:
+            tensors["recent"] = self._last_rows()
         keys = ("steps_done", "steps_skipped", "initialised", "failed", "sums", "summed")
         return tensors, {key: getattr(self, key) for key in keys}
 
@@ -187,6 +219,7 @@ class Member:
         self.quiet.copy_(tensors["quiet"])
         self.scale = float(self.sae.scale)
         self.row_sum.copy_(tensors["row_sum"])
+        self.recent = deque([tensors["recent"].to(self.row_sum.device)] if "recent" in tensors else [])
         for key, value in scalars.items():
             setattr(self, key, value)
 
@@ -216,9 +249,18 @@ class Bank:
     def initialise(self, members: list[Member], rows: torch.Tensor) -> None:
         """Initialise these members from the first raw rows of the stream, `(r, d)`.
 
-        The centre of the rows is computed once for all of them.
+        Outliers among the rows do not count: a few rows of a hundred times the median norm would set the scale alone.
+        The centre of the rows is computed once for all members. Where the rows are all alike, every member fails.
         """
         rows = rows.to(self.device, torch.float32)
+        if alike := _alike(rows):
+            for member in members:
+                member.failed = (
+                    f"{member.name}: the first {len(rows):,} activations at {member.config.hook_point} are {alike}, so "
+                    "there is nothing to learn. Check the hook point, model.modules and the model's weights"
+                )
+            return
+        rows = without_outliers(rows, OUTLIER_NORM)
         centre = centre_of(rows, self.train)
         for member in members:
             member.initialise(rows, centre)
@@ -241,8 +283,10 @@ class Bank:
         row_sum = sum_of_rows(x)
         scales = {member.name: member.scale for member in members}
         shared = {scale: self._divided(x, scale) for scale in scales.values()}
+        kept = x[-row % EVERY :: EVERY].clone()  # Readers overwrite `x`
         for member in members:
             member.step(shared[scales[member.name]], row_sum)
+            member.keep(kept)
         if any(member.failed for member in members):
             # A row that is not finite makes every loss so. Look for it only now, because a check waits for the GPU.
             finite = torch.isfinite(x)
@@ -264,3 +308,11 @@ class Bank:
         if scale not in self._normalised:
             self._normalised[scale] = torch.empty_like(x)
         return torch.div(x, scale, out=self._normalised[scale])
+
+
+def _alike(rows: torch.Tensor) -> str | None:
+    """How rows (r, d) are alike, "all zero" or "all the same", or None where they differ by more than rounding."""
+    if not bool(rows.any()):
+        return "all zero"
+    spread = (rows - rows.mean(0)).square().mean()
+    return "all the same" if bool(spread <= ROUNDING * rows.square().mean()) else None

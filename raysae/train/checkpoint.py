@@ -15,7 +15,6 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 
-import fsspec
 import numba
 import safetensors.torch
 import torch
@@ -26,7 +25,7 @@ from raysae.determinism import Scalar, device_facts, precision_of_training
 from raysae.kernels.backends import VERSION, triton_version
 from raysae.kernels.screening import fast_integers
 from raysae.knobs import earlier
-from raysae.storage import PARTIAL, sealed, unsealed, write_atomically
+from raysae.storage import PARTIAL, inside, open_location, sealed, unsealed, write_atomically
 from raysae.stream.spec import ActivationSpec
 
 log = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ class CheckpointStore:
     """A folder of one SAE's checkpoints, local or any URL fsspec knows (s3://…). It keeps the two newest."""
 
     def __init__(self, folder: str) -> None:
-        self.files, self.folder = fsspec.core.url_to_fs(str(folder))
+        self.files, self.folder = open_location("output", str(folder))
 
     def save(self, checkpoint: Checkpoint) -> str:
         """Write the checkpoint, drop all but the two newest, and return its path.
@@ -116,8 +115,9 @@ class CheckpointStore:
         Raises:
             UserError: the storage takes no more. The earlier checkpoints are whole.
         """
-        for leftover in self.files.glob(f"{self.folder}/.*{SUFFIX}.*{PARTIAL}"):
-            self.files.rm_file(leftover)
+        for leftover in inside(self.files, self.folder, f".*{SUFFIX}.*{PARTIAL}"):
+            with suppress(FileNotFoundError):  # A process given up for dead may still run and finish it first
+                self.files.rm_file(leftover)
         header = json.dumps({"header": checkpoint.header, "fingerprint": checkpoint.fingerprint})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         content = safetensors.torch.save(tensors, {HEADER: header})

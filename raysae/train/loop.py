@@ -27,10 +27,10 @@ import torch
 from raysae.config import EvaluationConfig, SAEConfig, TrainConfig
 from raysae.determinism import Seen, together, told
 from raysae.stream.spec import ActivationSpec
-from raysae.stream.state import StreamError
+from raysae.stream.state import StreamError, SupersededError
 from raysae.train.bank import Bank, Member
 from raysae.train.checkpoint import Checkpoint, CheckpointStore, check_fingerprint, fingerprint
-from raysae.train.evaluation import Variance, reconstruction_metrics
+from raysae.train.evaluation import HeldOut, reconstruction_metrics
 from raysae.train.outcome import Outcome, Outcomes
 from raysae.train.progress import Cadence, Progress
 from raysae.train.schedule import report_steps
@@ -127,7 +127,7 @@ class Loop:
         self._sign = clock()  # Time of the last sign of life
         # Rows, seconds and seconds waited in the present pass, without evaluations and checkpoints.
         self._pace = (0, 0.0, 0.0)
-        self._variances: dict[int, Variance] = {}  # Number of held-out rows → their variance
+        self._held_out: dict[int, HeldOut] = {}  # Number of held-out rows → what they are like
 
     # ---------------------------------------------------------------- requests, from any thread
 
@@ -276,6 +276,8 @@ class Loop:
         except Exception as error:
             if self._stopping:
                 return None
+            if isinstance(error, SupersededError):
+                raise  # Another process trains these SAEs now, and writes their files
             self._checkpoint()  # The stream is broken, the SAEs are not
             if isinstance(error, StreamError):
                 raise StreamError(f"at step {cohort[0].steps_done}: {error}") from None
@@ -314,6 +316,10 @@ class Loop:
             with self._blocked():
                 rows = self.source.first_rows()
             self.bank.initialise(new, rows)
+            for member in new:
+                if member.failed:
+                    log.warning("%s", member.failed)
+                    self._end(self.progress[member.name], "failed", member.failed)
 
     def _show(self, cohort: list[Member]) -> None:
         for progress in self._in_training():
@@ -345,10 +351,9 @@ class Loop:
         member, reached, began = progress.member, time.time(), self.clock()
         progress.state = "evaluating"
         self.on_change()
+        member.calibrate()
         rows = self.evaluation.rows if final else min(self.evaluation.interim_rows, self.evaluation.rows)
-        variance = self._variances.get(rows) or Variance(member.sae.d_in)
-        metrics = reconstruction_metrics(member.sae.folded(), self._evaluation(rows), variance)
-        self._variances[rows] = variance
+        metrics = reconstruction_metrics(member.sae.folded(), self._evaluation(rows), self._rows_like(rows))
         rate, waited = self._rates()
         report = {
             "name": member.name,
@@ -371,6 +376,14 @@ class Loop:
         progress.reports.append(report)
         progress.state = "working"
         self.on_change()
+
+    def _rows_like(self, rows: int) -> HeldOut:
+        """What the first `rows` held-out rows are like."""
+        if rows not in self._held_out:
+            self._held_out[rows] = HeldOut(
+                lambda: self._evaluation(rows), self.bank.d, self.evaluation.outlier_norm, self.bank.device
+            )
+        return self._held_out[rows]
 
     def _evaluation(self, rows: int) -> Iterator[torch.Tensor]:
         chunks = iter(self.source.evaluation(rows))

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from raysae.config import UserError
 from raysae.sae.base import SAE
 from raysae.sae.files import load_sae, save_sae
-from raysae.storage import PARTIAL, sealed, unsealed, write_atomically
+from raysae.storage import PARTIAL, inside, open_location, sealed, unsealed, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Outcomes:
     """The folder of one study's ended SAEs, local or any URL fsspec knows: `<folder>/<name>/`."""
 
     def __init__(self, folder: str) -> None:
-        self.files, self.folder = fsspec.core.url_to_fs(str(folder))
+        self.files, self.folder = open_location("output", str(folder))
 
     def save(self, name: str, outcome: Outcome, sae: SAE | None = None, metadata: dict | None = None) -> None:
         """Write the `sae`, if there is one, in SAELens's format, then the outcome.
@@ -53,8 +53,9 @@ class Outcomes:
         The outcome comes last, because a folder without one counts for nothing.
         """
         folder = f"{self.folder}/{name}"
-        for leftover in self.files.glob(f"{folder}/.*{PARTIAL}"):  # Files of a process that died while it wrote here
-            self.files.rm_file(leftover)
+        for leftover in inside(self.files, folder, f".*{PARTIAL}"):  # Files of a process that died while it wrote here
+            with suppress(FileNotFoundError):  # A process given up for dead may still run and finish it first
+                self.files.rm_file(leftover)
         if sae is not None:
             with tempfile.TemporaryDirectory() as temporary:
                 save_sae(sae, temporary, metadata or {})

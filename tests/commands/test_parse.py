@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from raysae.commands.help import help_text
 from raysae.commands.parse import main, parse
-from raysae.config import ARCHITECTURES, SweepConfig, UserError
+from raysae.config import ARCHITECTURES, AnalysisConfig, SweepConfig, UserError
 from raysae.knobs import fields
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,10 @@ def test_yaml_lies_between_defaults_and_command_line(tmp_path: Path):
         (["--train.tokens", "1.5"], "train.tokens is 1.5: it must be a whole number"),
         (["--train.tokens", "0"], "train.tokens is 0: it must be greater than 0"),
         (["--train.tokens", "-5"], "train.tokens is -5: it must be greater than 0"),
-        (["--train.tokens"], "--train.tokens: a value is missing"),
+        (
+            ["--train.tokens"],
+            "--train.tokens: a value is missing. One that begins with - is given as --train.tokens=VALUE",
+        ),
         (["--train.warmup", "2"], "train.warmup is 2: it must be at most 1"),
         (["--widths", "256,0"], "widths contains 0: each must be greater than 0"),
         (["--widths", "big"], "widths contains big: each must be a whole number"),
@@ -199,3 +202,29 @@ def test_a_required_knob():
 def test_an_empty_list_is_told(argv: list[str]) -> None:
     with pytest.raises(UserError, match=f"{argv[0][2:]} is empty"):
         parse(SweepConfig, argv, "")
+
+
+def test_numbers_below_zero_are_values_in_lists_too():
+    refused = {"-0.25,1": "sparsities contains -0.25", "-1e-3": "sparsities contains -1e-3"}
+    for word, sentence in refused.items():
+        with pytest.raises(UserError, match=sentence):
+            parse(SweepConfig, ["--sparsities", word], "")
+
+
+def test_a_text_that_begins_with_dashes_follows_an_equals_sign():
+    assert parse(SweepConfig, ["--text.delimiter=---"], "")[0].text.delimiter == "---"
+    with pytest.raises(UserError, match=r"One that begins with - is given as --text\.delimiter=VALUE"):
+        parse(SweepConfig, ["--text.delimiter", "---"], "")
+
+
+def test_a_file_whose_name_has_a_comma_is_one_item_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b[1]").mkdir()
+    assert parse(AnalysisConfig, ["--sae", "a,b[1]", "c,d"], "")[0].sae == ["a,b[1]", "c", "d"]
+
+
+@pytest.mark.parametrize("value", ["2026-99-99", "[" * 5000])
+def test_yaml_whose_values_cannot_be_read_is_told_in_one_sentence(value: str, tmp_path: Path):
+    (tmp_path / "sweep.yaml").write_text(f"widths: {value}\n")
+    with pytest.raises(UserError, match=f"--config {tmp_path}/sweep.yaml: this is not valid YAML"):
+        parse(SweepConfig, ["--config", str(tmp_path / "sweep.yaml")], "")

@@ -51,6 +51,7 @@ class Producer:
         meta = {
             "index": shard,
             "contexts_forwarded": CONTEXTS,
+            "rows_left_out": 0,
             "seconds": 0.1,
             "from_cache": False,
             "nonfinite": [],

@@ -50,6 +50,8 @@ def test_the_report_has_every_figure_and_a_verdict_per_claim(analysed: Path) -> 
         "nonlinear FVU",
         "cross-entropy recovered",
         "encoder error",
+        "groups of documents in C",
+        "The breakdown of the errors that pursuit leaves",
         "Estimates on the synthetic model beside their closed form",
     ):
         assert number in page

@@ -121,6 +121,22 @@ def test_batch_top(b, n, chunk, data):
     assert torch.equal(found.starts, torch.searchsorted(found.rows, torch.arange(b)))
 
 
+@pytest.mark.parametrize(("count", "chunk"), [(5, 40), (30, 7), (3000, 40)])
+def test_batch_top_takes_nan_as_infinity(count, chunk):
+    scores = torch.randn(40, 90)
+    scores[3, 5] = scores[30, 80] = torch.nan
+    scores[12, 1] = torch.inf
+    top = BatchTop(count, 90, scores)
+    for start in range(0, 40, chunk):
+        top.add(start, scores[start : start + chunk].T.contiguous())
+    found = top.nonzeros(40)
+    infinite = found.values.isinf()
+    where = list(zip(found.rows[infinite].tolist(), found.features[infinite].tolist(), strict=True))
+    assert where == [(3, 5), (12, 1), (30, 80)]
+    expected = scores.nan_to_num(nan=torch.inf, posinf=torch.inf).flatten().topk(count).values
+    assert torch.equal(found.values.sort(descending=True).values, expected[expected > 0])
+
+
 def test_without_a_folder_for_compiled_code(tmp_path):
     """Nothing fails where the package's folder cannot be written, with or without a writable home."""
     code = """

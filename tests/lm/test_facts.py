@@ -37,8 +37,8 @@ def llama(tmp_path_factory):
 )
 def test_sizes(architecture, d_attn, d_mlp, tmp_path):
     facts = model_facts(ModelConfig(name=str(save(architecture, tmp_path))))
-    assert facts.architecture == CONFIGS[architecture].model_type
-    assert (facts.layers, facts.d_model, facts.d_attn, facts.d_mlp, facts.context_length) == (3, 24, d_attn, d_mlp, 64)
+    assert facts.model_type == CONFIGS[architecture].model_type
+    assert (facts.layers, facts.d_model, facts.context_length) == (3, 24, 64)
     assert facts.kinds == ["resid_pre", "resid_post", "attn_out", "mlp_out", "attn_z", "mlp_act"]
     assert [hook_width(f"{kind}.2", facts) for kind in facts.kinds] == [24, 24, 24, 24, d_attn, d_mlp]
 
@@ -52,22 +52,19 @@ def test_facts_need_no_torch(llama):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_digest_follows_content_not_place(llama, tmp_path, monkeypatch):
+def test_digest_follows_content_not_place(llama, tmp_path):
     def digest_of(folder, **config):
         return model_facts(ModelConfig(name=str(folder), **config)).digest
 
     copy = shutil.copytree(llama, tmp_path / "copy")
     assert digest_of(copy) == digest_of(llama)
-    assert digest_of(copy, modules={"mlp_norm": "input_layernorm"}) != digest_of(llama)
+    assert digest_of(copy, modules={"attn": "self_attn.o_proj"}) != digest_of(llama)
     assert digest_of(save("llama", tmp_path / "other", seed=1)) != digest_of(llama)
     weights = copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     assert digest_of(copy) != digest_of(llama)
-    monkeypatch.setattr(facts_module, "HASHED_WHOLE", 1000)  # The digest now takes sizes and samples of files
-    monkeypatch.setattr(facts_module, "SAMPLE", 100)
-    assert digest_of(llama) == digest_of(shutil.copytree(llama, tmp_path / "third")) != digest_of(copy)
 
 
 def test_parse_hook_point(llama):
@@ -104,13 +101,23 @@ def test_folders_without_a_model(tmp_path):
     assert "not the configuration of a transformers model" in refusal()
     (tmp_path / "config.json").write_text("[]")
     assert "not the configuration of a transformers model" in refusal()
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    for part in ("architecture 't5'", "model.modules", "gpt2"):
-        assert part in refusal()
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert "lacks num_hidden_layers or hidden_size" in refusal()
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2}))
+    tiny = {"n_layer": 2, "n_embd": 8, "n_head": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **tiny}))
     assert "there are no weights" in refusal()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    assert "transformers cannot build a causal language model from its configuration (Unrecognized" in refusal()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobodys"}))
+    assert "transformers cannot build a causal language model from its configuration (The checkpoint" in refusal()
+
+
+def test_sizes_that_config_json_leaves_out_are_the_configurations(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 24, "n_head": 2}))
+    assert model_facts(ModelConfig(name=str(tmp_path))).context_length == 1024
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 24}))
+    facts = model_facts(ModelConfig(name=str(tmp_path)))
+    assert [hook_width(f"{kind}.1", facts) for kind in facts.kinds] == [24, 24, 24, 24, 24, 96]
 
 
 def test_unknown_key_in_modules(llama):
@@ -148,18 +155,17 @@ def test_hub_names(llama, tmp_path):
 
 def test_stories(stories_model, llama):
     facts = model_facts(ModelConfig(name=str(stories_model)))
-    assert (facts.architecture, facts.layers, facts.d_model, facts.d_attn, facts.d_mlp, facts.context_length) == (
+    assert (facts.model_type, facts.layers, facts.d_model, facts.context_length) == (
         "llama",
         5,
         64,
-        64,
-        172,
         512,
     )
+    assert (hook_width("attn_z.4", facts), hook_width("mlp_act.0", facts)) == (64, 172)
     tokenizer = load_tokenizer(ModelConfig(name=str(stories_model)))
     ids = tokenizer("Once upon a time")["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "Once upon a time"
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="a model's folder that transformers cannot load"):
         load_tokenizer(ModelConfig(name=str(llama)))
 
 

@@ -394,14 +394,19 @@ def test_module_paths_make_an_unknown_architecture_known(tmp_path):
 def test_module_paths_that_do_not_add_up_are_refused(tmp_path):
     with pytest.raises(UserError, match="attn_norm"):
         load(save("olmo2", tmp_path / "olmo2"), modules=LLAMA_PATHS)
-    granite = save("granite", tmp_path / "granite")
-    with pytest.raises(UserError, match="leave 'attn' and 'mlp' out"):
-        load(granite, modules=LLAMA_PATHS)
+
+
+def test_named_parts_get_the_blocks_factor(tmp_path):
+    granite = save("granite", tmp_path)
+    tokens = random_tokens()
+    named, found = load(granite, modules=LLAMA_PATHS), load(granite)
+    assert named.facts.architecture == found.facts.architecture
+    test_parts_add_up_to_the_block(named.activations(tokens, EVERY_HOOK_POINT))
     lm = load(granite, modules={"blocks": "model.layers"})
     assert lm.facts.kinds == ["resid_pre", "resid_post"]
     hidden = lm.model(random_tokens(), output_hidden_states=True).hidden_states
     assert_close(lm.activations(random_tokens(), ["resid_post.1"])["resid_post.1"], hidden[2], rtol=0, atol=0)
-    with pytest.raises(UserError, match=r"model\.modules to name 'attn'"):
+    with pytest.raises(UserError, match=r"'attn_out\.1' needs a module 'attn'"):
         lm.activations(random_tokens(), ["attn_out.1"])
 
 
@@ -434,9 +439,9 @@ def test_blocks_that_return_tuples(tmp_path):
     ("modules", "message"),
     [
         ({"blocks": "model.layer"}, "'blocks' is 'model.layer', which LlamaForCausalLM does not have"),
-        ({"blocks": "model"}, "'blocks' is 'model', which is not the list of the model's 3 blocks"),
+        ({"blocks": "model"}, "'blocks' is 'model', which is not the list of the model's decoder blocks"),
         ({"mlp_proj": "mlp.down"}, "'mlp_proj' is 'mlp.down', which LlamaDecoderLayer does not have"),
-        ({"mlp_proj": "mlp.up_proj"}, "24 wide, but config.json says 40"),
+        ({"mlp_proj": "mlp.up_proj"}, "'mlp_proj' is 'mlp.up_proj', whose output is not that of 'mlp'"),
     ],
 )
 def test_wrong_module_paths(tmp_path, modules, message):
@@ -447,8 +452,10 @@ def test_wrong_module_paths(tmp_path, modules, message):
 def test_a_module_that_the_forward_pass_does_not_use(tmp_path):
     lm = load(save("llama", tmp_path))
     lm.blocks[0].idle = torch.nn.Identity()
-    facts = replace(lm.facts, modules=replace(lm.facts.modules, attn_proj="idle"))
-    with pytest.raises(UserError, match=r"'attn_z.0': the model's forward pass does not go through"):
+    architecture = lm.facts.architecture
+    idle = tuple(replace(block, attn_proj="idle") for block in architecture.blocks)
+    facts = replace(lm.facts, architecture=replace(architecture, blocks=idle))
+    with pytest.raises(UserError, match=r"'attn_proj' is 'idle', but the model's forward pass does not go through it"):
         LanguageModel(lm.model, facts)
 
 

@@ -192,3 +192,25 @@ def test_no_prediction_at_a_replaced_position(lm, tokens, skip):
         downstream_metrics(lm, tokens, "resid_post.2", {}, torch.zeros(64), skip)
     with pytest.raises(ValueError, match="no contexts"):
         downstream_metrics(lm, tokens[:0], "resid_post.2", {}, torch.zeros(64), SKIP)
+
+
+def test_positions_left_out_stay_intact_and_are_not_counted(lm, tokens, monkeypatch):
+    monkeypatch.setattr(patched_loss, "ROWS_AT_ONCE", 3 * LENGTH)  # Batches of 3, 3 and 1 contexts. The last has no row
+    kept = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    kept[6] = False
+    sae, mean = make_sae(64), torch.full((64,), 0.1)
+    sums = downstream_metrics(lm, tokens, "resid_post.2", {"a": sae}, mean, SKIP, kept)
+
+    def some(x: Tensor) -> Tensor:
+        return torch.where(kept[:, SKIP:, None], sae(x), x)
+
+    counted = kept[:, SKIP:-1]
+    clean = lm.model(tokens).logits.double().log_softmax(-1)[:, SKIP:-1]
+    found = patched_logits(lm, tokens, "resid_post.2", some).log_softmax(-1)[:, SKIP:-1]
+    loss = -found.gather(-1, tokens[:, SKIP + 1 :, None]).squeeze(-1)[counted].mean().item()
+    kl = (clean.exp() * (clean - found)).sum(-1)[counted].mean().item()
+    assert sums.tokens == int(counted.sum())
+    assert sums.finish()["a"]["ce_sae"] == pytest.approx(loss, rel=1e-5)
+    assert sums.finish()["a"]["kl"] == pytest.approx(kl, rel=1e-4)
+    with pytest.raises(ValueError, match="no prediction is made"):
+        downstream_metrics(lm, tokens, "resid_post.2", {"a": sae}, mean, SKIP, torch.zeros_like(kept))

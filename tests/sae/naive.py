@@ -68,7 +68,7 @@ def batchtopk(
 ) -> Tensor:
     """BatchTopK (Bussmann et al. 2024, arXiv 2412.06410): the b·k largest positive pre-activations of the batch.
 
-    Rows compete in training only. At inference a fixed threshold selects, the running mean of smallest selected values.
+    Rows compete in training only. At inference a fixed threshold selects, at which k latents are active on average.
     """
     pre = (x - b_dec) @ W_enc.T + b_enc  # (b, n)
     codes = batch_top(pre, k)  # (b, n), at most b·k are positive
@@ -253,7 +253,8 @@ def loss(sae, p: dict[str, Tensor], x: Tensor, factor: float, dead: Tensor | Non
         case "tied":
             return tied(x, **p, **penalty(sae, factor))
         case "jumprelu":
-            return jumprelu(x, **p, bandwidth=train.bandwidth, sparsity=config.sparsity * factor)
+            coefficient = sae.penalty_weight * config.sparsity * factor
+            return jumprelu(x, **p, bandwidth=sae.bandwidth, sparsity=coefficient)
         case "gated":
             return gated(x, **p, coefficient=config.sparsity * factor)
         case other:

@@ -51,3 +51,4 @@ def train(
         optimizer.step()
         sae.after_step()
         idle = (idle + 1) * ~sae.fired()
+    sae.calibrate(planted.rows(4096) / sae.scale)

@@ -16,7 +16,8 @@ from tests.sae.planted import Planted, train
 
 def briefly_trained(architecture, d=32, width=64):
     planted = Planted(d=d, offset=3.0)
-    sae = make(architecture, d, width, k=3, sparsity=0.02 if architecture == "tied" else 0.3, bandwidth=0.1)
+    sparsity = {"tied": 0.02, "jumprelu": 0.01}.get(architecture, 0.3)
+    sae = make(architecture, d, width, k=3, sparsity=sparsity, bandwidth=0.1)
     train(sae, planted, steps=30, learning_rate=1e-2)
     return sae, planted.rows(500)
 

@@ -116,6 +116,17 @@ def test_a_nan_is_not_lost(architecture, listed, monkeypatch):
     assert sae.loss_and_grads(rows := torch.randn(B, D), rows, StepInfo())["loss"].isnan()
 
 
+@pytest.mark.parametrize("architecture", with_k())
+@pytest.mark.parametrize("among_dead", [False, True])
+def test_a_nan_is_not_lost_by_a_selection(architecture, among_dead):
+    sae = make(architecture, D, N)
+    with torch.no_grad():
+        sae.W_enc[3, 1] = torch.nan
+    dead = torch.arange(N) < 20 if among_dead else None
+    terms = sae.loss_and_grads(rows := torch.randn(B, D), rows, StepInfo(dead=dead))
+    assert not terms["loss"].isfinite()
+
+
 def test_l0_and_fired(architecture):
     sae = make(architecture, D, N, bandwidth=0.8).double()
     x = torch.randn(B, D, dtype=torch.float64)

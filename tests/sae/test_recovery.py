@@ -13,7 +13,7 @@ CASES = {
     "batchtopk": ({}, 0.5),
     "relu": ({"sparsity": 1.0}, 0.5),
     "tied": ({"sparsity": 0.015}, 0.0),
-    "jumprelu": ({"sparsity": 0.3}, 0.5),
+    "jumprelu": ({"sparsity": 0.01}, 0.5),
     "gated": ({"sparsity": 1.0}, 0.5),
 }
 
@@ -42,14 +42,15 @@ def test_batchtopk_threshold_gives_k_on_average():
     assert (codes > 0).sum(1).float().mean().item() == pytest.approx(3, rel=0.03)
 
 
-def test_threshold_is_the_running_mean_of_smallest_selected_values():
-    from raysae.sae.base import StepInfo
-
-    sae = make("batchtopk", 8, 30, k=4)
-    smallest = []
-    for step in range(5):
-        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
-        sae.loss_and_grads(x, x, StepInfo())
-        smallest.append(sae.pre_activations(x).detach().flatten().topk(4 * 16).values.min())
-        sae.after_step()
-    torch.testing.assert_close(sae.threshold, torch.stack(smallest).mean())
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+@pytest.mark.parametrize(("bias", "active"), [(0.0, 4.0), (-1.5, None), (-100.0, 0.0)])
+def test_the_threshold_lets_exactly_k_pass_or_all_that_are_positive(architecture, bias, active, monkeypatch):
+    monkeypatch.setattr("raysae.kernels.products.chunk_rows", lambda n, element_size, device="cpu": 7)
+    sae = make(architecture, 8, 30, k=4)
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.b_enc.fill_(bias)
+        positive = (sae.pre_activations(x) > 0).sum().item() / len(x)
+        sae.calibrate(x)
+        assert (active is None) == (0 < positive < 4)
+        assert (sae.encode(x) > 0).sum().item() / len(x) == (positive if active is None else active)

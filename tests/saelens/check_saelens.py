@@ -32,7 +32,7 @@ def write(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "x.npy", x.numpy())
     for architecture, facts in ARCHITECTURES.items():
-        level = facts.pick(k=8, sparsity=0.05 if architecture == "tied" else 0.5)
+        level = facts.pick(k=8, sparsity={"tied": 0.05, "jumprelu": 0.01}.get(architecture, 0.5))
         config = SAEConfig(
             architecture=architecture, hook_point="resid_post.2", width=WIDTH, learning_rate=1e-3, **level
         )
@@ -44,6 +44,7 @@ def write(folder: Path) -> None:
             sae.after_grads()
             optimizer.step()
             sae.after_step()
+        sae.calibrate(x / sae.scale)
         save_sae(sae, folder / architecture, {"model_name": "embedded", "context_size": 256, "prepend_bos": True})
         np.save(folder / f"{architecture}.npy", load_sae(folder / architecture)(x).numpy())
 

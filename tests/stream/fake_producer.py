@@ -66,6 +66,7 @@ class FakeProducer:
         meta = {
             "index": shard,
             "contexts_forwarded": CONTEXTS,
+            "rows_left_out": 0,
             "seconds": 0.01,
             "from_cache": False,
             "numerics": {"threads": 1, "dtype": "float32"},

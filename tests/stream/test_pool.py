@@ -9,9 +9,11 @@ import pytest
 from raysae.config import FaultsConfig
 from raysae.stream import pool as pool_module
 from raysae.stream.pool import Job, ProducerPool
-from raysae.stream.state import StreamState
+from raysae.stream.state import Life, StreamState
 
 SHARDS = 40
+
+LIFE = Life("a")
 
 
 class Method:
@@ -50,7 +52,7 @@ class Stream:
     def __init__(self, **limits):
         Producer.started = 0
         self.state, self.changed, self.trouble = StreamState(SHARDS, cap=4), asyncio.Event(), set()
-        self.state.join("a", 0)
+        self.state.join(LIFE, 0)
         self.pool = ProducerPool(
             Producer, self.take, 1, 2, {}, FaultsConfig(**limits), lambda seconds: None, self.notify
         )
@@ -86,11 +88,11 @@ class Stream:
 
     async def consume(self):
         for shard in range(SHARDS):
-            while not self.state.ready("a", shard):
+            while not self.state.ready(LIFE, shard):
                 if self.pool.failure:
                     raise RuntimeError(self.pool.failure)
                 await self.changed.wait()
-            self.state.advance("a", shard + 1)
+            self.state.advance(LIFE, shard + 1)
             self.notify()
 
 

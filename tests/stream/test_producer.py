@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from raysae.config import FaultsConfig, ModelConfig, ResourcesConfig, SAEConfig, StreamConfig, TrainConfig
+from raysae.config import ModelConfig, ResourcesConfig, SAEConfig, StreamConfig, TrainConfig
 from raysae.lm.facts import model_facts
 from raysae.lm.model import LanguageModel
 from raysae.lm.patched_loss import downstream_metrics
@@ -52,13 +52,14 @@ def test_the_stream_is_what_a_shard_maker_makes(local_ray, stories_model, tmp_pa
     }
     stream = StreamConfig(block_mib=BLOCK_MIB, cache_dir=str(tmp_path / "cache"))
     other = spec.model_copy(update={"model": "of other weights"})
-    refused = start_stream(
-        Streaming(stream=stream, training=other, evaluation=other, faults=FaultsConfig(start_attempts=1), **common)
-    )
+    refused = start_stream(Streaming(stream=stream, training=other, evaluation=other, **common))
     with pytest.raises(
-        StreamError, match=r"files on this machine differ from the driver's .* copy the driver's files to this machine"
+        StreamError,
+        match=r"^the activation stream has no producers: model\.name is .* differ from the driver's .* "
+        r"copy the driver's files to this machine$",
     ):
         StreamClient(refused, "a", "resid_post.2", other, 64, BLOCK_MIB).open(0, 1).next()
+    assert ray.get(refused.stats.remote())["producers_replaced"] == 1  # A user's mistake is not tried again
     ray.kill(refused)
 
     queue = start_stream(Streaming(stream=stream, training=spec, evaluation=spec, **common))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,9 +20,9 @@ from ray.exceptions import GetTimeoutError
 from raysae.config import FaultsConfig, ModelConfig, ResourcesConfig, StreamConfig, UserError
 from raysae.storage import unsealed
 from raysae.stream.blocks import cut, shards_in_flight
-from raysae.stream.client import StreamClient
+from raysae.stream.client import StreamClient, _Reading
 from raysae.stream.queue import patiently, start_stream
-from raysae.stream.state import NotJoinedError, StreamError
+from raysae.stream.state import Life, NotJoinedError, StreamError, SupersededError
 from raysae.stream.task import Streaming
 from tests.stream.fake_producer import BLOCK_MIB, CONTEXTS, ROWS, SHARD_MIB, SPEC, WIDTHS, FakeProducer, rows_of
 
@@ -162,9 +163,9 @@ def test_a_shard_is_one_call_and_no_reference_outlives_its_reader(stream):
     )
     reader = trainer.client.open(0, 16)
     reader.next()
-    assert trainer.client._refs, "the rest of the shard came with its first block"
+    assert trainer.client._reading.refs, "the rest of the shard came with its first block"
     reader.close()
-    assert not trainer.client._refs
+    assert trainer.client._reading is None
 
 
 def test_a_block_that_does_not_come_is_produced_again(stream, monkeypatch):
@@ -202,8 +203,8 @@ def test_a_block_that_never_comes_ends_in_a_sentence(stream, monkeypatch):
 def test_more_consumers_may_wait_than_ray_runs_calls_by_default(stream, tmp_path):
     queue = stream(model=f"hang:{tmp_path}/hung")
     names = [str(i) for i in range(1100)]
-    ray.get([queue.join.remote(name, "mlp_out.1", 0) for name in names])
-    waiting = [queue.fetch.remote(name, 0, 0, 0) for name in names]
+    ray.get([queue.join.remote(Life(name), "mlp_out.1", 0) for name in names])
+    waiting = [queue.fetch.remote(Life(name), 0, 0, 0) for name in names]
     assert len(stats(queue)["consumers"]) == len(names)
     assert ray.wait(waiting, timeout=0)[0] == []
 
@@ -322,6 +323,21 @@ def test_a_bad_held_out_shard_is_named_or_skipped(stream):
     assert client.evaluation_block(2, 0) is not None
 
 
+@pytest.mark.parametrize(("died", "failures"), [(True, 6), (False, 2)])
+def test_the_death_of_a_producer_weighs_the_same_for_held_out_shards(stream, died, failures):
+    """`test_state.py` has the same numbers for training shards. No producer has a place, so the test answers."""
+    queue = stream(faults=FaultsConfig(shard_attempts=2), resources=ResourcesConfig(producer_cpus=64))
+
+    def fail(self):
+        future, failures = self._held_out(0), 0
+        while not future.done():
+            self._errands.pop().failed(RuntimeError("out of luck"), died)
+            failures += 1
+        return failures
+
+    assert ray.get(queue.__ray_call__.remote(fail)) == failures
+
+
 def test_a_producer_that_has_no_place_is_told_to_consumers(stream):
     queue = stream(faults=FaultsConfig(start_seconds=1), resources=ResourcesConfig(producer_cpus=64))
     trainer = Trainer(queue, "a")
@@ -386,6 +402,68 @@ def test_a_consumer_restarts_from_its_row(stream):
     queue = stream()
     Trainer(queue, "a", end=2 * ROWS, batch=64).check()
     Trainer(queue, "a", row=640, batch=64).check()
+
+
+def process(actor, name: str = "a") -> Life:
+    """The first life of a new process that reads as consumer `name`."""
+    return Life(name, ray.get(actor.new_process.remote()), 1)
+
+
+def test_a_queue_whose_clock_is_behind_gives_later_processes_greater_numbers(stream):
+    """A queue that was restarted on another machine hears of earlier processes only from those that join again."""
+    actor = stream()
+    before = Life("a", ray.get(actor.new_process.remote()) + 10**18, 1)
+    ray.get(actor.join.remote(before, "resid_post.0", 0))
+    assert process(actor) > before
+
+
+def say_late(actor, life: Life) -> None:
+    """Says what a killed process may have on its way: an acknowledgement, its leaving, its joining."""
+    for call in (
+        actor.acknowledge.remote(life, 5),
+        actor.leave.remote(life),
+        actor.join.remote(life, "resid_post.0", 6 * ROWS),
+    ):
+        with suppress(SupersededError):
+            ray.get(call)
+
+
+def test_what_an_earlier_life_says_late_changes_nothing(stream):
+    queue = stream()
+    earlier = process(queue)
+    ray.get(queue.join.remote(earlier, "resid_post.0", 0))
+    client = StreamClient(queue, "a", "resid_post.0", SPEC, WIDTHS["resid_post.0"], BLOCK_MIB)
+    reader = client.open(ROWS, ROWS // 2)
+    say_late(queue, earlier)
+    consumers = stats(queue)["consumers"]
+    for half in range(4):
+        expected = rows_of("train", "resid_post.0", 1 + half // 2)[half % 2 * ROWS // 2 :][: ROWS // 2]
+        assert np.array_equal(reader.next().numpy(), expected)
+        say_late(queue, earlier)
+    reader.close()
+    assert {name: found["position"] for name, found in consumers.items()} == {"a": 1}
+
+
+def test_a_process_whose_consumer_was_started_again_ends(stream):
+    """Its fetch may wait in the queue meanwhile. It may also join again, because it does not know."""
+    queue = stream(shards_of_room=1)
+    earlier = StreamClient(queue, "a", "resid_post.0", SPEC, WIDTHS["resid_post.0"], BLOCK_MIB)
+    earlier.open(0, ROWS)
+    waiting = queue.fetch.remote(earlier._reading.life, 1, 0, 0)
+    present = StreamClient(queue, "a", "resid_post.0", SPEC, WIDTHS["resid_post.0"], BLOCK_MIB)
+    reader = present.open(3 * ROWS, ROWS)
+    for ends in (lambda: ray.get(waiting, timeout=TIMEOUT), lambda: earlier.block(1, 0), lambda: earlier.open(0, ROWS)):
+        with pytest.raises(SupersededError, match="consumer a has left the stream or was started again"):
+            ends()
+    assert np.array_equal(reader.next().numpy(), rows_of("train", "resid_post.0", 3))
+    reader.close()
+
+
+def test_processes_that_begin_after_the_queue_has_died_are_later_ones(stream):
+    queue = stream()
+    before = process(queue)
+    ray.kill(queue, no_restart=False)
+    assert patiently(lambda: process(queue), TIMEOUT) > before
 
 
 def test_the_held_out_stream_is_produced_once_and_kept(stream):
@@ -457,7 +535,7 @@ def test_a_consumer_gives_up_on_a_queue_that_stays_unknown_to_it(monkeypatch):
     )
     monkeypatch.setattr(ray, "get", unknown)
     client = StreamClient(queue, "a", "mlp_out.1", SPEC, WIDTHS["mlp_out.1"], BLOCK_MIB, FaultsConfig(queue_seconds=1))
-    client._joined = True
+    client._reading = _Reading(Life("a"), done=0, until=None)
     began = time.monotonic()
     with pytest.raises(NotJoinedError):
         client.block(0, 0)

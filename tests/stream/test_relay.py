@@ -18,9 +18,9 @@ from raysae.config import FaultsConfig
 from raysae.stream.blocks import cut
 from raysae.stream.client import StreamClient
 from raysae.stream.relay import Relay, start_relays
-from raysae.stream.state import NotJoinedError, StreamError
+from raysae.stream.state import Life, NotJoinedError, StreamError, SupersededError
 from tests.stream.fake_producer import BLOCK_MIB, CONTEXTS, ROWS, SHARD_MIB, SPEC, WIDTHS, rows_of
-from tests.stream.test_queue import TIMEOUT, Passing, Trainer, local_ray, stats, stream  # noqa: F401
+from tests.stream.test_queue import TIMEOUT, Passing, Trainer, local_ray, process, say_late, stats, stream  # noqa: F401
 
 
 @pytest.fixture
@@ -199,21 +199,21 @@ def test_an_error_reaches_the_consumer_that_it_concerns(stream, relays):
     (relay,) = relays(queue)
     ray.get(
         [
-            relay.join.remote("short", "mlp_out.1", 0, 1),
-            relay.join.remote("gone", "mlp_out.1", 0),
-            relay.join.remote("long", "mlp_out.1", 0),
+            relay.join.remote(Life("short"), "mlp_out.1", 0, 1),
+            relay.join.remote(Life("gone"), "mlp_out.1", 0),
+            relay.join.remote(Life("long"), "mlp_out.1", 0),
         ]
     )
-    fetches = {name: relay.fetch.remote(name, 1, 0, 0) for name in ("short", "gone", "long", "stranger")}
-    relay.leave.remote("gone")
+    fetches = {name: relay.fetch.remote(Life(name), 1, 0, 0) for name in ("short", "gone", "long", "stranger")}
+    relay.leave.remote(Life("gone"))
     with pytest.raises(StreamError, match="consumer short asks for shard 1, outside its shards 0 to 1"):
         ray.get(fetches["short"])
     for name in ("gone", "stranger"):
         with pytest.raises(NotJoinedError, match=name):
             ray.get(fetches[name], timeout=TIMEOUT)
     with pytest.raises(StreamError, match="hook point none is not streamed"):
-        ray.get(relay.join.remote("lost", "none", 0))
-    ray.get([relay.acknowledge.remote(name, 1) for name in ("short", "long")])
+        ray.get(relay.join.remote(Life("lost"), "none", 0))
+    ray.get([relay.acknowledge.remote(Life(name), 1) for name in ("short", "long")])
     blocks, _ = ray.get(fetches["long"], timeout=TIMEOUT)
     assert np.array_equal(np.concatenate(ray.get(blocks)).ravel(), rows_of("train", "mlp_out.1", 1).ravel())
 
@@ -225,9 +225,37 @@ def test_who_is_unknown_to_the_queue_alone_joins_again(stream, relays):
     while any(len(trainer.batches) < 5 for trainer in trainers):
         time.sleep(0.02)
     # The driver does so for a trainer that seems dead
-    ray.get(queue.leave.remote("a"))
+    ray.get(queue.dismiss.remote("a"))
     for trainer in trainers:
         trainer.check()
+
+
+def test_what_an_earlier_life_says_late_changes_nothing(stream, relays):
+    """The earlier life spoke through the relay, or through one that was killed with its last call on the way."""
+    queue = stream()
+    (relay,) = relays(queue)
+    earlier, present = process(queue), process(queue)
+    ray.get(relay.join.remote(earlier, "resid_post.0", 0))
+    ray.get(relay.join.remote(present, "resid_post.0", ROWS))
+
+    def read(shard: int) -> np.ndarray:
+        blocks, _ = ray.get(relay.fetch.remote(present, shard, 0, shard), timeout=TIMEOUT)
+        return np.concatenate(ray.get(blocks))
+
+    for shard in range(1, 4):
+        say_late(relay, earlier)
+        ray.get(relay.acknowledge.remote(earlier, 7))
+        late = [("join", earlier, "resid_post.0", 0, None), ("join", present, "resid_post.0", ROWS, None)]
+        errors, _ = ray.get(queue.exchange.remote([*late, ("acknowledge", earlier, 7), ("leave", earlier)], {}))
+        assert [type(error) for error in errors.values()] == [SupersededError, SupersededError]
+        assert np.array_equal(read(shard).ravel(), rows_of("train", "resid_post.0", shard).ravel())
+    with pytest.raises(SupersededError):
+        ray.get(relay.fetch.remote(earlier, 1, 0, 0), timeout=TIMEOUT)
+    ray.get(relay.leave.remote(present))
+    while stats(queue)["consumers"]:
+        time.sleep(0.02)
+    with pytest.raises(SupersededError):
+        ray.get(relay.join.remote(present, "resid_post.0", 0))
 
 
 def test_bad_shards_stop_those_that_come_to_them(stream, relays):

@@ -6,7 +6,9 @@ import torch
 
 from raysae.config import ModelConfig
 from raysae.stream.blocks import as_tensor
+from raysae.stream.cache import BlockCache
 from raysae.stream.shard import ShardMaker, numerics
+from raysae.stream.spec import ActivationSpec
 from raysae.text.contexts import Contexts
 from tests.stream.fakes import WIDTHS, FakeLanguageModel, activation, fake_contexts, fake_spec
 
@@ -51,8 +53,8 @@ def test_meta():
     seconds = meta.pop("seconds")
     assert seconds > 0
     assert meta == {
-        "index": 4, "contexts_forwarded": 256, "from_cache": False, "nonfinite": [], "nonfinite_contexts": [],
-        "numerics": numerics(FakeLanguageModel()),
+        "index": 4, "contexts_forwarded": 256, "rows_left_out": 0, "from_cache": False, "nonfinite": [],
+        "nonfinite_contexts": [], "numerics": numerics(FakeLanguageModel()),
     }  # fmt: skip
     assert list(blocks) == HOOKS
     assert len(blocks["mlp_act.1"]) > len(blocks["resid_post.0"]) > 1
@@ -182,3 +184,101 @@ def test_a_real_model(stories_model):
     found_loss = notes["token_loss"].reshape(len(loss), -1)
     np.testing.assert_allclose(found_loss[:, :-1], loss.numpy(), atol=1e-4)
     assert np.isnan(found_loss[:, -1]).all()
+
+
+# ---------------------------------------------------------------- rows left out
+
+# Hashes of specs as they were before rows could be left out: caches and studies of that time are found under them
+HASH, HASH_16 = "9031ea2fb1424607", "6a1b618562180aa8"
+
+
+def test_the_hash_of_a_spec_that_leaves_nothing_out_is_what_it_was():
+    fields = {
+        "model": "m", "text": "t", "contexts": 1024, "context_length": 16, "skip_positions": 1, "dtype": "float32",
+        "seed": 0, "epochs": 1, "shard_contexts": 256, "batch_contexts": 32,
+    }  # fmt: skip
+    assert ActivationSpec(**fields).hash == HASH
+    assert ActivationSpec(**fields | {"dtype": "bfloat16", "seed": 7}).hash == HASH_16
+    changes = {"leave_out_tokens": (3,)}, {"leave_out_norm": 10.0, "leave_out_hook_point": "resid_post.0"}
+    assert len({ActivationSpec(**fields | change).hash for change in ({}, *changes)}) == 3
+
+
+def test_rows_at_left_out_tokens_give_way_to_other_rows_of_the_shard():
+    out = tuple(range(100))
+    made, plain = maker(leave_out_tokens=out), maker()
+    notes = made.annotations(1, token_loss=False)
+    assert np.array_equal(notes["kept"], ~np.isin(notes["token"], out))
+    rows, before = rows_of(made, 1), rows_of(plain, 1)
+    order = made.spec.order_of(1, notes["kept"])
+    laid = np.empty_like(before["resid_post.0"])
+    laid[plain.spec.permutation_of(1)] = before["resid_post.0"]
+    assert np.array_equal(rows["resid_post.0"], laid[order])
+    assert notes["kept"][order].all()
+    stays = notes["kept"][made.spec.permutation_of(1)]
+    for hook in HOOKS:
+        assert rows[hook].shape == before[hook].shape
+        assert np.array_equal(rows[hook][stays], before[hook][stays]), "kept rows are where they were"
+        assert not np.array_equal(rows[hook], before[hook])
+    assert np.array_equal(rows["mlp_act.1"][:, :6], -rows["resid_post.0"]), "rows of both hook points align"
+    counts = np.bincount(order, minlength=len(order))[notes["kept"]]
+    assert set(counts) == {1, 2}, "no row comes thrice while another has come once"
+
+
+def test_left_out_rows_are_more_than_the_kept():
+    out = tuple(range(400))
+    made = maker(leave_out_tokens=out)
+    kept = made.kept(0)
+    counts = np.bincount(made.spec.order_of(0, kept), minlength=len(kept))
+    assert kept.mean() < 0.3
+    assert np.array_equal(counts > 0, kept)
+    assert np.ptp(counts[kept]) <= 1
+
+
+@pytest.mark.parametrize("asked", [HOOKS, ["resid_post.0"], ["mlp_act.1"]])
+def test_the_norm_at_one_hook_point_leaves_out_rows_at_all(asked):
+    """The fake's norm grows with the token. A multiple of 1.01 leaves out the rows of the largest ones."""
+    made = maker(asked, leave_out_norm=1.01, leave_out_hook_point="mlp_act.1")
+    meta, _ = made.make(2)
+    notes = made.annotations(2, token_loss=False)
+    tokens, positions = torch.from_numpy(notes["token"]), torch.from_numpy(notes["position"])
+    norms = (tokens[:, None] + positions[:, None] / 100 + torch.arange(10) * 1000.0).norm(dim=1).numpy()
+    expected = norms <= 1.01 * np.sort(norms)[(len(norms) - 1) // 2]
+    assert np.array_equal(notes["kept"], expected)
+    assert 0.01 < 1 - expected.mean() < 0.45
+    assert meta["rows_left_out"] == (~expected).sum()
+    whole = rows_of(maker(leave_out_norm=1.01, leave_out_hook_point="mlp_act.1"), 2)
+    for hook, rows in rows_of(made, 2).items():
+        assert np.array_equal(rows, whole[hook])
+    fresh = maker(asked, leave_out_norm=1.01, leave_out_hook_point="mlp_act.1")
+    assert np.array_equal(fresh.kept(2), expected), "also where the shard was not made before"
+
+
+def test_padding_gives_no_rows():
+    lengths = np.random.default_rng(4).integers(5, 13, len(CONTEXTS.tokens))
+    padded = Contexts(CONTEXTS.digest, CONTEXTS.tokens, lengths=lengths)
+    made = ShardMaker(FakeLanguageModel(), padded, fake_spec(CONTEXTS), HOOKS, BLOCK_MIB)
+    notes = made.annotations(0)
+    assert np.array_equal(notes["kept"], notes["position"] < lengths[notes["context"]])
+    assert np.array_equal(~np.isnan(notes["token_loss"]), notes["position"] + 1 < lengths[notes["context"]])
+    rows = rows_of(made, 0)["resid_post.0"][:, 0]
+    order = made.spec.order_of(0, notes["kept"])
+    np.testing.assert_allclose(rows, (notes["token"] + notes["position"] / 100)[order], rtol=1e-6)
+
+
+def test_a_shard_without_a_row_to_keep_says_so():
+    with pytest.raises(ValueError, match=r"all rows of shard 0 are left out, by stream.leave_out_tokens"):
+        maker(leave_out_tokens=tuple(range(500))).make(0)
+
+
+def test_a_cached_shard_is_the_one_with_rows_left_out(tmp_path):
+    spec = fake_spec(CONTEXTS, leave_out_norm=1.01, leave_out_hook_point="mlp_act.1")
+    cache = BlockCache(str(tmp_path), spec, WIDTHS, 1 << 30)
+    lm = FakeLanguageModel()
+    made = ShardMaker(lm, CONTEXTS, spec, HOOKS, BLOCK_MIB, cache)
+    first = rows_of(made, 0)
+    lm.forwarded = 0
+    again = rows_of(ShardMaker(lm, CONTEXTS, spec, HOOKS, BLOCK_MIB, cache), 0)
+    assert lm.forwarded == 0
+    assert all(np.array_equal(first[hook], again[hook]) for hook in HOOKS)
+    plain = BlockCache(str(tmp_path), fake_spec(CONTEXTS), WIDTHS, 1 << 30)
+    assert plain.load("resid_post.0", 0) is None

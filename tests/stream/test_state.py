@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from raysae.stream.state import NotJoinedError, StreamError, StreamState
+from raysae.stream.state import Life, NotJoinedError, StreamError, StreamState, SupersededError
 
 SHARDS = 12
 ATTEMPTS = 4
@@ -28,7 +26,10 @@ class StreamMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.read: dict[str, list[int]] = {}
         self.range: dict[str, range] = {}
+        self.life: dict[str, Life] = {}  # The last life of each consumer. It stays when the consumer has left
+        self.over: list[Life] = []  # Of processes that are dead or late, and of readings that have ended
         self.failures: dict[int, int] = {}
+        self.processes = 0
 
     @rule(names=st.sets(st.sampled_from(NAMES)), seconds=st.floats(0, 3))
     def expect(self, names, seconds):
@@ -39,10 +40,28 @@ class StreamMachine(RuleBasedStateMachine):
         self.now += seconds
         self.state.expire(self.now)
 
-    @rule(name=st.sampled_from(NAMES), position=st.integers(0, SHARDS), length=st.integers(0, SHARDS))
-    def join(self, name, position, length):
+    def begin(self, name, position, until, same_process=False):
+        """Joins in a new life: that of a new process, or the next reading of the same one."""
+        old = self.life.get(name)
+        if old:
+            self.over.append(old)
+        if old and same_process:
+            self.life[name] = old._replace(reading=old.reading + 1)
+        else:
+            self.over.append(Life(name, self.processes))  # A process that died before its first message came
+            self.life[name] = Life(name, self.processes + 1)
+            self.processes += 2
+        self.state.join(self.life[name], position, until)
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        position=st.integers(0, SHARDS),
+        length=st.integers(0, SHARDS),
+        same_process=st.booleans(),
+    )
+    def join(self, name, position, length, same_process):
         until = min(SHARDS, position + length)
-        self.state.join(name, position, until)
+        self.begin(name, position, until, same_process)
         self.range[name], self.read[name] = range(position, until), []
 
     @precondition(lambda self: self.range)
@@ -50,18 +69,45 @@ class StreamMachine(RuleBasedStateMachine):
     def restart_from_checkpoint(self, data):
         name = data.draw(st.sampled_from(sorted(self.range)))
         back = data.draw(st.integers(0, len(self.read[name])))
-        position = self.range[name].start + back
-        self.state.join(name, position, self.range[name].stop)
+        self.begin(name, self.range[name].start + back, self.range[name].stop)
         self.read[name] = self.read[name][:back]
 
     @precondition(lambda self: self.range)
     @rule(data=st.data())
     def leave(self, data):
         name = data.draw(st.sampled_from(sorted(self.range)))
-        self.state.leave(name)
+        self.state.leave(self.life[name])
+        self.over.append(self.life[name])
         del self.range[name], self.read[name]
+
+    @precondition(lambda self: self.range)
+    @rule(data=st.data())
+    def the_driver_dismisses_who_lives_and_joins_again(self, data):
+        name = data.draw(st.sampled_from(sorted(self.range)))
+        self.state.dismiss(name)
         with pytest.raises(NotJoinedError):
-            self.state.ready(name, 0)
+            self.state.ready(self.life[name], 0)
+        self.state.join(self.life[name], self.next_of(name), self.range[name].stop)
+
+    @precondition(lambda self: self.over)
+    @rule(data=st.data(), shard=st.integers(0, SHARDS), message=st.sampled_from(["join", "advance", "ready", "leave"]))
+    def an_earlier_life_says_something_late(self, data, shard, message):
+        life = data.draw(st.sampled_from(self.over))
+        if message == "leave":
+            self.state.leave(life)
+            return
+        with pytest.raises(SupersededError):
+            getattr(self.state, message)(life, shard)
+
+    @precondition(lambda self: self.range)
+    @rule(data=st.data(), message=st.sampled_from(["join", "advance"]))
+    def a_message_of_the_present_life_comes_again(self, data, message):
+        name = data.draw(st.sampled_from(sorted(self.range)))
+        said = data.draw(st.integers(self.range[name].start, self.next_of(name)))
+        if message == "join":
+            self.state.join(self.life[name], said, self.range[name].stop)
+        else:
+            self.state.advance(self.life[name], said)
 
     @rule()
     def lease(self):
@@ -98,7 +144,7 @@ class StreamMachine(RuleBasedStateMachine):
         )
         assert self.state.fail(shard, "poisoned")
         self.state.skip(shard)
-        assert all(self.state.ready(name, shard) for name in self.range)
+        assert all(self.state.ready(self.life[name], shard) for name in self.range)
 
     @precondition(lambda self: self.state.held)
     @rule(data=st.data())
@@ -117,13 +163,12 @@ class StreamMachine(RuleBasedStateMachine):
         shard = self.next_of(name)
         if shard >= self.range[name].stop:
             with pytest.raises(StreamError):
-                self.state.ready(name, shard)
+                self.state.ready(self.life[name], shard)
             return False
-        if not self.state.ready(name, shard):
+        if not self.state.ready(self.life[name], shard):
             return False
         self.read[name].append(shard)
-        self.state.advance(name, shard + 1)
-        self.state.advance(name, shard)  # A late message changes nothing
+        self.state.advance(self.life[name], shard + 1)
         self.stands_behind(name, shard + 1)
         return True
 
@@ -184,15 +229,15 @@ def test_a_pass_costs_each_shard_once(cap, consumers, producers, seed):
     leased = []
     while any(p < SHARDS for p in position.values()):
         if late and seed.random() < 0.3:
-            state.join(late.pop(), 0)
+            state.join(Life(late.pop()), 0)
         if len(state.leased) < producers and (shard := state.lease()) is not None:
             leased.append(shard)
         if state.leased and seed.random() < 0.7:
             state.produced(seed.choice(sorted(state.leased)))
         name = seed.choice(sorted(position))
-        if name not in late and position[name] < SHARDS and state.ready(name, position[name]):
+        if name not in late and position[name] < SHARDS and state.ready(Life(name), position[name]):
             position[name] += 1
-            state.advance(name, position[name])
+            state.advance(Life(name), position[name])
     assert leased == list(range(SHARDS))
     assert not state.held
     assert state.lease() is None
@@ -210,47 +255,47 @@ def produce_all(state: StreamState) -> list[int]:
 
 def test_stall_waits_for_the_slowest():
     state = StreamState(100, cap=4)
-    state.join("slow", 0)
-    state.join("fast", 0)
+    state.join(Life("slow"), 0)
+    state.join(Life("fast"), 0)
     assert produce_all(state) == [0, 1, 2, 3]
-    state.advance("fast", 4)
+    state.advance(Life("fast"), 4)
     assert produce_all(state) == []
-    assert not state.ready("fast", 4)
-    state.advance("slow", 1)
+    assert not state.ready(Life("fast"), 4)
+    state.advance(Life("slow"), 1)
     assert produce_all(state) == [4]
-    assert state.ready("fast", 4)
+    assert state.ready(Life("fast"), 4)
 
 
 def test_detach_goes_on_alone():
     state = StreamState(100, cap=4, lag="detach")
-    state.join("slow", 0)
-    state.join("fast", 0)
+    state.join(Life("slow"), 0)
+    state.join(Life("fast"), 0)
     assert produce_all(state) == [0, 1]
     for shard in range(2, 20):
-        state.advance("fast", shard)
+        state.advance(Life("fast"), shard)
         assert shard in produce_all(state) + sorted(state.held)
-        assert state.ready("fast", shard)
-    assert state.ready("slow", 0)
-    assert state.ready("slow", 1)
+        assert state.ready(Life("fast"), shard)
+    assert state.ready(Life("slow"), 0)
+    assert state.ready(Life("slow"), 1)
 
 
 def test_late_joiner_merges_when_it_has_caught_up():
     state = StreamState(100, cap=4)
-    state.join("early", 20)
+    state.join(Life("early"), 20)
     assert produce_all(state) == [20, 21, 22, 23]
-    state.join("late", 0)
+    state.join(Life("late"), 0)
     assert produce_all(state) == [0]
     assert state.held == {0, 20, 21, 22}, "the cap holds for both passes together: the furthest shard gave way"
     for shard in range(1, 16):
-        state.advance("late", shard)
+        state.advance(Life("late"), shard)
         state.produced(state.lease())
     assert len(state.passes()) == 2
-    state.advance("late", 17)
+    state.advance(Life("late"), 17)
     assert len(state.passes()) == 1
     produced = []
     for shard in range(18, 24):
         produced += produce_all(state)
-        state.advance("late", shard)
+        state.advance(Life("late"), shard)
     assert 21 not in produced, "a shard still held for the early consumer serves the late one"
 
 
@@ -258,9 +303,9 @@ def test_placeholders_keep_the_first_shards_until_their_time():
     state = StreamState(100, cap=2)
     state.expect(["a", "b"], until=10)
     assert state.lease() is None, "nothing is produced for those who may never come"
-    state.join("a", 0)
+    state.join(Life("a"), 0)
     assert produce_all(state) == [0, 1]
-    state.advance("a", 2)
+    state.advance(Life("a"), 2)
     assert state.held == {0, 1}
     assert state.lease() is None
     assert not state.expire(9.9)
@@ -271,51 +316,51 @@ def test_placeholders_keep_the_first_shards_until_their_time():
 
 def test_only_needed_shards_are_produced():
     state = StreamState(100, cap=8)
-    state.join("a", 0, until=3)
+    state.join(Life("a"), 0, until=3)
     assert produce_all(state) == [0, 1, 2]
     with pytest.raises(StreamError, match="shard 3"):
-        state.ready("a", 3)
+        state.ready(Life("a"), 3)
 
 
 def test_a_shard_that_cannot_be_produced_is_named_to_its_consumers():
     state = StreamState(100, cap=2, attempts=ATTEMPTS)
-    state.join("a", 0)
+    state.join(Life("a"), 0)
     for attempt in range(1, ATTEMPTS + 1):
         assert state.lease() == 0
         assert state.fail(0, "out of memory") == (attempt == ATTEMPTS)
     with pytest.raises(StreamError, match=r"shard 0 .* consumer a .*out of memory"):
-        state.ready("a", 0)
+        state.ready(Life("a"), 0)
     assert state.lease() == 1
 
 
 def test_a_dead_producer_weighs_less_than_a_failure_of_its_shard():
     state = StreamState(100, cap=2, attempts=2)
-    state.join("a", 0)
+    state.join(Life("a"), 0)
     for death in range(1, 7):
         assert state.lease() == 0
         assert state.last_attempt(0) == (death > 3)
-        assert state.fail(0, "killed", Fraction(1, 3)) == (death == 6)
+        assert state.fail(0, "killed", died=True) == (death == 6)
 
 
 def test_a_skipped_shard_is_passed_over_by_everyone_and_takes_no_place():
     state = StreamState(4, cap=1, skipped=[0, 2])
     for name in ("a", "b"):
-        state.join(name, 0)
-        assert state.ready(name, 0)
+        state.join(Life(name), 0)
+        assert state.ready(Life(name), 0)
     # A consumer finds the first rows even before it passes over shard 0
     assert produce_all(state) == [1]
     for name in ("a", "b"):
-        state.advance(name, 2)
-        assert state.ready(name, 2)
-        state.advance(name, 3)
+        state.advance(Life(name), 2)
+        assert state.ready(Life(name), 2)
+        state.advance(Life(name), 3)
     assert produce_all(state) == [3]
 
 
 def test_going_back_keeps_what_is_within_the_window():
     state = StreamState(100, cap=2)
-    state.join("a", 5)
+    state.join(Life("a"), 5)
     assert produce_all(state) == [5, 6]
-    state.join("a", 4)
+    state.join(Life("a", 1), 4)
     assert produce_all(state) == [4]
     assert state.held == {4, 5}
 
@@ -333,18 +378,18 @@ def test_the_slowest_goes_on_while_the_others_are_dead(positions, room, lag, ord
     state = StreamState(100, len(positions) + room, lag)
     order.shuffle(others)
     for position in others:
-        state.join(f"at {position}", position)
+        state.join(Life(f"at {position}"), position)
         produce_all(state)
-    state.join("slowest", slowest)
+    state.join(Life("slowest"), slowest)
     for shard in range(slowest, min(others)):
         produce_all(state)
-        assert state.ready("slowest", shard)
-        state.advance("slowest", shard + 1)
+        assert state.ready(Life("slowest"), shard)
+        state.advance(Life("slowest"), shard + 1)
 
 
 def test_passes_that_all_lost_their_shards_do_not_block_each_other():
     state = StreamState(100, cap=4, lag="detach")
     for i, position in enumerate((0, 10, 20, 30)):
-        state.join(f"c{i}", position)
+        state.join(Life(f"c{i}"), position)
     state.held = {1, 11, 21, 31}  # The loss of a machine leaves such a state
     assert state.lease() is not None

@@ -10,8 +10,9 @@ import pytest
 
 from raysae.commands.parse import parse
 from raysae.config import SweepConfig, UserError
+from raysae.lm.tokenizer import load_tokenizer
 from raysae.stream.spec import ActivationSpec
-from raysae.study.plan import MIB, check_enough, plan, store_bytes
+from raysae.study.plan import MIB, Plan, check_enough, plan, store_bytes
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,45 @@ def test_the_readmes_commands_can_be_run(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(offline) >= 3
     for words in offline:
         assert plan(parse(SweepConfig, shlex.split(words, comments=True), "")[0]).saes
+
+
+def planned(tmp_path: Path, **stream: object) -> Plan:
+    knobs = {
+        "text": {"cache": str(tmp_path), "source": "tests/*.py", "evaluation_fraction": 0.5}, "stream": stream,
+        "evaluation": {"rows": 1}, "train": {"tokens": 1, "batch": 1}, "hook_points": ["resid_post.2", "mlp_out.1"],
+    }  # fmt: skip
+    return plan(SweepConfig.model_validate(knobs))
+
+
+def test_what_is_left_out_is_settled_and_goes_into_both_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setattr("raysae.study.plan.apart", lambda function, *arguments: function(*arguments))
+    tokenizer = load_tokenizer(SweepConfig().model)
+    word = tokenizer.convert_ids_to_tokens(300)
+    settled = planned(tmp_path, context_length=16, leave_out_tokens=["special", 77, word], leave_out_norm=10)
+    for spec in (settled.training, settled.evaluation):
+        assert spec.leave_out_tokens == tuple(sorted({*tokenizer.all_special_ids, 77, 300}))
+        assert (spec.leave_out_norm, spec.leave_out_hook_point) == (10, "resid_post.2")
+    assert settled.config.stream.leave_out_hook_point == "resid_post.2"
+    other = planned(tmp_path, context_length=16, leave_out_norm=10, leave_out_hook_point="attn_out.0")
+    assert other.training.leave_out_hook_point == "attn_out.0"
+    plain = planned(tmp_path, context_length=16)
+    assert plain.config.stream.leave_out_hook_point is None
+    with pytest.raises(
+        UserError, match=r"leave_out_tokens has 'nosuchtoken', which is no token of embedded: give 'spe"
+    ):
+        planned(tmp_path, context_length=16, leave_out_tokens=["nosuchtoken"])
+    with pytest.raises(UserError, match="leave_out_tokens has 99999999"):
+        planned(tmp_path, context_length=16, leave_out_tokens=[99_999_999])
+    with pytest.raises(UserError, match=r"attn_out\.99"):
+        planned(tmp_path, context_length=16, leave_out_norm=10, leave_out_hook_point="attn_out.99")
+
+
+def test_a_hook_point_for_norms_needs_a_norm() -> None:
+    with pytest.raises(UserError, match=r"leave_out_hook_point is resid_post\.1, but leave_out_norm is unset"):
+        parse(SweepConfig, ["--stream.leave_out_hook_point", "resid_post.1"], "")
+
+
+def test_ids_and_tokens_are_told_apart_on_the_command_line() -> None:
+    config = parse(SweepConfig, ["--stream.leave_out_tokens", "special,198,Ġthe"], "")[0]
+    assert config.stream.leave_out_tokens == ["special", 198, "Ġthe"]

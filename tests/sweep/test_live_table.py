@@ -134,6 +134,21 @@ def test_without_a_terminal_a_line_comes_every_ten_seconds(monkeypatch: pytest.M
     assert [row.split("·")[0].strip() for row in lines] == ["0%", "10%", "20%", "100%"]
 
 
+@pytest.mark.parametrize("before", [0, 500])
+def test_saes_that_no_trainer_has_told_of_yet_are_counted(monkeypatch: pytest.MonkeyPatch, before: int):
+    """Nor do their unknown tokens count as those that they had seen at the start."""
+    now = [0.0]
+    monkeypatch.setattr(live_table.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), force_terminal=False, width=80)
+    with LiveTable(1000, console=console) as show:
+        for second, tokens in ((0, None), (10, before), (20, before + 100)):
+            now[0] = second
+            show([status("a", "waiting", tokens), status("b", "waiting", tokens)], STREAM)
+    first, _, last = console.file.getvalue().splitlines()
+    assert first.startswith("  0% · 0/2 SAEs done")
+    assert f"about {duration(20 * (900 - before) / 100)} left" in last
+
+
 def test_in_a_terminal_the_table_is_redrawn_in_place():
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=30)
     with LiveTable(1000, "embedded", console) as show:

@@ -182,3 +182,12 @@ def test_a_sweep_of_which_no_sae_has_a_number(tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(summary_table(results))
     assert "18 SAEs without a final result" in console.export_text()
+
+
+def test_the_fvu_without_outliers_is_shown_where_it_differs(results, tmp_path):
+    assert "no outliers" not in text(results.assign(fvu_inliers=results["fvu"] * 1.04))
+    shown = results.assign(fvu_inliers=results["fvu"] * 30)
+    assert "FVU, no outliers" in text(shown)
+    markdown = next(file for file in write_summary(shown, tmp_path, "embedded", ["Beware."]) if file.suffix == ".md")
+    assert "FVU, no outliers" in markdown.read_text()
+    assert "\nBeware.\n" in markdown.read_text()

@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayError
 
 from raysae.config import SweepConfig
 from raysae.sweep.watch import TRACKED, Watch, WatchedTrainer, metrics_of, track
@@ -26,9 +27,9 @@ class Actor:
 
 @pytest.fixture
 def watch() -> Watch:
-    """A watch of one trainer that trains no SAE. It is not entered, so no thread asks the trainer."""
-    settled = SimpleNamespace(config=SweepConfig(), saes=())
-    return Watch(settled, Actor(), {"bank": Actor()}, study=None)
+    """A watch of one trainer that trains two SAEs. It is not entered, so no thread asks the trainer."""
+    settled = SimpleNamespace(config=SweepConfig())
+    return Watch(settled, Actor(), {"bank": Actor()}, {"bank": ["a", "b"]}, study=None)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_a_bank_that_has_ended_has_left_the_stream(watch: Watch, last: str, monk
     status = [{"name": "a", "state": "stopped"}, {"name": "b", "state": last}]
     trainer = WatchedTrainer(Actor(status=status, news={}, silent_seconds=0.0, warnings=[]))
     watch.look("bank", trainer, 0)
-    assert watch.queue.asked == ([("leave", "bank")] if last == "done" else [])
+    assert watch.queue.asked == ([("dismiss", "bank")] if last == "done" else [])
 
 
 def test_what_comes_after_the_end_is_not_tracked(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +63,35 @@ def test_what_comes_after_the_end_is_not_tracked(watch: Watch, monkeypatch: pyte
     )
     watch.look("bank", trainer, 0)
     assert trainer.status == []
+
+
+def test_a_trainer_that_was_restarted_while_it_stopped_is_not_killed_again(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process died before it had stopped. Ray has restarted it on a machine that stays."""
+    killed = []
+    monkeypatch.setattr("raysae.sweep.watch.ray.wait", lambda calls, timeout: (calls, []))
+    monkeypatch.setattr("raysae.sweep.watch.ray.kill", lambda actor, no_restart: killed.append(actor))
+    trainer = watch.trainers["bank"]
+    for machine in ("another", "drained"):
+        assert killed == []
+        trainer.stopping, trainer.stop_on = "the call", "drained"
+        monkeypatch.setattr("raysae.sweep.watch.machine_of", lambda actor, machine=machine: machine)
+        watch._restart_elsewhere("bank", trainer)
+        assert trainer.stopping is None
+    assert killed == [trainer.actor]
+
+
+def test_saes_are_counted_before_their_trainer_has_told_of_them(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [{"name": name, "state": "waiting", "tokens": None} for name in "ab"]
+    assert watch.trainers["bank"].status == told
+
+    def died(answers, timeout):
+        raise RayError("it died too often")
+
+    monkeypatch.setattr("raysae.sweep.watch.ray.get", died)
+    watch.look("bank", watch.trainers["bank"], 0)
+    assert [row["state"] for row in watch.trainers["bank"].status] == ["failed", "failed"]
 
 
 def test_training_is_not_awaited_for_ever(watch: Watch) -> None:

@@ -11,7 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raysae.config import TextConfig, UserError
 from raysae.text import contexts as module
-from raysae.text.contexts import Contexts, _pieces, _write_splits, build_contexts, documents, is_held_out
+from raysae.text import tokens as tokens_module
+from raysae.text.contexts import Contexts, _write_splits, build_contexts, documents, is_held_out
+from raysae.text.tokens import Piece, pieces
 
 DOCUMENTS = [
     f"Story {i}: "
@@ -90,12 +92,12 @@ def test_a_real_tokenizer(text, stories_model):
 
 
 def test_long_documents_are_cut_at_line_ends(text, monkeypatch):
-    monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)
+    monkeypatch.setattr(tokens_module, "PIECE_CHARACTERS", 40)
     for document in DOCUMENTS:
-        pieces = list(_pieces(document))
-        assert "".join(pieces) == document
-        assert all(len(piece) <= 40 for piece in pieces)
-    assert list(_pieces("a" * 39 + "\n" + "b" * 90)) == ["a" * 39 + "\n", "b" * 40, "b" * 40, "b" * 10]
+        found = list(pieces(document))
+        assert "".join(found) == document
+        assert all(len(piece) <= 40 for piece in found)
+    assert list(pieces("a" * 39 + "\n" + "b" * 90)) == ["a" * 39 + "\n", "b" * 40, "b" * 40, "b" * 10]
     found = build_contexts(text, lambda: BOS, "t", 32)["train"]  # Cuts change nothing for a byte tokenizer
     assert np.array_equal(found.tokens, naive(halves(0.3)["train"], BOS, 32, BOS.bos_token_id))
 
@@ -149,7 +151,7 @@ def test_a_source_that_changes_is_tokenised_again(text, tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "evaluation"])
 def test_documents_of_contexts_equal_their_definition(text, split, monkeypatch):
-    monkeypatch.setattr(module, "PIECE_CHARACTERS", 40)  # Cuts documents into several pieces
+    monkeypatch.setattr(tokens_module, "PIECE_CHARACTERS", 40)  # Cuts documents into several pieces
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
     found = build_contexts(text, lambda: BOS, "t", 32)[split]
     documents = halves(0.3)[split]
@@ -193,7 +195,7 @@ def test_damaged_files_are_made_anew_with_a_warning(text, tmp_path, damage):
 
 
 def test_failure_leaves_nothing_behind(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_batches", lambda _: iter([[("train", "a story", True)], None]))
+    monkeypatch.setattr(module, "_batches", lambda _: iter([[Piece("train", "a story", 1)], None]))
     with pytest.raises(TypeError):
         build_contexts(text, lambda: BOS, "t", 32)["train"]
     assert list((tmp_path / "cache").iterdir()) == []
@@ -202,7 +204,7 @@ def test_failure_leaves_nothing_behind(text, tmp_path, monkeypatch):
 def test_a_writer_that_comes_second_takes_the_first_ones_files(text, tmp_path):
     first = build_contexts(text, lambda: BOS, "t", 32)["train"]
     (folder,) = (tmp_path / "cache").iterdir()
-    _write_splits(folder, text, lambda: BOS, 32, None)
+    _write_splits(folder, text, lambda: BOS, None, 32, None)
     assert list((tmp_path / "cache").iterdir()) == [folder]
     assert build_contexts(text, lambda: BOS, "t", 32)["train"].digest == first.digest
 

@@ -126,6 +126,63 @@ def test_hugging_face_datasets_from_local_files(tmp_path):
     assert len({fingerprint(config) for config in same}) == 1
 
 
+IDS = [[1, 2, 3], [7], [2, 2]]
+CHATS = [
+    [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
+    [{"role": "user", "content": "a \nb"}],
+    [{"role": "system", "content": "be brief"}],
+]
+
+
+@pytest.mark.parametrize("column", [IDS, CHATS], ids=["ids", "chats"])
+def test_columns_of_token_ids_and_chats(tmp_path, column):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"c": value, "id": i}) for i, value in enumerate(column)))
+    parquet.write_table(pyarrow.table({"c": column, "id": [0, 1, 2]}), tmp_path / "a.parquet")
+    local = [f"{tmp_path}/a.jsonl", f"{tmp_path}/a.parquet"]
+    sources = [*local, f"hf:json:{local[0]}", f"hf:parquet:{local[1]}"]
+    assert all(read(source, field="c", delimiter="hi") == column for source in sources)
+    assert len({fingerprint(TextConfig(source=source, field="c")) for source in sources}) == 1
+
+
+def test_texts_that_spell_token_ids_have_another_fingerprint(tmp_path):
+    fingerprints = set()
+    for name, value in (("a", [1, 2]), ("b", "[1,2]"), ("c", "\ufffd[1,2]")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": value}))
+        fingerprints.add(fingerprint(TextConfig(source=str(tmp_path / f"{name}.jsonl"))))
+    assert len(fingerprints) == 3
+
+
+def test_chats_keep_no_empty_keys_and_no_lone_surrogates(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": [{"role": "user", "content": "a \\ud800", "name": null}]}\n{"text": []}'
+    )
+    assert read(tmp_path / "a.jsonl") == [[{"role": "user", "content": "a ?"}]]
+
+
+def test_a_delimiter_splits_the_rows_of_a_column(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one--two"}) + "\n" + json.dumps({"text": "three"}))
+    parquet.write_table(pyarrow.table({"text": ["one--two", "three"]}), tmp_path / "a.parquet")
+    for source in (f"{tmp_path}/a.jsonl", f"{tmp_path}/a.parquet", f"hf:json:{tmp_path}/a.jsonl"):
+        assert read(source, delimiter="--") == ["one", "two", "three"]
+        assert read(source) == ["one--two", "three"]
+
+
+def test_columns_beside_the_text_may_be_null_first_and_text_later(tmp_path):
+    with (tmp_path / "a.jsonl").open("w") as file:  # More than the 10 MiB from which types are guessed
+        for i in range(12):
+            file.write(json.dumps({"text": f"{i} " + "x" * (1 << 20), "note": "later" if i == 11 else None}) + "\n")
+    assert [text[:2] for text in read(f"hf:json:{tmp_path}/a.jsonl")] == [f"{i} "[:2] for i in range(12)]
+    for name, notes in (("1", pyarrow.nulls(2)), ("2", pyarrow.array(["x", "y"]))):
+        parquet.write_table(
+            pyarrow.table({"text": [f"{name}a", f"{name}b"], "note": notes}), tmp_path / f"{name}.parquet"
+        )
+    assert read(f"hf:parquet:{tmp_path}/*.parquet") == ["1a", "1b", "2a", "2b"]
+    with (tmp_path / "b.jsonl").open("w") as file:
+        for i in range(12):
+            file.write(json.dumps({"text": "later" if i == 11 else None, "note": "x" * (1 << 20)}) + "\n")
+    assert read(f"hf:json:{tmp_path}/b.jsonl") == ["later"]
+
+
 def test_fingerprint_is_of_the_content_alone(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -155,7 +212,11 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
             {"field": "body"},
             "text.field is 'body', which .*rows.jsonl.gz line 1 does not have: it has id, text",
         ),
-        ("{}/rows.jsonl.gz", {"field": "id"}, "holds int, not text"),
+        ("{}/rows.jsonl.gz", {"field": "id"}, "holds int, not text, a list of token ids, or a list of messages"),
+        ("{}/lists/a.jsonl", {"field": "floats"}, "holds list of float, not text"),
+        ("{}/lists/a.jsonl", {"field": "bools"}, "holds list of bool, not text"),
+        ("{}/lists/a.jsonl", {"field": "turns"}, "holds list of dict with from, value, not text"),
+        ("hf:{}/scripted", {}, "which cannot be loaded .*scripts are no longer supported, but found scripted.py"),
         ("hf:", {}, "name a dataset"),
         ("hf:{}/nowhere", {}, "cannot be loaded"),
         ("hf:nobody/nothing", {}, "text.source is 'hf:nobody/nothing', which cannot be loaded"),
@@ -175,6 +236,11 @@ def test_bad_sources_get_one_sentence(tmp_path, source, options, message):
     for kind in (".txt.gz", ".txt.xz", ".txt.zst", ".parquet"):
         (tmp_path / f"broken{kind}").write_bytes(b"neither this nor that")
     (tmp_path / "broken.json").write_bytes(b'{"text": "x"}\nneither')
+    lists = {"floats": [1, 0.5], "bools": [True], "turns": [{"from": "human", "value": "x"}]}
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "a.jsonl").write_text(json.dumps(lists))
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("import datasets")
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1, "text": "x"}\n'))
     with pytest.raises(UserError, match=message) as error:
         read(source.format(tmp_path), **options)

@@ -21,8 +21,8 @@ def swept(tracking: TrackingConfig, folder: Path, name: str, made_for: str | Non
     file = folder / "cfg.json"
     file.write_text("{}")
     study = Study(folder / f"{name}.db", tracking, name, {"model": {"name": name}}, made_for=made_for)
-    study.child("an SAE", {"width": 8})
-    study.artifact("an SAE", file, "sae")
+    study.child("an_SAE", {"width": 8})
+    study.artifact("an_SAE", file, "sae")
     study.end(None, "FINISHED")
     assert study.flush(60) == 0
     study.close()
@@ -51,9 +51,9 @@ def test_an_analysis_has_runs_of_its_own_kind(tracking: TrackingConfig, tmp_path
             tmp_path / "analysis.db", tracking, "mine pursuit 0123", {"analysis": "pursuit"}, analysis=True
         )
         analysis.metrics(None, {"median/encoder_error": 0.1}, step=0)
-        analysis.child("an SAE", {"width": 8})
-        analysis.metrics("an SAE", {"nonlinear_fvu": 0.2}, step=100)
-        analysis.end("an SAE", "FINISHED")
+        analysis.child("an_SAE", {"width": 8})
+        analysis.metrics("an_SAE", {"nonlinear_fvu": 0.2}, step=100)
+        analysis.end("an_SAE", "FINISHED")
         analysis.end(None, "FINISHED")
         assert analysis.flush(60) == 0
         analysis.close()

@@ -372,7 +372,7 @@ def test_a_server_that_does_not_answer_does_not_become_the_outbox_s_own(tracking
     study.child("a", {"k": 8})
     study.end(None, "FINISHED")
     closed(study)
-    with pytest.raises(UserError, match=r"^MLflow at http://127\.0\.0\.1:9 takes nothing now"):
+    with pytest.raises(UserError, match=r"^tracking\.uri is http://127\.0\.0\.1:9, where MLflow takes nothing now"):
         send(box, uri="http://127.0.0.1:9")
     assert Outbox(box).meta("uri") == tracking.uri
     assert send(box.parent) == 0, "a folder stands for the outbox in it"

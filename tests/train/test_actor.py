@@ -37,16 +37,19 @@ class ArrayQueue:
         ]
         self.paused = paused
 
-    async def join(self, consumer, hook_point, row, until_shard=None):
+    async def new_process(self):
+        return 1
+
+    async def join(self, life, hook_point, row, until_shard=None):
         pass
 
-    async def leave(self, consumer):
+    async def leave(self, life):
         pass
 
-    async def acknowledge(self, consumer, done):
+    async def acknowledge(self, life, done):
         pass
 
-    async def fetch(self, consumer, shard, block, done):
+    async def fetch(self, life, shard, block, done):
         import asyncio
 
         while self.paused and shard == 1:

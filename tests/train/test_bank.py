@@ -5,6 +5,7 @@ import torch
 
 from raysae.train.bank import Bank, Member
 from raysae.train.checkpoint import Checkpoint, CheckpointStore
+from raysae.train.evaluation import reconstruction_metrics
 from tests.train.synthetic import ARCHITECTURES, TRAIN, D, config, rows
 
 BATCH = TRAIN.batch
@@ -125,7 +126,7 @@ def test_gradients_are_clipped_to_the_global_norm_of_their_own_sae():
     for member in bank.members.values():
         step = member.adam.step
         member.adam.step = lambda rate, member=member, step=step: (
-            seen.append(float(member._gradient_norm())),
+            seen.append(float(member._gradient_norms()[0])),
             step(rate),
         )
     train(bank, 0, 3)
@@ -203,3 +204,62 @@ def test_a_bad_loss_or_gradient_stops_that_sae_alone(what):
     assert member.steps_done == 5
     assert all(bool(torch.isfinite(tensor).all()) for tensor in member.state()[0].values())
     assert_same_state(bank.members[good.name], alone.members[good.name])
+
+
+def spoilt(data: torch.Tensor, share: float = 0.003) -> torch.Tensor:
+    """`data` (b, d) in which some rows have a hundred times their norm."""
+    planted = torch.rand(len(data), generator=torch.Generator().manual_seed(2)) < share
+    return torch.where(planted[:, None], 100 * data, data)
+
+
+def far_off(data: torch.Tensor) -> torch.Tensor:
+    """`data` (b, d) in which 0.3 % of the rows have a hundred times their norm, all of them in one direction."""
+    direction = torch.nn.functional.normalize(torch.randn(D, generator=torch.Generator().manual_seed(5)), dim=0)
+    moved = spoilt(data).norm(dim=1, keepdim=True)
+    return torch.where(moved > 50 * data.norm(dim=1, keepdim=True), moved * direction, data)
+
+
+@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"tied"}))
+@pytest.mark.parametrize("decoder_bias", ["mean", "median"])
+def test_a_few_rows_of_a_hundred_times_the_norm_do_not_move_the_start(architecture, decoder_bias):
+    train = TRAIN.model_copy(update={"decoder_bias": decoder_bias})
+    started = []
+    for first in (rows(16_384), spoilt(rows(16_384))):
+        bank = Bank(D, train)
+        member = bank.add("a", config(architecture))
+        bank.initialise([member], first)
+        started.append(member)
+    clean, outliers = started
+    assert outliers.scale == pytest.approx(clean.scale, rel=2e-3)
+    assert torch.allclose(outliers.sae.b_dec, clean.sae.b_dec, atol=5e-3)
+    assert clean.scale == pytest.approx(float(rows(16_384).double().square().mean().sqrt())), (
+        "of all rows, if all count"
+    )
+
+
+def test_relu_learns_the_other_rows_beside_outliers():
+    """With the scale of all rows, 5.5 times as large, the FVU on the other rows is 0.99."""
+    train = TRAIN.model_copy(update={"tokens": 256 * 300, "batch": 256})
+    data, held_out = rows(train.tokens), rows(5000, seed=9)
+    found = []
+    for stream, test in ((data, held_out), (far_off(data), far_off(held_out))):
+        bank = Bank(D, train)
+        member = bank.add("a", config("relu", width=96, sparsity=1.0))
+        bank.initialise([member], stream[:16_384])
+        for row in range(0, train.tokens, 256):
+            bank.step(stream[row : row + 256], row)
+        found.append(reconstruction_metrics(member.sae.folded(), [test]))
+    clean, outliers = found
+    assert outliers.fvu < 0.01, "what is reported of all rows"
+    assert clean.fvu == clean.fvu_inliers < 0.5
+    assert outliers.fvu_inliers == pytest.approx(clean.fvu, rel=0.25)
+
+
+@pytest.mark.parametrize(("row", "words"), [(torch.zeros(D), "all zero"), (torch.arange(D) / 7 + 1, "all the same")])
+def test_activations_that_are_alike_fail_with_their_cause(row, words):
+    bank = Bank(D, TRAIN)
+    members = [bank.add(str(seed), config(seed=seed)) for seed in (0, 1)]
+    bank.initialise(members, row.repeat(512, 1) * (1 + 1e-7 * torch.randn(512, 1, generator=torch.Generator())))
+    for member in members:
+        assert f"the first 512 activations at resid_post.0 are {words}, so there is nothing to learn" in member.failed
+    assert not bank.at(0)

@@ -7,11 +7,14 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from raysae.config import SAEConfig, TrainConfig, UserError
+from raysae.storage import PARTIAL
 from raysae.stream.spec import ActivationSpec
 from raysae.train import checkpoint as module
 from raysae.train.checkpoint import Checkpoint, CheckpointStore, fingerprint
+from raysae.train.outcome import Outcome, Outcomes
 
 SPEC = ActivationSpec(
     model="m",
@@ -131,6 +134,17 @@ def test_what_a_killed_process_has_half_written_goes_with_the_next_one(tmp_path,
     assert wish.exists(), "another thread may be writing it"
     store.clear()
     assert not tmp_path.exists()
+
+
+def test_a_half_written_file_that_its_writer_finishes_meanwhile_stops_nobody(tmp_path, monkeypatch):
+    """The writer is a process that was given up for dead and still runs."""
+    monkeypatch.setattr(LocalFileSystem, "glob", lambda self, path: [str(tmp_path / f".gone{PARTIAL}")])
+    store = CheckpointStore(str(tmp_path))
+    store.save(example(0))
+    assert store.load(FACTS).header["reports"][0]["fvu"] == 0
+    outcomes = Outcomes(str(tmp_path))
+    outcomes.save("a", Outcome("failed", 0, [0.0]))
+    assert outcomes.load("a").state == "failed"
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'{"tokens": 640, "sha256": "0"}'])

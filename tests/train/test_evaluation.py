@@ -7,7 +7,7 @@ import torch
 from raysae.sae.architectures import build
 from raysae.sae.base import SAE
 from raysae.train import evaluation
-from raysae.train.evaluation import DENSITY_EDGES, Variance, density_histogram, reconstruction_metrics
+from raysae.train.evaluation import DENSITY_EDGES, HeldOut, Variance, density_histogram, reconstruction_metrics
 from tests.train.synthetic import ARCHITECTURES, TRAIN, D, config, rows
 
 
@@ -58,11 +58,11 @@ def test_saes_share_the_variance_of_the_same_rows(monkeypatch):
     saes, x = [trained_looking("topk"), trained_looking("topk", width=256)], rows(777, seed=5)
     alone = [reconstruction_metrics(sae, x.split(200)).scalars() for sae in saes]
     for order in ((0, 1), (1, 0)):
-        variance = Variance(D)
-        assert [reconstruction_metrics(saes[i], x.split(200), variance).scalars() for i in order] == [
+        held_out = HeldOut(lambda: x.split(200), D)
+        assert [reconstruction_metrics(saes[i], x.split(200), held_out).scalars() for i in order] == [
             alone[i] for i in order
         ]
-        assert variance.rows == 777
+        assert held_out.variance.rows == 777
 
 
 def test_batchtopk_is_evaluated_with_its_threshold():
@@ -102,3 +102,46 @@ def test_rows_of_zeros_and_bfloat16_are_taken():
 def test_no_rows_is_an_error():
     with pytest.raises(ValueError, match="no rows"):
         reconstruction_metrics(trained_looking("topk"), [])
+
+
+def with_outliers(x: torch.Tensor, share: float = 0.003, times: float = 100) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` with some rows of `times` their norm, and which these are."""
+    planted = torch.rand(len(x), generator=torch.Generator().manual_seed(2)) < share
+    return torch.where(planted[:, None], times * x, x), planted
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_fvu_of_inliers_is_that_of_the_other_rows_alone(architecture):
+    sae = trained_looking(architecture)
+    x, planted = with_outliers(rows(5000, seed=5))
+    metrics = reconstruction_metrics(sae, x.split(900))
+    alone = reconstruction_metrics(sae, [x[~planted]])
+    assert metrics.fvu_inliers == pytest.approx(alone.fvu, rel=1e-9)
+    assert metrics.outlier_fraction == pytest.approx(float(planted.double().mean()))
+    assert abs(metrics.fvu / alone.fvu - 1) > 0.1, "the outliers say something else"
+
+
+def test_without_outliers_both_fvu_are_the_same_bits():
+    metrics = reconstruction_metrics(trained_looking("topk"), rows(700, seed=5).split(90))
+    assert metrics.fvu_inliers == metrics.fvu
+    assert metrics.outlier_fraction == 0
+
+
+def test_the_share_of_the_largest_rows_is_that_of_brute_force():
+    x, _ = with_outliers(rows(5000, seed=5))
+    far = np.sort(np.square(x.double().numpy() - x.double().numpy().mean(0)).sum(1))
+    held_out = HeldOut(lambda: x.split(777), D)
+    assert held_out.largest_rows_share == pytest.approx(far[-5:].sum() / far.sum(), rel=1e-9)
+    assert held_out.largest_rows_share > 0.2
+    assert HeldOut(lambda: [rows(5000, seed=5)], D).largest_rows_share < 0.01
+
+
+def test_rows_of_zeros_are_no_reason_to_call_the_others_outliers():
+    x = rows(300, seed=5) * (torch.arange(300) % 3 == 0)[:, None]
+    assert HeldOut(lambda: [x], D).inliers.rows == 300
+
+
+def test_the_knob_sets_what_an_outlier_is():
+    x, planted = with_outliers(rows(2000, seed=5), times=5)
+    assert HeldOut(lambda: [x], D).inliers.rows == 2000
+    assert HeldOut(lambda: [x], D, outlier_norm=3.5).inliers.rows == 2000 - int(planted.sum())

@@ -11,6 +11,7 @@ import torch
 
 from raysae.config import UserError
 from raysae.sae.files import load_sae
+from raysae.stream.state import StreamError, SupersededError
 from raysae.train.checkpoint import CheckpointStore
 from raysae.train.evaluation import reconstruction_metrics
 from raysae.train.loop import Loop
@@ -59,8 +60,8 @@ class KilledError(Exception):
     pass
 
 
-def killed_at(row: int) -> ArraySource:
-    """A source whose reader fails at `row`, as if the process died there."""
+def killed_at(row: int, error: Exception | type[Exception] = KilledError) -> ArraySource:
+    """A source whose reader fails with `error` at `row`, by default as if the process died there."""
     source = ArraySource()
     open_ = source.open
 
@@ -70,7 +71,7 @@ def killed_at(row: int) -> ArraySource:
 
         def next_or_die():
             if reader.row == row:
-                raise KilledError
+                raise error
             return next_()
 
         reader.next = next_or_die
@@ -131,6 +132,15 @@ def test_ended_saes_are_recognised_and_shown(tmp_path):
     assert again.reports(A.name) == (reports, True)
     assert again.status()[0]["state"] == "done"
     assert again.status()[0]["tokens"] == TRAIN.tokens
+
+
+@pytest.mark.parametrize(("error", "written"), [(StreamError("broken"), 1), (SupersededError("started again"), 0)])
+def test_a_process_in_whose_place_another_trains_writes_no_checkpoint(tmp_path, error, written):
+    loop = loop_on(tmp_path, killed_at(640, error))
+    loop.add(A)
+    with pytest.raises(StreamError, match=str(error)):
+        loop.run()
+    assert len(list((tmp_path / "checkpoints").rglob("*.safetensors"))) == written
 
 
 @pytest.mark.parametrize("row", [0, 64, 640, 1216])
@@ -433,3 +443,12 @@ def test_the_loop_is_silent_while_it_works_and_not_while_it_waits(tmp_path, monk
     loop.run()
     assert set(heard["step"]) == {7.0}
     assert set(heard["rows"]) == set(heard["held-out rows"]) == {0.0}
+
+
+def test_activations_that_are_all_zero_end_their_saes_with_the_cause(tmp_path):
+    source = ArraySource()
+    source.data = torch.zeros_like(source.data)
+    loop = trained(tmp_path, A, B, source=source)
+    for row in loop.status():
+        assert row["state"] == "failed"
+        assert "activations at resid_post.0 are all zero" in row["message"]

@@ -92,11 +92,12 @@ def _controlled(tables: Tables, column: str, judged: Callable[[Estimate], Verdic
 def _general(differences: pd.DataFrame, column: str) -> tuple[Verdict, str]:
     """Whether a difference is above 0 in general: for most SAEs its whole interval is.
 
-    The claim fails where for most SAEs the whole interval is below 0.
+    The claim fails where for most SAEs the whole interval is below 0. The difference's median is given too.
     """
     above, below = (differences[col.low(column)] > 0).mean(), (differences[col.high(column)] < 0).mean()
     verdict = HOLDS if above >= MOST else FAILS if below >= MOST else UNTOLD
-    return verdict, f"clearly so for {above:.0%} of {len(differences)} SAEs, clearly the other way for {below:.0%}"
+    seen = f"clearly so for {above:.0%} of {len(differences)} SAEs, clearly the other way for {below:.0%}"
+    return verdict, f"{seen}; median difference {median_of(differences, column):+.2f}"
 
 
 # ---------------------------------------------------------------- the rules

@@ -80,10 +80,11 @@ def _downstream(
 ) -> pd.DataFrame:
     """The table of `measures.downstream_loss` for SAEs of one hook point, over about `predicted` tokens of split C."""
     lm = language_model(model)
-    skip = recorded.first_position
-    wanted = -(-predicted // (contexts.tokens.shape[1] - 1 - skip))
-    tokens = torch.from_numpy(contexts[recorded.contexts("C")[:wanted]]).to(lm.device)
-    patched = Patched(tokens, torch.from_numpy(recorded.groups("C")[:wanted]), skip)
+    indices = recorded.contexts("C")
+    kept = contexts.before_no_padding(indices, np.pad(recorded.kept("C"), ((0, 0), (recorded.first_position, 0))))
+    wanted = int(np.searchsorted(kept[:, :-1].sum(1).cumsum(), predicted)) + 1
+    tokens, kept = (torch.from_numpy(array).to(lm.device) for array in (contexts[indices[:wanted]], kept[:wanted]))
+    patched = Patched(tokens, torch.from_numpy(recorded.groups("C")[:wanted]), kept)
     loaded = {sae.name: sae.load() for sae in saes}
     return downstream_loss(lm, patched, saes[0].hook_point, loaded, probes, replicates, seed)
 

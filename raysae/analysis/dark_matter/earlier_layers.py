@@ -34,6 +34,7 @@ from raysae.analysis.lab.results import Findings
 from raysae.analysis.lab.subjects import Subject
 from raysae.analysis.lab.tasks import Task, language_model
 from raysae.config import ModelConfig
+from raysae.lm.layout import KINDS
 from raysae.text.contexts import Contexts
 
 TARGET_TITLES = {"e": "error e", "ê": "linear error ê", "ε": "nonlinear error ε"}
@@ -82,9 +83,9 @@ def earlier_places(lab: Lab, hook_point: str) -> list[str]:
 
     Only at an MLP the model has to be asked: whether the block's attention comes first.
     """
-    kinds = lab.plan.facts.kinds
-    places = earlier_hook_points(hook_point, kinds, attention_first=True)
-    of_attention = [place for place in places if place not in earlier_hook_points(hook_point, kinds, False)]
+    places = _present(lab, earlier_hook_points(hook_point, KINDS, attention_first=True))
+    without = earlier_hook_points(hook_point, KINDS, attention_first=False)
+    of_attention = [place for place in places if place not in without]
     if not of_attention:
         return places
     key = [lab.plan.facts.digest, hook_point, of_attention[0]]
@@ -92,6 +93,13 @@ def earlier_places(lab: Lab, hook_point: str) -> list[str]:
     arguments = (lab.plan.config.model, hook_point, of_attention[0])
     task = Task("attention_first", key, _depends, arguments, gpus=gpus, contexts=True)
     return places if lab.run([task])[0] else [place for place in places if place not in of_attention]
+
+
+def _present(lab: Lab, places: list[str]) -> list[str]:
+    """Those of the hook points that their layer has. Blocks of a model may differ."""
+    having = {kind: lab.plan.facts.layers_with(kind) for kind in lab.plan.facts.kinds}
+    split = {place: place.split(".") for place in places}
+    return [place for place, (kind, layer) in split.items() if int(layer) in having.get(kind, ())]
 
 
 def _depends(contexts: Contexts, model: ModelConfig, target: str, source: str) -> bool:
@@ -198,4 +206,4 @@ def _bar(ax: Axes, y: float, row: pd.Series, column: str, color: str) -> None:
     if not known and np.isfinite(row[column]):
         low, high = row[col.low(column)], row[col.high(column)]
         ax.plot([low, high], [y, y], color="black", linewidth=0.8)
-        ax.text(max(high, 0) + 0.015, y, f"{row[column]:.2f}", va="center", fontsize=5.5)
+        ax.text(np.nanmax([high, row[column], 0]) + 0.015, y, f"{row[column]:.2f}", va="center", fontsize=5.5)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from raysae.analysis.dark_matter.measures.error_regression import BASELINES, FEWEST_ACTIVE, NORMS, ErrorRegression
 from raysae.analysis.dark_matter.probes import (
@@ -52,7 +53,7 @@ COMPARED = (  # Numbers of SAEs trained on half the tokens, to compare with thos
     col.FVU, col.L0, col.NONLINEAR_FVU, col.R2_ERROR, col.R2_ERROR_WEIGHTED, col.R2_ERROR_NORM,
     col.R2_ERROR + col.RESCALED, col.R2_ERROR_NORM + col.RESCALED,
 )  # fmt: skip
-RUNNING = 20  # A running mean is over one in so many latents.
+RUNNING = 20  # A running mean is over one in so many latents, and over five at least.
 OFF_LINE = 0.1  # SAEs span a plane when one lies this far off a common line, in doublings of width or L0.
 
 
@@ -279,13 +280,14 @@ def loadings(results: Mapping[str, ErrorRegression], title: str = "") -> Figure:
         order = np.argsort(value)
         place, value, loading = np.arange(len(order)), value[order], loading[order]
         ax.scatter(place, loading, s=4, color=BLUE, alpha=0.3, linewidth=0, label="a*·decoder row")
-        window = max(1, len(order) // RUNNING)
+        window = max(5, len(order) // RUNNING)
         smooth = pd.Series(loading).rolling(window, center=True, min_periods=1).mean()
         ax.plot(place, smooth, color=VERMILION, linewidth=1.2, label="its running mean")
         ax.plot(place, value, color="black", linewidth=1, linestyle="--", label="mean value when active")
         ax.set_ylim(*_without_outliers(loading, value))
         ax.set_title(f"{name}\ncorrelation {result.loading_correlation:.2f}", fontsize=6)
         ax.set_xlabel("latent, by mean value")
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.grid(axis="y")
     axes[0].set_ylabel("activation units")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, markerscale=2)

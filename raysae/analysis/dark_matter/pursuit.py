@@ -89,7 +89,7 @@ def pursuit_bars(table: pd.DataFrame, along: str = "width", title: str = "") -> 
             pursued = column + col.PURSUIT
             for shift, (suffix, (label, color)) in zip((-0.2, 0.2), BEFORE_AFTER.items(), strict=True):
                 bars(ax, place + shift, table, f"{column}{suffix}", 0.38, color, 1, label)
-            tops = np.maximum(table[col.high(column)], table[col.high(pursued)])
+            tops = table[[column, pursued, col.high(column), col.high(pursued)]].max(axis=1)  # Ends may be missing
             changes = 100 * (table[pursued] / table[column] - 1)
             for x, top, change in zip(place, tops, changes, strict=True):
                 ax.text(x, top, f"{change:+.0f} %", ha="center", va="bottom", fontsize=6.5)

@@ -96,16 +96,17 @@ def heat_map(
     limits: tuple[float, float],
 ) -> None:
     image = ax.imshow(grid, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="equal")
+    digits = 2 if limits[1] > 0.2 else 3
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
             dark = (value - limits[0]) / max(1e-12, limits[1] - limits[0]) < 0.55
             ax.text(
                 column,
                 row,
-                decimals(value, 2 if limits[1] > 0.2 else 3),
+                decimals(value, digits),
                 ha="center",
                 va="center",
-                fontsize=6,
+                fontsize=6 if digits * len(columns) < 15 else 4.5,
                 color="white" if dark else "black",
             )
     ax.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 5 else 0)

@@ -24,15 +24,17 @@ from typing import Any
 from raysae.analysis.lab.recording import Recorded, Recording
 from raysae.analysis.lab.subjects import Subject, content_of, find, subjects_of
 from raysae.analysis.lab.tasks import Task, ensure_ray, work
+from raysae.borders import border
 from raysae.config import AnalysisConfig, ErrorsConfig, SAEConfig, SweepConfig, TrainConfig, UserError, digest
 from raysae.knobs import earlier, from_flat
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
 from raysae.processes import INTERRUPTED
-from raysae.sae.importers import load_any, require_width
-from raysae.storage import file_system
-from raysae.study.place import saved_config, with_absolute_paths
+from raysae.sae.origins import doubt_of, require_fit
+from raysae.storage import file_system, is_there
+from raysae.study.place import config_of, saved_config, with_absolute_paths
 from raysae.study.plan import Plan, plan
-from raysae.tracking.find import TrackedSAE, study_params
+from raysae.tracking.find import STUDY_CONFIG, TrackedSAE, study_params, study_settings
+from raysae.tracking.runs import is_cut
 
 # Default rows of each split. With 256 rows per dimension, the fit costs R² on other rows about 1/256.
 ROWS_PER_DIMENSION = 256
@@ -53,7 +55,7 @@ def _settings(
             f"--sae names SAEs of {len(studies)} sweeps. Name those of one, since they share model and text."
         )
     if tracked:
-        name, sweep = tracked[0].study, from_flat(SweepConfig, study_params(tracked[0]))
+        name, sweep = tracked[0].study, _trained_with(tracked[0], given)
     else:
         name = f"saes-{digest(sorted(where for where, _ in found))[:8]}"
         sweep = SweepConfig(model=config.model, text=config.text, stream=config.stream)
@@ -65,6 +67,37 @@ def _settings(
     sections = {section: getattr(sweep, section).model_copy(update=fields) for section, fields in changed.items()}
     sections |= {"resources": config.resources, "tracking": config.tracking, "output": config.output}
     return name, sweep.model_copy(update=sections), bool(tracked)
+
+
+def _trained_with(sae: TrackedSAE, given: Mapping[str, Any]) -> SweepConfig:
+    """The config of the sweep that trained `sae`.
+
+    It is the study's config.yaml: that in the study's folder, else the copy in MLflow. Older studies may lack both.
+    Then it is MLflow's parameters, if none is cut.
+
+    Raises:
+        UserError: the settings are damaged or cut, or the sweep ran code from the model's repository and the user has
+            not said that it may run here.
+    """
+    params = study_params(sae)
+    output = params.get("output", "")
+    if not is_cut(output) and is_there(f"{output}/{sae.study}/{STUDY_CONFIG}"):
+        sweep = saved_config(output, sae.study)
+    elif settings := study_settings(sae):
+        sweep = config_of(settings, f"{STUDY_CONFIG} of {sae.study} in MLflow")
+    else:
+        if lost := [knob for knob, value in params.items() if is_cut(value) and knob not in given]:
+            raise UserError(
+                f"sweep is {sae.study}, whose {STUDY_CONFIG} is not in {output}/{sae.study} any more, and MLflow has "
+                f"only the beginning of {lost[0]}: put the folder back, or give --{lost[0]}"
+            )
+        sweep = from_flat(SweepConfig, params)
+    if sweep.model.trust_remote_code and "model.trust_remote_code" not in given:
+        raise UserError(
+            f"sweep is {sae.study}, which ran code from the repository of {sweep.model.name}: "
+            "give --model.trust_remote_code true if you trust it here too"
+        )
+    return sweep
 
 
 def _check_origin(found: Sequence[tuple[str, TrackedSAE | None]], settled: Plan, stream: str | None) -> str | None:
@@ -81,9 +114,10 @@ def _check_origin(found: Sequence[tuple[str, TrackedSAE | None]], settled: Plan,
     streams = set()
     for where, _ in found:
         files, path = file_system(where)
-        if not files.exists(f"{path}/cfg.json"):
-            continue
-        origin = json.loads(files.cat_file(f"{path}/cfg.json")).get("metadata") or {}
+        with border("sae", where, "whose cfg.json cannot be read", "name another SAE, or train it again"):
+            if not files.exists(f"{path}/cfg.json"):
+                continue
+            origin = json.loads(files.cat_file(f"{path}/cfg.json")).get("metadata") or {}
         if origin.get("model_digest", settled.facts.digest) != settled.facts.digest:
             raise UserError(
                 f"model.name is {settled.config.model.name}, whose weights are not those that {where} was trained on. "
@@ -119,17 +153,22 @@ class Lab:
         self.study, sweep, swept = _settings(config, given, found)
         self.config, self.sweep = config, with_absolute_paths(sweep)
         self.saes = {sae.name: sae for sae in subjects_of(config, found)}
+        self._check_fit()
         self.plan, self.stream = self._plan(swept)
-        facts = self.plan.facts
-        for sae in self.saes.values():
-            d = hook_width(sae.hook_point, facts)
-            if not sae.run_id:
-                require_width(load_any(sae.where, sae.hook_point), d)
         self.folder = Path(self.sweep.output) / self.study / "analysis"
         self.replicates, self.seed = config.replicates, config.seed
         self.warning = _check_origin(found, self.plan, self.stream if swept else None)
         if self.warning:
             print(f"Warning: {self.warning}", file=sys.stderr)
+
+    def _check_fit(self) -> None:
+        """Raises UserError where an SAE does not fit the language model. Warns where that is not certain."""
+        model = self.sweep.model.name
+        facts = model_facts(self.sweep.model)
+        for sae in self.saes.values():
+            require_fit(sae.name, sae.hook_point, sae.d_in, sae.origin, facts, model)
+            if doubt := doubt_of(sae.name, sae.origin, model):
+                print(f"Warning: {doubt}.", file=sys.stderr)
 
     def _plan(self, swept: bool) -> tuple[Plan, str]:
         """The settled plan, and the hash of the stream that the settings train SAEs on.

@@ -21,7 +21,6 @@ import torch
 from raysae.analysis.instruments.activations import CHUNK_ROWS, SPLITS, Chunk, Split, split_contexts
 from raysae.analysis.lab.tasks import Task, language_model
 from raysae.config import SweepConfig, UserError, digest
-from raysae.stream.blocks import as_tensor
 from raysae.stream.producer import nonfinite
 from raysae.stream.shard import ShardMaker
 from raysae.stream.spec import ActivationSpec
@@ -38,7 +37,8 @@ class StreamActivations:
 
     The folder has `HOOK.npy` (c, t, d) float32 per hook point, `token.npy` and `token_loss.npy` (c, t), `context.npy`,
     `group.npy` and `split.npy` (c,). c counts the contexts that belong to a split, t the positions from
-    `first_position` on.
+    `first_position` on. Where rows are left out, `kept.npy` (c, t) says which are not. Nothing takes their places: a
+    chunk does without.
     """
 
     def __init__(self, folder: Path, hook_points: Sequence[str], first_position: int, token_loss: bool) -> None:
@@ -49,6 +49,7 @@ class StreamActivations:
         self._context, self._group, self._split = (
             np.load(folder / f"{name}.npy") for name in ("context", "group", "split")
         )
+        self._kept = _kept(folder, self._token.shape)
         self.widths = {hook: x.shape[2] for hook, x in self._x.items()}
 
     def select(self, hook_points: Sequence[str]) -> StreamActivations:
@@ -57,7 +58,7 @@ class StreamActivations:
 
     def rows(self, split: str) -> int:
         """The number of rows of a split."""
-        return int((self._split == SPLITS.index(split)).sum()) * self._token.shape[1]
+        return int(self._kept[self._split == SPLITS.index(split)].sum())
 
     def chunks(self, split: str) -> Iterator[Chunk]:
         """The rows of a split, chunk by chunk, always in the same order."""
@@ -66,13 +67,22 @@ class StreamActivations:
         wanted = np.flatnonzero(self._split == SPLITS.index(split))
         for begin in range(0, len(wanted), at_once):
             contexts = wanted[begin : begin + at_once]
+            kept = torch.from_numpy(self._kept[contexts])
+            if not kept.any():
+                continue
+            of_row, place = torch.nonzero(kept, as_tuple=True)
+
+            def rows(file: np.ndarray, contexts: np.ndarray = contexts, kept: torch.Tensor = kept) -> torch.Tensor:
+                whole = torch.from_numpy(file[contexts]).flatten(0, 1)
+                return whole if kept.all() else whole[kept.flatten()]
+
             yield Chunk(
-                x={hook: torch.from_numpy(x[contexts]).flatten(0, 1) for hook, x in self._x.items()},
-                token=torch.from_numpy(self._token[contexts]).flatten().long(),
-                position=torch.arange(self.first_position, self.first_position + positions).repeat(len(contexts)),
-                context=torch.from_numpy(self._context[contexts]).repeat_interleave(positions),
-                group=torch.from_numpy(self._group[contexts]).repeat_interleave(positions),
-                token_loss=None if self._loss is None else torch.from_numpy(self._loss[contexts]).flatten(),
+                x={hook: rows(x) for hook, x in self._x.items()},
+                token=rows(self._token).long(),
+                position=self.first_position + place,
+                context=torch.from_numpy(self._context[contexts])[of_row],
+                group=torch.from_numpy(self._group[contexts])[of_row],
+                token_loss=None if self._loss is None else rows(self._loss),
             )
 
 
@@ -96,12 +106,25 @@ class Recorded:
         """The group of documents of each of these contexts, in the same order."""
         return self._of_split("group", split)
 
+    def kept(self, split: str) -> np.ndarray:
+        """Which positions from `first_position` on are not left out, (contexts of the split, positions) bool."""
+        return _kept(self.folder, _mapped(self.folder / "token.npy").shape)[self._of(split)]
+
     def _of_split(self, name: str, split: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy")[np.load(self.folder / "split.npy") == SPLITS.index(split)]
+        return np.load(self.folder / f"{name}.npy")[self._of(split)]
+
+    def _of(self, split: str) -> np.ndarray:
+        return np.load(self.folder / "split.npy") == SPLITS.index(split)
 
 
 def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
+
+
+def _kept(folder: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Which rows (c, t) are not left out."""
+    file = folder / "kept.npy"
+    return np.load(file) if file.exists() else np.ones(shape, bool)
 
 
 # ---------------------------------------------------------------- recording
@@ -189,6 +212,7 @@ def collect(
     key = [RECORDING_DEFINITION, spec.hash, shards, content]
     place = Path(folder).expanduser() / digest(key)
     wanted = [*hook_points, "token_loss", "token", "context", "group", "split"]
+    wanted += ["kept"] if spec.leave_out_tokens or spec.leave_out_norm or contexts.lengths is not None else []
     missing = [name for name in wanted if not (place / f"{name}.npy").exists()]
     if missing:
         try:
@@ -226,11 +250,11 @@ def _record(place: Path, maker: ShardMaker, parts: Split, shards: int, names: li
             at = slice(done, done + int(inside.sum()))
             done = at.stop
             if maker.hook_points:
-                for hook, rows in _unpermuted(maker, shard).items():
+                for hook, rows in _rows(maker, shard).items():
                     write(hook, at, rows.reshape(len(indices), positions, -1)[inside])
             notes = maker.annotations(shard, token_loss="token_loss" in names)
             notes["token"] = notes["token"].astype(np.int32)
-            for name in ("token", "token_loss"):
+            for name in ("token", "token_loss", "kept"):
                 if name in names:
                     write(name, at, notes[name].reshape(len(indices), positions)[inside])
             of_contexts = {"context": indices.astype(np.int64), "group": parts.group[indices], "split": split[indices]}
@@ -246,13 +270,9 @@ def _record(place: Path, maker: ShardMaker, parts: Split, shards: int, names: li
             (place / f"{name}{suffix}").unlink(missing_ok=True)
 
 
-def _unpermuted(maker: ShardMaker, shard: int) -> dict[str, np.ndarray]:
+def _rows(maker: ShardMaker, shard: int) -> dict[str, np.ndarray]:
     """The shard's rows per hook point, float32, in the order of contexts and positions."""
-    meta, made = maker.make(shard)
+    meta, made = maker.unpermuted(shard)
     if meta["nonfinite"]:
         raise UserError(f"{nonfinite(meta)}, in shard {shard}")
-    place = np.argsort(maker.spec.permutation_of(shard))
-    return {
-        hook: torch.cat([as_tensor(block, maker.spec.dtype).float() for block in blocks]).numpy()[place]
-        for hook, blocks in made.items()
-    }
+    return {hook: rows.float().numpy() for hook, rows in made.items()}

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysae.analysis.lab.tasks import device
+from raysae.borders import border
 from raysae.config import AnalysisConfig, SAEConfig, UserError, digest, error_kind
 from raysae.knobs import from_flat
 from raysae.sae.base import SAE
 from raysae.sae.files import OWN
 from raysae.sae.importers import FILES, NamedSAE, load_any
+from raysae.sae.origins import UNKNOWN, Origin
 from raysae.storage import file_system
 from raysae.tracking.find import TrackedSAE, find_saes
 
@@ -30,6 +32,8 @@ class Subject:
         run_id: its run in MLflow. None for an SAE that MLflow does not know.
         params: the run's parameters, or hook point, width and place.
         metrics: the run's metrics.
+        d_in: width of the activations that it takes. None for an SAE of a sweep.
+        origin: what its files say of its activations.
     """
 
     name: str
@@ -40,6 +44,8 @@ class Subject:
     run_id: str | None
     params: Mapping[str, str]
     metrics: Mapping[str, float]
+    d_in: int | None = None
+    origin: Origin = UNKNOWN
 
     @property
     def config(self) -> SAEConfig:
@@ -73,12 +79,13 @@ def find(config: AnalysisConfig) -> list[tuple[str, TrackedSAE | None]]:
 
 def _loaded(where: str, given: str | None) -> NamedSAE:
     """The SAE at the hook point that its files name. The hook point `given` counts where they name none."""
-    try:
-        return load_any(where)
-    except UserError:
-        if given is None:
-            raise
-        return load_any(where, given)
+    with border("sae", where, "which cannot be loaded", "name a folder, file or URL of a saved or public SAE"):
+        try:
+            return load_any(where)
+        except UserError:
+            if given is None:
+                raise
+            return load_any(where, given)
 
 
 def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | None]]) -> tuple[Subject, ...]:
@@ -92,10 +99,12 @@ def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | 
     given = config.hook_points[0] if len(config.hook_points) == 1 and config.sae else None
     for where, tracked in found:
         if tracked:
-            hook_point, width, name = tracked.params["hook_point"], int(tracked.params["width"]), tracked.name
+            hook_point, width, name = tracked.hook_point, tracked.width, tracked.name
+            d_in, origin = None, UNKNOWN
         else:
             loaded = _loaded(where, given)
             hook_point, width, name = loaded.sae.config.hook_point, loaded.sae.n, loaded.name
+            d_in, origin = loaded.sae.d_in, loaded.origin
         known.add(hook_point)
         if config.hook_points and hook_point not in config.hook_points:
             continue
@@ -108,7 +117,8 @@ def subjects_of(config: AnalysisConfig, found: Sequence[tuple[str, TrackedSAE | 
             name += "+"
         params = tracked.params if tracked else {"hook_point": hook_point, "width": str(width), "where": where}
         run_id, metrics = (tracked.run_id, tracked.metrics) if tracked else (None, {})
-        subjects[name] = Subject(name, where, hook_point, width, content_of(where), run_id, params, metrics)
+        content = content_of(where)
+        subjects[name] = Subject(name, where, hook_point, width, content, run_id, params, metrics, d_in, origin)
     if not subjects:
         there = sorted(known)
         others = f", there are some of {', '.join(there)}" if there else ""

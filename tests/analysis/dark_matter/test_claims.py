@@ -181,7 +181,8 @@ def test_the_norm_needs_every_control(columns: dict, half: float | None, expecte
     [("r2_norm_nonlinear_lack", "‖ε‖² is predicted less"), ("r2_error_norm_lead", "The activation says more")],
 )
 def test_differences_are_judged_by_their_intervals(column: str, claim: str, ends: list, expected: str) -> None:
-    table = pd.concat([regressions(), pd.DataFrame([interval(**{column: each}) for each in ends])], axis=1)
+    differences = pd.DataFrame([sampled(**{column: each}) for each in ends])
+    table = pd.concat([regressions().drop(columns="groups"), differences], axis=1)
     assert verdict({"error_regression": {"regressions": table}}, claim) == expected
 
 

@@ -84,6 +84,15 @@ def test_pursuit_bars(tmp_path):
     assert save(figure, tmp_path / "pursuit")[0].exists()
 
 
+def test_numbers_without_an_interval_are_drawn(tmp_path):
+    """Fewer than 10 groups of documents give none."""
+    numbers = {name: torch.full((6,), 0.1) for name in ("fvu", "fvu_pursuit", "nonlinear_fvu", "nonlinear_fvu_pursuit")}
+    table = pd.DataFrame([{"width": 512} | with_intervals(numbers, 5)])
+    figure = pursuit_bars(table)
+    assert [heights(ax) for ax in figure.axes] == [pytest.approx([0.1, 0.1])] * 2
+    assert save(figure, tmp_path / "pursuit")[0].exists()
+
+
 def test_errors_after_pursuit_are_taken_apart():
     values = {"fvu": 0.2, "fvu_pursuit": 0.15, "nonlinear_fvu": 0.1, "nonlinear_fvu_pursuit": 0.09}
     numbers = {name: torch.full((41,), value, dtype=torch.float64) for name, value in values.items()}

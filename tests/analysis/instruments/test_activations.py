@@ -3,6 +3,8 @@
 They must equal a brute-force definition, the model's own activations, and dense sums.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,9 +17,10 @@ from raysae.analysis.instruments.activations import (
     reconstruct,
     split_contexts,
 )
-from raysae.analysis.lab.recording import collect
+from raysae.analysis.lab.recording import Recorded, collect
 from raysae.config import UserError
 from raysae.stream.shard import ShardMaker
+from raysae.stream.spec import ActivationSpec
 from raysae.text.contexts import Contexts
 from tests.analysis.planted import HOOK, activations, rows, sae
 from tests.stream.fakes import WIDTHS, FakeLanguageModel, activation, fake_contexts, fake_spec
@@ -114,12 +117,12 @@ def test_arrays_are_split_by_document_with_contexts_whole():
 class Recorder:
     """Makes shard makers, and remembers the hook points it was asked for."""
 
-    def __init__(self, contexts: Contexts, **lm):
-        self.contexts, self.lm, self.asked = contexts, lm, []
+    def __init__(self, contexts: Contexts, spec: ActivationSpec | None = None, **lm):
+        self.contexts, self.spec, self.lm, self.asked = contexts, spec or fake_spec(contexts), lm, []
 
     def __call__(self, hooks: list[str]) -> ShardMaker:
         self.asked.append(hooks)
-        return ShardMaker(FakeLanguageModel(**self.lm), self.contexts, fake_spec(self.contexts), hooks, 0.01)
+        return ShardMaker(FakeLanguageModel(**self.lm), self.contexts, self.spec, hooks, 0.01)
 
 
 CONTEXTS = with_documents(900, lengths_for(900, 60))
@@ -154,6 +157,39 @@ def test_recorded_activations_are_the_models(tmp_path, shards):
     assert list(found.select(["mlp_act.1"]).widths) == ["mlp_act.1"]
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_left_out_are_in_no_chunk_and_nothing_takes_their_places(tmp_path, padded):
+    """So no document has a row in two splits, and all hook points have the same rows."""
+    lengths = np.random.default_rng(0).integers(5, 13, 900) if padded else None
+    contexts = replace(CONTEXTS, lengths=lengths)
+    spec = fake_spec(contexts, leave_out_tokens=(7, 8), leave_out_norm=1.01, leave_out_hook_point="mlp_act.1")
+    load = Recorder(contexts, spec)
+    found = collect(tmp_path, spec, contexts, ["resid_post.0"], load, 2)
+    found = collect(tmp_path, spec, contexts, list(WIDTHS), load, 2)
+    assert load.asked == [["resid_post.0"], ["mlp_act.1"]]
+    maker, split = load([]), split_contexts(contexts)
+    kept = {}
+    for shard in range(2):
+        notes = maker.annotations(shard, token_loss=False)
+        wanted = notes["kept"] & (split[notes["context"]] >= 0)
+        kept |= dict.fromkeys(zip(notes["context"][wanted], notes["position"][wanted], strict=True))
+    seen = []
+    recorded = Recorded(found.folder, tuple(WIDTHS), 3)
+    for i, name in enumerate(SPLITS):
+        for chunk in found.chunks(name):
+            assert (split[chunk.context.numpy()] == i).all()
+            tokens = torch.from_numpy(contexts.tokens[chunk.context, chunk.position].astype(np.int64))
+            assert torch.equal(chunk.token, tokens)
+            torch.testing.assert_close(chunk.x["resid_post.0"][:, 0], tokens + chunk.position / 100)
+            assert torch.equal(chunk.x["mlp_act.1"][:, :6], -chunk.x["resid_post.0"])
+            torch.testing.assert_close(chunk.token_loss, tokens / 7)
+            seen += zip(chunk.context.tolist(), chunk.position.tolist(), strict=True)
+        assert recorded.kept(name).shape == (len(recorded.contexts(name)), 9)
+        assert found.rows(name) == recorded.kept(name).sum() == sum(split[c] == i for c, _ in seen)
+    assert set(seen) == set(kept)
+    assert len(seen) == len(kept) < 0.95 * 2 * 256 * 9
+
+
 def test_a_second_analysis_reads_what_is_there(tmp_path):
     spec, load = fake_spec(CONTEXTS), Recorder(CONTEXTS)
     collect(tmp_path, spec, CONTEXTS, ["resid_post.0"], load, 1)
@@ -172,8 +208,8 @@ def test_recording_that_is_broken_off_leaves_nothing(tmp_path):
 
     def breaks(hooks):
         maker = Recorder(CONTEXTS)(hooks)
-        make = maker.make
-        maker.make = lambda shard: make(shard) if shard == 0 else 1 / 0
+        read = maker.unpermuted
+        maker.unpermuted = lambda shard: read(shard) if shard == 0 else 1 / 0
         return maker
 
     with pytest.raises(ZeroDivisionError):

@@ -182,8 +182,26 @@ def test_mistakes_are_told_in_one_sentence(settings: dict, tmp_path: Path, chang
 
 
 def test_an_sae_of_another_width_is_refused(settings: dict, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"32 wide, but resid_post.2 of this model is 64 wide"):
+    with pytest.raises(UserError, match=r"^topk_w96_.* takes activations 32 wide, but resid_post.2 of .* is 64 wide"):
         lab_of(settings, sae=[saved(tmp_path, 96, d=32)])
+
+
+def test_an_sae_of_a_layer_that_the_model_lacks_is_refused_by_name(settings: dict, tmp_path: Path) -> None:
+    folder = saved(tmp_path, 96)
+    sae = load_sae(folder)
+    sae.config = sae.config.model_copy(update={"hook_point": "resid_post.9"})
+    save_sae(sae, folder, {})
+    with pytest.raises(UserError, match=r"^topk_w96_.*resid_post.9.* does not fit model.name .*layer from 0 to 4"):
+        lab_of(settings, sae=[folder])
+
+
+def test_an_sae_whose_files_name_another_model_is_doubted_where_the_model_is_a_folder(
+    settings: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = saved(tmp_path, 96)
+    save_sae(load_sae(folder), folder, {"model_name": "gpt2"})
+    lab_of(settings, sae=[folder])
+    assert "was trained on gpt2. Check that model.name" in capsys.readouterr().err
 
 
 def test_saes_of_other_weights_are_refused(settings: dict, tmp_path: Path) -> None:
@@ -398,11 +416,13 @@ def test_activations_are_recorded_once_and_tasks_depend_on_the_saes(
         torch.from_numpy(wider.contexts("C"))[: len(chunk.context.unique_consecutive())],
     )
 
+    assert torch.equal(chunk.group, torch.from_numpy(wider.groups("C"))[: len(chunk.group) // 56].repeat_interleave(56))
+
     (first,) = regressions(lab, HOOK, lab.saes).values()
     count = len(list((lab.folder / "tasks").glob("error_regression-*")))
     again = lab_of(settings, sae=[saved(tmp_path, 96)])  # The same SAE, written anew
     (second,) = regressions(again, HOOK, again.saes).values()
-    assert first.row() == second.row()
+    pd.testing.assert_series_equal(pd.Series(first.row()), pd.Series(second.row()))
     assert len(list((lab.folder / "tasks").glob("error_regression-*"))) == count == 1
 
 

@@ -1,7 +1,7 @@
 """What each part of an SAE's error costs the language model (analysis 5 of the dark-matter spec; Engels et al. 2024).
 
-In every context, Sae(x), Sae(x) + ê or Sae(x) + ε replaces the activation x. The first `skip` positions stay intact.
-Cross-entropy (CE) covers the predictions made at a replaced position, as in `raysae.lm.patched_loss`. Adding a
+At the positions `kept` of every context, Sae(x), Sae(x) + ê or Sae(x) + ε replaces the activation x. Others stay
+intact. Cross-entropy (CE) covers the predictions made at a replaced position, as in `raysae.lm.patched_loss`. Adding a
 part v of the error recovers this share of what Sae(x) costs:
 
     recovered = (CE_sae − CE_v) / (CE_sae − CE_x),   v = ê (linear) or ε (nonlinear).
@@ -41,12 +41,12 @@ class Patched:
 
     tokens: (c, t) token ids.
     group: (c,) int64, the group of documents of each context.
-    skip: first positions of each context that stay intact, less than t − 1.
+    kept: (c, t) bool, the positions whose activation is replaced. The others stay intact.
     """
 
     tokens: Tensor
     group: Tensor
-    skip: int
+    kept: Tensor
 
 
 @torch.no_grad()
@@ -77,42 +77,44 @@ def downstream_loss(
     Raises:
         ValueError: no contexts, or no predictions at a replaced position.
     """
-    skip, (contexts, length) = patched.skip, patched.tokens.shape
-    if not contexts or not 0 <= skip < length - 1:
-        raise ValueError(
-            f"{contexts} contexts of {length} tokens with {skip} skipped predict nothing at a replaced position"
-        )
+    contexts, length = patched.tokens.shape
+    if not patched.kept[:, :-1].any():
+        raise ValueError(f"{contexts} contexts of {length} tokens predict nothing at a replaced position")
     common = GroupSums(replicates, seed)
     sums = {name: GroupSums(replicates, seed) for name in saes}
     size = max(1, min(lm.contexts_at_once(length), ROWS_AT_ONCE // length))
     for start in range(0, contexts, size):
-        prefix = lm.prefix(patched.tokens[start : start + size], hook_point)
-        group = patched.group[start : start + size]
-        x = prefix.activation[:, skip:].flatten(0, 1).float()  # (rows, d)
-        of_row, of_prediction = (group.repeat_interleave(length - last - skip) for last in (0, 1))
+        part = slice(start, start + size)
+        batch, group, replaced = patched.tokens[part], patched.group[part], patched.kept[part]
+        if not replaced[:, :-1].any():
+            continue
+        prefix = lm.prefix(batch, hook_point)
+        x = prefix.activation[replaced].float()  # (rows, d)
+        of_row, of_prediction = (group[torch.nonzero(places.cpu())[:, 0]] for places in (replaced, replaced[:, :-1]))
         common.add(of_row, x=x.cpu(), x_squared=x.cpu().double().square())
-        common.add(of_prediction, **{col.CE_CLEAN: _loss(lm, prefix, x, skip)})
+        common.add(of_prediction, **{col.CE_CLEAN: _loss(lm, prefix, x, replaced)})
         for name, sae in saes.items():
             reconstruction, l0 = reconstruct(sae, x)
             e = x - reconstruction
             linear = probes[name](x.cpu()).to(e)
             parts = {col.LINEAR: linear, col.NONLINEAR: e - linear}
             sums[name].add(of_row, **{col.L0: l0.cpu()}, **_sizes("e", e))
-            sums[name].add(of_prediction, **{col.CE_SAE: _loss(lm, prefix, reconstruction, skip)})
+            sums[name].add(of_prediction, **{col.CE_SAE: _loss(lm, prefix, reconstruction, replaced)})
             for part, v in parts.items():
                 sums[name].add(of_row, **_sizes(part, v))
-                sums[name].add(of_prediction, **{col.ce(part): _loss(lm, prefix, reconstruction + v, skip)})
+                sums[name].add(of_prediction, **{col.ce(part): _loss(lm, prefix, reconstruction + v, replaced)})
     return pd.DataFrame([{"sae": name, "width": sae.n, **_numbers(common, sums[name])} for name, sae in saes.items()])
 
 
-def _loss(lm: LanguageModel, prefix: Prefix, replacement: Tensor, skip: int) -> Tensor:
-    """Cross-entropy of the predictions made at the positions from `skip` on, (c · (t − 1 − skip),).
+def _loss(lm: LanguageModel, prefix: Prefix, replacement: Tensor, replaced: Tensor) -> Tensor:
+    """Cross-entropy of the predictions made at the positions `replaced` (c, t) bool, (predictions,).
 
-    `replacement` (c · (t − skip), d) replaces the activation at these positions.
+    `replacement` (rows, d) replaces the activation there.
     """
     activation = prefix.activation.clone()
-    activation[:, skip:] = replacement.view_as(activation[:, skip:]).to(activation)
-    return next_token_loss(lm.resume(prefix, activation), prefix.tokens)[:, skip:].flatten().cpu()
+    activation[replaced] = replacement.to(activation)
+    loss = next_token_loss(lm.resume(prefix, activation), prefix.tokens)
+    return loss[replaced[:, :-1].to(loss.device)].cpu()
 
 
 def _sizes(name: str, v: Tensor) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from raysae.sae.architectures import build
 from raysae.sae.base import SAE
 
 CONTEXTS, LENGTH, SKIP = 11, 40, 4
+REPLACED = (torch.arange(LENGTH) >= SKIP).repeat(CONTEXTS, 1)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +38,9 @@ def tokens(shared_data, stories_model) -> Tensor:
     return torch.cat([torch.full((CONTEXTS, 1), tokenizer.bos_token_id), body], 1)
 
 
-def patched(tokens: Tensor, skip: int = SKIP, per_group: int = 1) -> Patched:
+def patched(tokens: Tensor, kept: Tensor = REPLACED, per_group: int = 1) -> Patched:
     """The contexts, as many to a group of documents as `per_group` says."""
-    return Patched(tokens, torch.arange(len(tokens)) // per_group, skip)
+    return Patched(tokens, torch.arange(len(tokens)) // per_group, kept[: len(tokens)])
 
 
 def make_sae(x: Tensor, width: int, hook_point: str) -> SAE:
@@ -164,9 +165,28 @@ def test_undefined_where_nothing_is_lost(lm, tokens):
     assert np.isnan(row["recovered_nonlinear"])
 
 
-@pytest.mark.parametrize("skip", [LENGTH - 1, -1])
-def test_no_prediction_at_a_replaced_position(lm, tokens, skip):
+def test_no_prediction_at_a_replaced_position(lm, tokens):
+    last = torch.arange(LENGTH).expand(CONTEXTS, -1) == LENGTH - 1
     with pytest.raises(ValueError, match="predict nothing"):
-        downstream_loss(lm, patched(tokens, skip), "resid_post.2", {}, {})
+        downstream_loss(lm, patched(tokens, kept=last), "resid_post.2", {}, {})
     with pytest.raises(ValueError, match="0 contexts"):
         downstream_loss(lm, patched(tokens[:0]), "resid_post.2", {}, {})
+
+
+def test_positions_left_out_stay_intact_and_are_not_counted(lm, tokens):
+    """The same numbers as where a function leaves these activations as they are, over the other predictions."""
+    kept = REPLACED & (torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1)) < 0.6)
+    kept[3] = False
+    rows = lm.activations(tokens, ["resid_post.2"])["resid_post.2"]
+    sae = make_sae(rows[kept], 32, "resid_post.2")
+    probes = {"a": fitted(sae, rows[kept])}
+    row = downstream_loss(lm, patched(tokens, kept=kept), "resid_post.2", {"a": sae}, probes).iloc[0]
+
+    def some(x: Tensor) -> Tensor:
+        return torch.where(kept[:, SKIP:, None], sae(x.flatten(0, 1)).view_as(x), x)
+
+    loss = patched_loss(lm, tokens, "resid_post.2", some)[kept[:, SKIP:-1]]
+    x = rows[kept].double().numpy()
+    missed = np.square(x - sae(rows[kept]).double().numpy()).sum()
+    assert row["ce_sae"] == pytest.approx(float(loss.mean()), rel=1e-5)
+    assert row["fvu"] == pytest.approx(missed / np.square(x - x.mean(0)).sum(), rel=1e-4)
