@@ -647,7 +647,7 @@ def test_urls_that_cannot_be_read(monkeypatch):
         raise RuntimeError("no network")
 
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.exists", no_network)
-    with pytest.raises(UserError, match="memory://sae cannot be reached"):
+    with pytest.raises(UserError, match="memory://sae, which cannot be reached"):
         load_any("memory://sae")
 
 
