@@ -27,7 +27,7 @@ from raysae.analysis.dark_matter.measures.earlier_layers import (
 from raysae.analysis.dark_matter.probes import Shown, model_name, regression_table, regressions, shown, topk_like
 from raysae.analysis.dark_matter.pursuit import PURSUIT_ROWS, pursuit_tasks
 from raysae.analysis.instruments import columns as col
-from raysae.analysis.instruments.plots import PAPER_WIDTH, SOURCE_PARTS, STYLE, headed
+from raysae.analysis.instruments.plots import PAPER_WIDTH, SOURCE_PARTS, STYLE, decimals, headed
 from raysae.analysis.lab.lab import Lab
 from raysae.analysis.lab.recording import Recorded
 from raysae.analysis.lab.results import Findings
@@ -206,4 +206,4 @@ def _bar(ax: Axes, y: float, row: pd.Series, column: str, color: str) -> None:
     if not known and np.isfinite(row[column]):
         low, high = row[col.low(column)], row[col.high(column)]
         ax.plot([low, high], [y, y], color="black", linewidth=0.8)
-        ax.text(np.nanmax([high, row[column], 0]) + 0.015, y, f"{row[column]:.2f}", va="center", fontsize=5.5)
+        ax.text(np.nanmax([high, row[column], 0]) + 0.015, y, decimals(row[column], 2), va="center", fontsize=5.5)

@@ -18,7 +18,8 @@ def lab(answer: bool | None) -> SimpleNamespace:
         return [answer]
 
     kinds = ["resid_pre", "resid_post", "attn_out", "mlp_out", "attn_z", "mlp_act"]
-    plan = SimpleNamespace(facts=SimpleNamespace(kinds=kinds, digest="m"), config=SimpleNamespace(model=None))
+    facts = SimpleNamespace(kinds=kinds, digest="m", layers_with=lambda kind: range(4))
+    plan = SimpleNamespace(facts=facts, config=SimpleNamespace(model=None))
     return SimpleNamespace(plan=plan, run=run, config=SimpleNamespace(resources=SimpleNamespace(producer_gpus=0)))
 
 
