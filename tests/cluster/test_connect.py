@@ -73,6 +73,7 @@ def test_an_error_of_ray_at_its_start_is_one_sentence(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(connect_module.ray, "init", broken)
     monkeypatch.setattr(connect_module, "_check_reachable", lambda address: None)
+    monkeypatch.setattr(connect_module, "stay_on_loopback", lambda: None)  # It is for the whole process
     with pytest.raises(UserError, match=r"address is there:1, where no Ray cluster answers \(Version mismatch: 2\.1"):
         connect("there:1", 0)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
