@@ -34,7 +34,7 @@ from raysae.sae.layouts import (
     openai,
 )
 from raysae.sae.origins import Origin
-from raysae.storage import file_system
+from raysae.storage import file_system, local_path
 
 FILES = (
     OWN, CONFIG, WEIGHTS, SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG, LLAMA_SCOPE_CONFIG, LLAMA_SCOPE,
@@ -70,7 +70,7 @@ def load_any(where: str | Path, hook_point: str | None = None) -> NamedSAE:
         with tempfile.TemporaryDirectory() as folder:
             file = _fetch(where, Path(folder))
             return _load(Source(Path(folder), where, _places(where.split("://")[1])), file, hook_point)
-    path = Path(where).expanduser()
+    path = local_path("sae", where)
     if not path.exists():
         raise UserError(f"{where}: there is no such file or folder")
     file = path.name if path.is_file() else None

@@ -6,7 +6,6 @@ For activations x these are e = x − Sae(x), its linear prediction ê from x, o
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from raysae.config import ErrorsConfig, UserError, error_kind
 from raysae.sae.importers import load_any
+from raysae.storage import local_path
 from raysae.stream.reader import BatchReader
 
 
@@ -32,7 +32,7 @@ class ErrorOf:
         self.kind, of = error_kind(hook_point)
         self.sae = load_any(config.sae, of).sae.to(device)
         try:
-            probe = load_file(Path(config.probe).expanduser())
+            probe = load_file(local_path("errors.probe", config.probe))
             weight, bias = probe["probe/weight"], probe["probe/bias"]
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(

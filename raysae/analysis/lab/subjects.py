@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from raysae.analysis.lab.tasks import device
 from raysae.borders import border
@@ -67,8 +67,9 @@ def find(config: AnalysisConfig) -> list[tuple[str, TrackedSAE | None]]:
         return [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, config.sweep)]
     found: list[tuple[str, TrackedSAE | None]] = []
     for name in config.sae:
-        if "://" in name or Path(name).expanduser().exists():
-            found.append((name if "://" in name else str(Path(name).expanduser().resolve()), None))
+        path = os.path.expanduser(name)
+        if "://" in name or os.path.exists(path):
+            found.append((name if "://" in name else os.path.realpath(path), None))
         else:
             try:
                 found += [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, name)]
