@@ -96,8 +96,8 @@ def folder_of_sockets() -> str:
         ):
             return os.path.join(folder, "ray")
     raise UserError(
-        f"{variable} is {usual}, where Ray cannot make its sockets: set it to a folder that can be written, with a path "
-        f"of at most {LONGEST_TMPDIR} characters"
+        f"{variable} is {usual}, where Ray cannot make its sockets: set it to a folder that can be written, with a "
+        f"path of at most {LONGEST_TMPDIR} characters"
     )
 
 
