@@ -125,14 +125,14 @@ def hub_commit(config: ModelConfig) -> str:
     return _config_file(config)[1]
 
 
-def not_loadable(config: ModelConfig, reason: object = "") -> UserError:
-    """The error for a model or tokenizer that cannot be found or loaded. `reason` is an exception or a clause."""
+def not_loadable(config: ModelConfig, reason: str = "") -> UserError:
+    """The error for a model or tokenizer that cannot be found or loaded. `reason` is a clause."""
     if config.name == "embedded":
         return UserError(
             f"model.name is 'embedded', but this copy of raysae has no model in {EMBEDDED}: "
             "name a folder or a Hugging Face model"
         )
-    because = f" ({str(reason).strip().splitlines()[0].rstrip('.')})" if str(reason).strip() else ""
+    because = f" ({reason})" if reason else ""
     return UserError(
         f"model.name is {config.name!r}: neither a model's folder nor a model that can be loaded from the Hugging Face "
         f"hub{because}"
