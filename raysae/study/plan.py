@@ -7,10 +7,10 @@ imports torch or loads weights. `sweep/capacity.py` checks the cluster.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 from raysae.config import ModelConfig, SAEConfig, SweepConfig, UserError, error_kind
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
@@ -182,7 +182,7 @@ def _check_errors(config: SweepConfig, hook: str) -> None:
                 f"hook point {hook!r} is an error of an SAE, and errors.{field} is unset: "
                 "name the SAE's folder and its probe"
             )
-        if "://" not in value and not Path(value).expanduser().exists():
+        if "://" not in value and not os.path.exists(os.path.expanduser(value)):
             raise UserError(f"errors.{field} is {value}: there is no such file or folder")
 
 

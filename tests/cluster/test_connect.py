@@ -36,7 +36,7 @@ def test_ray_gets_a_short_folder_where_the_usual_one_is_too_deep(
         monkeypatch.setenv(variable, value)
         assert folder_of_sockets() == expected
     monkeypatch.setattr(connect_module, "LONGEST_TMPDIR", 0)
-    with pytest.raises(UserError, match=r"^TMPDIR is /dev/shm, where Ray cannot make its sockets: set it to"):
+    with pytest.raises(UserError, match=r"^RAY_TMPDIR is /dev/shm, where Ray cannot make its sockets: set it to"):
         folder_of_sockets()
 
 
