@@ -21,6 +21,7 @@ import ray
 from ray.actor import ActorHandle
 from rich.console import Console
 
+from raysae.borders import reason
 from raysae.config import SweepConfig, error_kind
 from raysae.processes import command, job_script
 from raysae.stream.queue import patiently
@@ -85,8 +86,7 @@ def _outcome(trainer: ActorHandle, name: str, study: Study, watch: Watch) -> tup
     except ray.exceptions.RayTaskError:
         pass  # The whole trainer has failed. Its status says why.
     except ray.exceptions.RayError as error:
-        reason = f"its trainer died: {str(error).splitlines()[0]}"
-        return {}, {"tokens": 0, "status": "failed", "reason": reason}
+        return {}, {"tokens": 0, "status": "failed", "reason": f"its trainer died: {reason(error)}"}
     ended = None
     while ended is None or ended["state"] not in ENDED:  # A process just restarted looks into its files first
         time.sleep(ASK_SECONDS if ended else 0)
