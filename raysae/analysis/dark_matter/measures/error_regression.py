@@ -306,7 +306,7 @@ def _fit(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], fitted: dict[st
         state.l0.add(l0.unsqueeze(1), {"e": norms[name]})
         targets |= {f"{name}/e": e, f"{name}/e_norm": norms[name]}
         targets[f"{name}/reconstruction_norm"] = reconstruction.square().sum(1)
-    _, of_row = torch.unique_consecutive(chunk.group, return_inverse=True)
+    _, of_row = torch.unique_consecutive(chunk.context, return_inverse=True)
     odd = (of_row + shared.contexts) % 2 == 1
     shared.contexts += int(of_row[-1]) + 1
     for half, rows in zip(shared.halves, (~odd, odd), strict=True):
