@@ -20,6 +20,7 @@ from raysae.analysis.lab.results import Findings, carry_out, track
 from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD, Claim
 from raysae.analysis.report.page import Paper, write_report
 from raysae.config import AnalysisConfig
+from raysae.sweep.notes import OFF
 
 SECTIONS = {  # Analysis: heading, and what it asks.
     "error_regression": (
@@ -104,9 +105,6 @@ PAPER = (  # Label, analysis, table, column, the paper's value.
     ("encoder error (FVU)", "pursuit", "pursuit", col.ENCODER_ERROR, "–"),
     ("encoder error's share of the nonlinear FVU", "pursuit", "pursuit", col.ENCODER_SHARE, "a few %"),
 )
-
-
-OFF = 0.05  # Relative difference from FVU above which the FVU without outliers is shown.
 
 
 # ---------------------------------------------------------------- the job
@@ -227,7 +225,7 @@ def _introduced(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
 
     synthetic = some("synthetic_closed_form")
     caption = (
-        "Estimates on the synthetic model beside their closed form; deviation: relative, where the closed form is "
+        "Estimates on the synthetic model beside their closed form. Deviation: relative, where the closed form is "
     )
     judged = [f"{column}{end}" for column in (col.DEVIATION, col.REENCODING_FVU) for end in ("", col.LOW, col.HIGH)]
     caption_of_sae = (
@@ -254,8 +252,8 @@ def _error_saes(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
         columns += [column, col.low(column), col.high(column)]
     columns += [col.SHARE, col.DEAD_FRACTION]
     caption = (
-        "SAEs on the parts of the error, means over seeds; worse: FVU at equal L0 over that of the linear part, − 1; "
-        "share: the part's variance over e's"
+        "SAEs on the parts of the error, means over seeds. Worse: FVU at equal L0 over that of the linear part, − 1. "
+        "Share: the part's variance over e's"
     )
     return [(caption, tables["error_saes"][columns])]
 
