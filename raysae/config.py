@@ -531,7 +531,7 @@ class EvaluationConfig(Strict):
         before=OUTLIER_NORM,
         gt=1,
         description="Rows whose norm is above this multiple of the median norm count as outliers. fvu_inliers is the "
-        "FVU without them. Smaller counts more rows as outliers.",
+        "FVU without them. Smaller counts more rows as outliers. Training measures its scale without rows above 10.",
     )
 
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import pwd
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from raysae.config import TextConfig, UserError
+from raysae.analysis.lab.subjects import find
+from raysae.config import AnalysisConfig, ErrorsConfig, ModelConfig, SweepConfig, TextConfig, UserError
+from raysae.lm import architecture, gguf
+from raysae.lm.facts import model_folder
+from raysae.lm.layout import Architecture, Block, Modules
+from raysae.sae.importers import load_any
+from raysae.sae.origins import is_of
 from raysae.storage import inside, is_name, local_path, named, open_location, patterns, quoted
+from raysae.study.plan import _check_errors
 from raysae.text.sources import absolute_source, documents, local_files
 
 ODD = ["my%20project", "a?b", "a b", "a,b[1]", "a#b", "a::b", "a*b", "[x]", "it's", 'a"b', "a$b", "~x"]
@@ -86,3 +95,59 @@ def test_what_could_leave_its_folder_is_no_name(name: str) -> None:
 def test_no_home_folder_is_told_with_the_knob() -> None:
     with pytest.raises(UserError, match=r"text\.cache is ~nobody-here/x, and there is no such home folder"):
         local_path("text.cache", "~nobody-here/x")
+
+
+NOBODYS = "~nobody-here/x"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: model_folder(ModelConfig(name=NOBODYS)),
+        lambda: load_any(NOBODYS, "resid_post.0"),
+        lambda: _check_errors(SweepConfig(errors=ErrorsConfig(sae=NOBODYS, probe=NOBODYS)), "resid_post.0.error"),
+        lambda: find(AnalysisConfig(sae=[NOBODYS])),
+    ],
+)
+def test_every_use_of_a_path_without_its_home_folder_is_one_sentence(
+    use: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=NOBODYS):
+        use()
+
+
+def test_a_model_without_its_home_folder_is_no_other_model() -> None:
+    assert is_of("owner/other", NOBODYS) is False
+
+
+@pytest.fixture
+def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No HOME, and a user whom the system does not know, as in a container."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_a_home_folder_a_search_is_not_kept(
+    homeless: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Architecture("blocks", (Block(),), 8, 16)
+    monkeypatch.setattr(architecture, "_examine", lambda *arguments: found)
+    config = tmp_path / "config.json"
+    assert architecture.examined(ModelConfig(), config, {}, None, Modules("blocks")) == found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_home_folder_a_gguf_file_is_refused(
+    homeless: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.gguf").touch()
+    monkeypatch.setattr(gguf, "find_spec", lambda package: True)
+    monkeypatch.setattr(gguf, "version", lambda package: "1")
+    with pytest.raises(UserError, match=r"the folder for unpacked \.gguf files is ~.*: set HOME"):
+        gguf.unpacked(tmp_path / "a.gguf")

@@ -18,7 +18,7 @@ import ray
 from ray._private import ray_constants, services
 from ray._private.node import Node
 
-from raysae.borders import border
+from raysae.borders import border, reason
 from raysae.config import UserError
 
 LONGEST_TMPDIR = 36  # Bytes of the path of the folder for temporary files in which Ray's sockets have room
@@ -74,7 +74,7 @@ def _start(store_bytes: int) -> None:
         raise UserError(
             "the activations in flight (stream.mib_in_flight), the held-out ones (evaluation.rows × hook_points) and "
             f"the tokens take {store_bytes / 2**30:.1f} GiB of shared memory, which this machine does not have "
-            f"({str(error).splitlines()[0]}): choose less of them"
+            f"({reason(error)}): choose less of them"
         ) from error
 
 
@@ -86,7 +86,8 @@ def folder_of_sockets() -> str:
     Raises:
         UserError: no such folder has a short path and can be written.
     """
-    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    variable = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+    usual = os.environ.get(variable) or "/tmp"
     for folder in map(os.path.abspath, (usual, "/tmp", "/var/tmp", "/dev/shm")):
         if (
             len(os.fsencode(folder)) <= LONGEST_TMPDIR
@@ -95,8 +96,8 @@ def folder_of_sockets() -> str:
         ):
             return os.path.join(folder, "ray")
     raise UserError(
-        f"TMPDIR is {usual}, where Ray cannot make its sockets: set it to a folder that can be written, with a path of "
-        f"at most {LONGEST_TMPDIR} characters"
+        f"{variable} is {usual}, where Ray cannot make its sockets: set it to a folder that can be written, with a "
+        f"path of at most {LONGEST_TMPDIR} characters"
     )
 
 

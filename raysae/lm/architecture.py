@@ -12,6 +12,7 @@ The last two need torch. They run in a process apart, unless this one has import
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -94,7 +95,7 @@ def examined(
         code = {file.name: file.read_text(encoding="utf-8") for file in sorted(path.parent.glob("*.py"))}
         code["commit"] = commit
     key = digest([SEARCH, content, code, version("transformers"), modules and asdict(modules)])
-    kept = Path(CACHE).expanduser() / f"{key}.json"
+    kept = Path(os.path.expanduser(CACHE), f"{key}.json")
     with suppress(OSError, ValueError, TypeError, KeyError):
         found = json.loads(kept.read_text(encoding="utf-8"))
         blocks = [
@@ -103,8 +104,9 @@ def examined(
         return Architecture(**found | {"blocks": tuple(blocks)})
     arguments = (config, str(path.parent) if commit is None else config.name, commit, modules)
     architecture = _examine(*arguments) if "torch" in sys.modules else apart(_examine, *arguments)
-    with suppress(UserError):  # Where nothing can be kept, the next job searches again
-        write_atomically(LocalFileSystem(), str(kept), json.dumps(asdict(architecture)).encode())
+    if kept.is_absolute():  # Without a home folder there are no caches
+        with suppress(UserError):  # Where nothing can be kept, the next job searches again
+            write_atomically(LocalFileSystem(), str(kept), json.dumps(asdict(architecture)).encode())
     return architecture
 
 

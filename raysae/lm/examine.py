@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from raysae.borders import border
 from raysae.config import ModelConfig, UserError
 from raysae.lm import twin
 from raysae.lm.check import adds_up, check_modules
@@ -45,49 +47,34 @@ def examine(config: ModelConfig, name: str, commit: str | None, modules: Modules
         UserError: the model is no causal LM that transformers can build, blocks are not found, or `modules` does not
             fit.
     """
-    trust = config.trust_remote_code
-    try:
+    trust, at_border = config.trust_remote_code, partial(border, "model.name", repr(config.name))
+    # Code of the model's own raises whatever it likes
+    with at_border("but transformers cannot build a causal language model from its configuration"):
         real = AutoConfig.from_pretrained(name, revision=commit, trust_remote_code=trust)
         shapes = twin.outline(real, trust)
-    except Exception as error:  # Code of the model's own raises whatever it likes
-        raise UserError(
-            f"model.name is {config.name!r}: transformers cannot build a causal language model from its configuration "
-            f"({_first_line(error)})"
-        ) from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             small, tokens = twin.smallest(real, trust)
-        except twin.NoTwin as error:
+        except twin.NoTwin:
             if modules is None:
-                raise UserError(
-                    f"model.name is {config.name!r}: its modules cannot be found, because no small random copy of it "
-                    f"runs ({_first_line(error)}). {_HOW}"
-                ) from None
+                fault = "whose modules cannot be found, because no small random copy of it runs"
+                with at_border(fault, _HOW):
+                    raise
             return _unchecked(shapes, real, modules)
-        try:
+        # The model's own code may not bear other tensors in place of its own
+        with at_border("whose modules cannot be searched", "raysae cannot read it"):
             own = examine_twin(small, tokens, modules)
-        except UserError:
-            raise
-        except Exception as error:  # The model's own code does not bear other tensors in place of its own
-            raise UserError(
-                f"model.name is {config.name!r}: its modules cannot be searched ({_first_line(error)}), so raysae "
-                "cannot read it"
-            ) from None
     d_model = _d_model(real, small.config, own.d_model)
     blocks = _with_widths(shapes, own.path, own.blocks, d_model)
     return replace(own, blocks=blocks, d_model=d_model, context_length=_context_length(real))
 
 
 _HOW = (
-    "Name the module paths with model.modules, e.g. {'blocks': 'model.layers', 'attn': 'self_attn', 'attn_proj': "
+    "name the module paths with model.modules, e.g. {'blocks': 'model.layers', 'attn': 'self_attn', 'attn_proj': "
     "'self_attn.o_proj', 'mlp': 'mlp', 'mlp_proj': 'mlp.down_proj'}, and 'attn_norm' and 'mlp_norm' if the model has "
     "post-norms"
 )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @torch.no_grad()
@@ -107,7 +94,7 @@ def examine_twin(model: nn.Module, tokens: torch.Tensor, modules: Modules | None
     if path is None:
         raise UserError(
             f"no list of blocks in {type(model).__name__} hands one residual stream from block to block, so raysae "
-            f"does not find the model's blocks. {_HOW}"
+            f"does not find the model's blocks: {_HOW}"
         )
     d_model = seen[f"{path}.0"].given.shape[-1] if f"{path}.0" in seen else 1
 

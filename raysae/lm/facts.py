@@ -32,6 +32,7 @@ from raysae.lm.architecture import examined, listed, named_modules
 from raysae.lm.digests import file_digest
 from raysae.lm.gguf import unpacked
 from raysae.lm.layout import KINDS, Architecture
+from raysae.storage import local_path
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -107,9 +108,9 @@ def model_folder(config: ModelConfig) -> Path | None:
     A .gguf file stands for the folder that it is unpacked to.
 
     Raises:
-        UserError: the .gguf file is not there or cannot be unpacked.
+        UserError: the .gguf file is not there or cannot be unpacked. Or the name begins with the `~` of no home folder.
     """
-    folder = EMBEDDED if config.name == "embedded" else Path(config.name).expanduser()
+    folder = EMBEDDED if config.name == "embedded" else local_path("model.name", config.name)
     if folder.suffix == ".gguf":
         return unpacked(folder)
     return folder.resolve() if folder.is_dir() else None
@@ -124,14 +125,14 @@ def hub_commit(config: ModelConfig) -> str:
     return _config_file(config)[1]
 
 
-def not_loadable(config: ModelConfig, reason: object = "") -> UserError:
-    """The error for a model or tokenizer that cannot be found or loaded. `reason` is an exception or a clause."""
+def not_loadable(config: ModelConfig, reason: str = "") -> UserError:
+    """The error for a model or tokenizer that cannot be found or loaded. `reason` is a clause."""
     if config.name == "embedded":
         return UserError(
             f"model.name is 'embedded', but this copy of raysae has no model in {EMBEDDED}: "
             "name a folder or a Hugging Face model"
         )
-    because = f" ({str(reason).strip().splitlines()[0].rstrip('.')})" if str(reason).strip() else ""
+    because = f" ({reason})" if reason else ""
     return UserError(
         f"model.name is {config.name!r}: neither a model's folder nor a model that can be loaded from the Hugging Face "
         f"hub{because}"

@@ -32,7 +32,7 @@ def unpacked(file: Path) -> Path:
     """The folder of the model in a .gguf file. It is made now if it is not there, or if the file has changed.
 
     Raises:
-        UserError: there is no such file, transformers cannot load it, or a package is missing.
+        UserError: there is no such file, transformers cannot load it, or a package or the home folder is missing.
     """
     if not file.is_file():
         raise UserError(f"model.name is '{file}': there is no such file")
@@ -42,7 +42,7 @@ def unpacked(file: Path) -> Path:
         )
     about = file.stat()
     key = [str(file.resolve()), about.st_size, about.st_mtime_ns, version("transformers"), version("gguf")]
-    folder = local_path("model.name", str(UNPACKED)) / f"{file.stem}-{digest(key)}"
+    folder = local_path("the folder for unpacked .gguf files", str(UNPACKED)) / f"{file.stem}-{digest(key)}"
     if not folder.is_dir():
         print(f"Unpacking {file.name} once, to {folder}", file=sys.stderr, flush=True)
         apart(unpack, file, folder)

@@ -34,7 +34,7 @@ from raysae.sae.layouts import (
     openai,
 )
 from raysae.sae.origins import Origin
-from raysae.storage import file_system
+from raysae.storage import file_system, local_path
 
 FILES = (
     OWN, CONFIG, WEIGHTS, SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG, LLAMA_SCOPE_CONFIG, LLAMA_SCOPE,
@@ -70,14 +70,14 @@ def load_any(where: str | Path, hook_point: str | None = None) -> NamedSAE:
         with tempfile.TemporaryDirectory() as folder:
             file = _fetch(where, Path(folder))
             return _load(Source(Path(folder), where, _places(where.split("://")[1])), file, hook_point)
-    path = Path(where).expanduser()
+    path = local_path("sae", where)
     if not path.exists():
         raise UserError(f"{where}: there is no such file or folder")
     file = path.name if path.is_file() else None
-    return _load(Source(_folder(path) if file else path, where, _places(path.resolve())), file, hook_point)
+    return _load(Source(folder_of(path) if file else path, where, _places(path.resolve())), file, hook_point)
 
 
-def _folder(file: Path | PurePosixPath) -> Path | PurePosixPath:
+def folder_of(file: Path | PurePosixPath) -> Path | PurePosixPath:
     """The SAE's folder of a file in it."""
     return file.parent.parent if file.parent.name in FOLDERS else file.parent
 
@@ -87,7 +87,7 @@ def _fetch(url: str, folder: Path) -> str | None:
     files, path = file_system(url)
     at = PurePosixPath(path)
     file = None if files.isdir(path) else at.name
-    source = at if file is None else _folder(at)
+    source = at if file is None else folder_of(at)
     for name in {*FILES, *([file] if file else [])}:
         if files.exists(str(source / name)):
             (folder / name).parent.mkdir(exist_ok=True)

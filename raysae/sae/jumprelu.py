@@ -17,7 +17,8 @@ error is then d times as large, and the count stays. So d times the paper's loss
     mean over rows of ‖x − x̂‖² + d λ · mean over rows of ‖c‖₀
 
 So the coefficient is d · sparsity, unless train.jumprelu_unit says otherwise. The paper's ε of 0.001 becomes 0.001 √d,
-unless train.bandwidth is set. Adam's step does not change with the size of gradients, so it is the paper's too.
+unless train.bandwidth is set. Adam's step does not change with the size of gradients, so weights and log θ take the
+paper's. Biases are √d times as large here, so their steps are relatively smaller.
 
 Adam has the paper's β₁ = 0, because few rows lie within ε/2 of a threshold. With momentum, one such row would move the
 threshold for many steps.

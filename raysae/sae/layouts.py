@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from raysae.borders import border
 from raysae.config import ARCHITECTURES, UserError
 from raysae.sae.architectures import CLASSES
 from raysae.sae.files import CONFIG, WEIGHTS
@@ -50,10 +48,6 @@ SPARSIFY, GEMMA_2, GEMMA_3, DICTIONARY, DICTIONARY_CONFIG = (
     "config.json",
 )
 LLAMA_SCOPE_CONFIG, LLAMA_SCOPE = "hyperparams.json", "checkpoints/final.safetensors"
-UNREADABLE = (  # Errors that readers of damaged files raise
-    SafetensorError, zipfile.BadZipFile, pickle.UnpicklingError,
-    OSError, ValueError, TypeError, RuntimeError, EOFError, LookupError,
-)  # fmt: skip
 TRANSCODER = "it is a transcoder, which predicts one hook point from another. raysae loads autoencoders"
 
 
@@ -92,16 +86,13 @@ class Source:
 
     def read(self, name: str) -> Any:
         path = self.folder / name
-        try:
+        with border("sae", self.where, f"whose {name} is damaged, or holds more than tensors"):
             if name.endswith(".safetensors"):
                 return load_file(path)
             if name.endswith(".npz"):
                 with np.load(path) as arrays:
                     return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
             return torch.load(path, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-            raise UserError(f"{self.where}: {name} is damaged, or holds more than tensors ({reason})") from None
 
     def refused(self, what: str) -> UserError:
         return UserError(f"{self.where}: {what}")

@@ -6,10 +6,10 @@ TransformerLens reads a model with processed weights by default, so activations 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from raysae.config import UserError
 from raysae.lm.facts import ModelFacts, hook_width, parse_hook_point
@@ -211,7 +211,7 @@ def is_of(said: str | None, model: str) -> bool | None:
     ours, theirs = (_short(name) for name in (model, said))
     if ours == theirs:
         return True
-    folders = said.startswith("/") or Path(model).expanduser().exists()
+    folders = said.startswith("/") or os.path.exists(os.path.expanduser(model))
     prefix = ours.startswith(theirs) or theirs.startswith(ours)
     return None if folders or prefix else False
 

@@ -191,7 +191,7 @@ def _base() -> Path:
 
     A Ray job runs in a copy of the working directory, which Ray throws away.
     """
-    return Path.home() / "raysae" if _in_ray_job() else Path.cwd()
+    return local_path("output", "~/raysae") if _in_ray_job() else Path.cwd()
 
 
 def _in_ray_job() -> bool:

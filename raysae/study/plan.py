@@ -7,10 +7,10 @@ imports torch or loads weights. `sweep/capacity.py` checks the cluster.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 from raysae.config import ModelConfig, SAEConfig, SweepConfig, UserError, error_kind
 from raysae.lm.facts import ModelFacts, hook_width, model_facts
@@ -21,6 +21,7 @@ from raysae.stream.blocks import WIRE_DTYPES, shards_in_flight
 from raysae.stream.spec import ActivationSpec
 from raysae.study.number_format import settled_dtype
 from raysae.text.contexts import Contexts, build_contexts
+from raysae.text.tokens import special_tokens
 
 LONGEST_DEFAULT_CONTEXT = 1024
 SKIPPED, SKIPPED_LONG = 8, 200  # First positions of a context that give no rows. The second is for long contexts.
@@ -157,17 +158,20 @@ def leave_out_ids(config: SweepConfig) -> tuple[int, ...]:
 
 
 def _token_ids(model: ModelConfig, wanted: list[str | int]) -> tuple[int, ...]:
-    tokenizer = load_tokenizer(model)
-    id_of = tokenizer.get_vocab()
-    known = set(id_of.values())
-    named = {token: int(token) if str(token).isdecimal() else id_of.get(token) for token in {*wanted} - {"special"}}
-    special = tokenizer.all_special_ids if "special" in wanted else ()
-    if unknown := [token for token, id_ in named.items() if id_ not in known]:
+    ids = {token: int(token) for token in wanted if str(token).isdecimal()}
+    vocabulary, _ = load_vocabulary(model)
+    if names := [token for token in wanted if token not in ids]:  # A model read by ids may have no tokenizer
+        tokenizer = load_tokenizer(model)
+        id_of = tokenizer.get_vocab()
+        ids |= {token: id_of.get(token, vocabulary) for token in names if token != "special"}
+        special = special_tokens(tokenizer) if "special" in names else []
+        ids |= {token: id_of[token] for token in special if id_of[token] < vocabulary}
+    if unknown := [token for token, id_ in ids.items() if id_ >= vocabulary]:
         raise UserError(
             f"stream.leave_out_tokens has {unknown[0]!r}, which is no token of {model.name}: give 'special', "
-            f"ids up to {max(known)}, or tokens as the tokenizer spells them"
+            f"ids up to {vocabulary - 1}, or tokens as the tokenizer spells them"
         )
-    return tuple(sorted({*named.values(), *special}))
+    return tuple(sorted(set(ids.values())))
 
 
 def _check_errors(config: SweepConfig, hook: str) -> None:
@@ -178,7 +182,7 @@ def _check_errors(config: SweepConfig, hook: str) -> None:
                 f"hook point {hook!r} is an error of an SAE, and errors.{field} is unset: "
                 "name the SAE's folder and its probe"
             )
-        if "://" not in value and not Path(value).expanduser().exists():
+        if "://" not in value and not os.path.exists(os.path.expanduser(value)):
             raise UserError(f"errors.{field} is {value}: there is no such file or folder")
 
 

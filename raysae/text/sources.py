@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from raysae.borders import border
 from raysae.config import TextConfig, UserError, digest
 from raysae.storage import named, patterns
 
@@ -178,16 +179,8 @@ def _read(path: Path, config: TextConfig) -> Iterator[Document]:
 
 def _with_sentence(texts: Iterator[Document], where: str) -> Iterator[Document]:
     """The same texts. An error in reading them becomes a UserError."""
-    try:
+    with border("text.source", where, "which cannot be read"):
         yield from texts
-    except UserError:
-        raise
-    except Exception as error:  # The libraries that read files raise errors of many classes
-        raise UserError(f"text.source: {where} cannot be read ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _open(path: Path) -> BinaryIO:
@@ -274,12 +267,12 @@ def _described(value: Any) -> str:
 
 def _hugging_face_texts(config: TextConfig) -> Iterator[Document]:
     builder = _load(config)
-    try:
-        records = builder.as_streaming_dataset(split=config.split)
-    except ValueError as error:
-        raise UserError(f"text.split is '{config.split}', which {config.source} does not have ({error})") from error
-    except Exception as error:  # The hub's client and the readers of files raise errors of many classes
-        raise UserError(f"text.source: {config.source} cannot be read ({_reason(error)})") from error
+    with border("text.source", config.source, "which cannot be read"):
+        try:
+            records = builder.as_streaming_dataset(split=config.split)
+        except ValueError:
+            with border("text.split", f"'{config.split}'", f"which {config.source} does not have"):
+                raise
     if records.column_names is not None:
         _column(dict.fromkeys(records.column_names), config, config.source)
         # Read this column alone. The types of all columns were guessed from the first rows: casting the others to them
@@ -301,10 +294,8 @@ def _load(config: TextConfig) -> Any:
     from datasets import load_dataset_builder
 
     name, revision, files = _parse(config.source)
-    try:
+    with border("text.source", f"'{config.source}'", "which cannot be loaded"):  # Such as a dataset that is a script
         return load_dataset_builder(name, config.subset, data_files=files, revision=revision)
-    except Exception as error:  # For example RuntimeError where the dataset is a script
-        raise UserError(f"text.source is '{config.source}', which cannot be loaded ({_reason(error)})") from error
 
 
 def _parse(source: str) -> tuple[str, str | None, str | None]:

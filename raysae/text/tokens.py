@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from raysae.borders import border
 from raysae.config import TextConfig, UserError
 from raysae.text.sources import Document
 
@@ -159,15 +160,12 @@ class Encoder:
                 f"text.field is '{self.text.field}', which holds chats, but the language model's tokenizer has no chat "
                 "template: name a model that chats, or a column that holds text"
             )
-        try:
+        fault = "where the language model's chat template refuses a chat"
+        with border("text.field", f"'{self.text.field}'", fault):
             # Special tokens in messages stay text, and those of the template become special tokens
             rows = self.tokenizer.apply_chat_template(
                 [piece.content for piece in batch], return_dict=False, sanitize_control_tokens=True
             )
-        except Exception as error:  # A template is a program, which may raise anything
-            raise UserError(
-                f"text.field is '{self.text.field}', where the language model's chat template refuses a chat ({error})"
-            ) from error
         return [self._joinable(row, self.tokens.first) for row in rows]
 
     def _joinable(self, row: list[int], first: int | None) -> list[int]:

@@ -45,7 +45,6 @@ def absolute(uri: str, base: Path | None = None) -> str:
 
     Args:
         base: the folder that a relative path begins at. None: the present one.
-
     """
     file = database_file(uri)
     if file is None:

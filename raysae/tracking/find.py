@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 URL_TAG = "raysae.folder"
-PLAIN_URL = re.compile(r"(?!file:)\w+://(?!.*(::|/\.\./))")  # No local file, and no file systems within each other
+# No local file, and no file systems within each other
+PLAIN_URL = re.compile(r"(?!file:|local:)\w+://(?!.*(::|/\.\./))", re.DOTALL)
 STUDY_CONFIG = "config.yaml"  # Artifact of the study's run
 SAE_ARTIFACT = "sae"  # Artifact folder of a child run that holds its SAE
 
@@ -118,16 +119,32 @@ def _found(client: MlflowClient, tracking: TrackingConfig, which: str | None) ->
 
 def study_settings(sae: TrackedSAE) -> bytes | None:
     """The study's config.yaml that its sweep has put into MLflow. None where it has not."""
-    parent = sae._client.get_run(sae.run_id).data.tags[PARENT_TAG]
+    parent = _parent(sae)
     if not any(artifact.path == STUDY_CONFIG for artifact in sae._client.list_artifacts(parent)):
         return None
     return Path(sae._client.download_artifacts(parent, STUDY_CONFIG)).read_bytes()
 
 
 def study_params(sae: TrackedSAE) -> dict[str, str]:
-    """The parameters of the sweep that trained `sae`. They are its resolved config, flattened."""
-    parent = sae._client.get_run(sae.run_id).data.tags[PARENT_TAG]
-    return dict(sae._client.get_run(parent).data.params)
+    """The parameters of the sweep that trained `sae`. They are its resolved config, flattened.
+
+    Raises:
+        UserError: the SAE's run has no parent, or `output` is neither a folder nor a plain URL.
+    """
+    parent = _parent(sae)
+    params = dict(sae._client.get_run(parent).data.params)
+    output = params.get("output", "")
+    if "://" in output and not PLAIN_URL.match(output):
+        raise _foreign(parent, f"its parameter output is {output!r}, which is neither a folder nor a plain URL")
+    return params
+
+
+def _parent(sae: TrackedSAE) -> str:
+    """The id of the run of the sweep that trained `sae`. UserError: its own run does not name it."""
+    parent = sae._client.get_run(sae.run_id).data.tags.get(PARENT_TAG)
+    if not parent:
+        raise _foreign(sae.run_id, f"it has no tag {PARENT_TAG}")
+    return parent
 
 
 def _by_run_id(client: MlflowClient, run_id: str, search) -> list[Run]:

@@ -6,15 +6,15 @@ For activations x these are e = x − Sae(x), its linear prediction ê from x, o
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from raysae.borders import border
 from raysae.config import ErrorsConfig, UserError, error_kind
 from raysae.sae.importers import load_any
+from raysae.storage import local_path
 from raysae.stream.reader import BatchReader
 
 
@@ -31,13 +31,9 @@ class ErrorOf:
     def __init__(self, hook_point: str, config: ErrorsConfig, width: int, device: torch.device | str = "cpu") -> None:
         self.kind, of = error_kind(hook_point)
         self.sae = load_any(config.sae, of).sae.to(device)
-        try:
-            probe = load_file(Path(config.probe).expanduser())
+        with border("errors.probe", config.probe, "which is no probe that jobs/error_regression.py has saved"):
+            probe = load_file(local_path("errors.probe", config.probe))
             weight, bias = probe["probe/weight"], probe["probe/bias"]
-        except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(
-                f"errors.probe is {config.probe}, which is no probe that jobs/error_regression.py has saved ({error})"
-            ) from error
         if self.sae.d_in != width or weight.shape != (width, width):
             raise UserError(
                 f"errors.sae takes activations {self.sae.d_in} wide and errors.probe {len(weight)}, "

@@ -36,7 +36,7 @@ def test_ray_gets_a_short_folder_where_the_usual_one_is_too_deep(
         monkeypatch.setenv(variable, value)
         assert folder_of_sockets() == expected
     monkeypatch.setattr(connect_module, "LONGEST_TMPDIR", 0)
-    with pytest.raises(UserError, match=r"^TMPDIR is /dev/shm, where Ray cannot make its sockets: set it to"):
+    with pytest.raises(UserError, match=r"^RAY_TMPDIR is /dev/shm, where Ray cannot make its sockets: set it to"):
         folder_of_sockets()
 
 
@@ -73,6 +73,7 @@ def test_an_error_of_ray_at_its_start_is_one_sentence(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(connect_module.ray, "init", broken)
     monkeypatch.setattr(connect_module, "_check_reachable", lambda address: None)
+    monkeypatch.setattr(connect_module, "stay_on_loopback", lambda: None)  # It is for the whole process
     with pytest.raises(UserError, match=r"address is there:1, where no Ray cluster answers \(Version mismatch: 2\.1"):
         connect("there:1", 0)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

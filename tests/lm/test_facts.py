@@ -109,6 +109,7 @@ def test_folders_without_a_model(tmp_path):
     assert "transformers cannot build a causal language model from its configuration (Unrecognized" in refusal()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nobodys"}))
     assert "transformers cannot build a causal language model from its configuration (The checkpoint" in refusal()
+    assert "The traceback is in " in refusal()
 
 
 def test_sizes_that_config_json_leaves_out_are_the_configurations(tmp_path):

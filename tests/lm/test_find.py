@@ -57,7 +57,7 @@ def test_an_architecture_is_found_and_right(name, folder):
     kinds = list(dict.fromkeys(lm.facts.architecture.blocks))
     assert [(b.attn, b.attn_proj, b.d_attn, b.mlp, b.mlp_proj, b.d_mlp) for b in kinds] == EXPECTED[name]
     assert (lm.facts.d_model, lm.facts.architecture.resumes) == (24, True)
-    assert {b.attn_factor for b in kinds} == {b.attn_factor for b in kinds} == ({0.3} if name == "granite" else {1.0})
+    assert {b.attn_factor for b in kinds} == {b.mlp_factor for b in kinds} == ({0.3} if name == "granite" else {1.0})
     tokens = random_tokens() % 58  # The last ids stand for images
     assert list(problems(lm, tokens)) == []
     assert lm.activations(tokens, [], token_loss=True)["token_loss"][:, 1:].isfinite().all()

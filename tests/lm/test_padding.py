@@ -6,7 +6,7 @@ import torch
 
 from raysae.lm.patched_loss import downstream_metrics
 from raysae.text.contexts import Contexts
-from tests.lm.models import CONFIGS_OF_ALL, LAYERS, LENGTH, load, random_tokens, save
+from tests.lm.models import CONFIGS_OF_ALL, LENGTH, load, random_tokens, save
 
 LENGTHS = torch.tensor([20, 11, 3, 7, 1, 20])
 SKIP = 2
@@ -14,16 +14,15 @@ SKIP = 2
 
 @pytest.mark.parametrize("architecture", CONFIGS_OF_ALL)
 def test_no_activation_before_the_padding_depends_on_it(architecture, tmp_path):
-    folder = save(architecture, tmp_path)
-    modules = {"blocks": "transformer.h" if architecture == "gptj" else "model.layers"}
-    lm = load(folder, modules=modules if architecture in ("olmo2", "granite", "gptj") else {})
-    hooks = [f"resid_post.{layer}" for layer in range(LAYERS)]
-    tokens = random_tokens(len(LENGTHS))
+    lm = load(save(architecture, tmp_path))
+    hooks = [f"resid_post.{layer}" for layer in range(lm.facts.layers)]
+    tokens = random_tokens(len(LENGTHS)) % 58  # The last ids of one model stand for images
     real = torch.arange(LENGTH) < LENGTHS.unsqueeze(1)
     seen = [lm.activations(torch.where(real, tokens, pad), hooks, token_loss=True) for pad in (1, 57)]
     for name in [*hooks, "token_loss"]:
         one, other = (found[name][real] for found in seen)
-        assert torch.equal(one.nan_to_num(), other.nan_to_num()), "the same bits whatever the padding is"
+        # Experts take tokens of all contexts together, so the padding may change how their products round
+        torch.testing.assert_close(one, other, equal_nan=True, rtol=1e-5, atol=1e-5)
     alone = lm.activations(tokens[1:2, :11], hooks, token_loss=True)
     for name in [*hooks, "token_loss"]:
         torch.testing.assert_close(seen[0][name][1:2, :11], alone[name], equal_nan=True, rtol=1e-4, atol=1e-4)

@@ -513,7 +513,7 @@ def test_a_trainer_that_is_no_object_is_refused(tmp_path):
 def test_pickled_code_is_not_run(tmp_path):
     write_dictionary(tmp_path, "AutoEncoder", {})
     torch.save({"encoder.weight": Path("x")}, tmp_path / "ae.pt")
-    with pytest.raises(UserError, match=r"ae\.pt is damaged, or holds more than tensors"):
+    with pytest.raises(UserError, match=r"ae\.pt is damaged, or holds more than tensors .* The traceback is in "):
         load_any(tmp_path)
 
 
@@ -523,7 +523,7 @@ def test_pickled_code_is_not_run(tmp_path):
 def test_damaged_pickles(content, tmp_path):
     write_dictionary(tmp_path, "AutoEncoder", {})
     (tmp_path / "ae.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"ae\.pt is damaged, or holds more than tensors"):
+    with pytest.raises(UserError, match=r"ae\.pt is damaged, or holds more than tensors .* The traceback is in "):
         load_any(tmp_path)
 
 

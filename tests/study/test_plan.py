@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from raysae.commands.parse import parse
 from raysae.config import SweepConfig, UserError
 from raysae.lm.tokenizer import load_tokenizer
 from raysae.stream.spec import ActivationSpec
-from raysae.study.plan import MIB, Plan, check_enough, plan, store_bytes
+from raysae.study.plan import MIB, Plan, _token_ids, check_enough, plan, store_bytes
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,23 @@ def planned(tmp_path: Path, **stream: object) -> Plan:
         "evaluation": {"rows": 1}, "train": {"tokens": 1, "batch": 1}, "hook_points": ["resid_post.2", "mlp_out.1"],
     }  # fmt: skip
     return plan(SweepConfig.model_validate(knobs))
+
+
+def test_special_tokens_without_a_role_are_left_out_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat model marks turns with special tokens that are no BOS, EOS or the like."""
+    tokenizer = load_tokenizer(SweepConfig().model)
+    with_roles = tuple(sorted(tokenizer.all_special_ids))
+    new = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])
+    monkeypatch.setattr("raysae.study.plan.load_tokenizer", lambda model: tokenizer)
+    assert _token_ids(SweepConfig().model, ["special"]) == with_roles, "the model has no such id"
+    monkeypatch.setattr("raysae.study.plan.load_vocabulary", lambda model: (new + 1, None))
+    assert _token_ids(SweepConfig().model, ["special"]) == (*with_roles, new)
+
+
+def test_ids_to_leave_out_need_no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysae.study.plan.load_tokenizer", None)
+    assert _token_ids(SweepConfig().model, ["5", 3]) == (3, 5)
 
 
 def test_what_is_left_out_is_settled_and_goes_into_both_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

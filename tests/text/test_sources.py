@@ -202,11 +202,11 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
         ("{}/*.jsonl", {}, "where raysae finds no file"),
         ("{}/picture.png", {}, "picture.png, a kind of file raysae does not read: it reads txt md py jsonl parquet"),
         (" , ", {}, "text.source is ' , '"),
-        ("{}/latin.txt", {}, "latin.txt cannot be read"),
-        ("{}/broken.txt.gz", {}, "broken.txt.gz cannot be read"),
-        ("{}/broken.txt.xz", {}, "broken.txt.xz cannot be read"),
-        ("{}/broken.txt.zst", {}, "broken.txt.zst cannot be read"),
-        ("{}/broken.parquet", {}, "broken.parquet cannot be read"),
+        ("{}/latin.txt", {}, "latin.txt, which cannot be read"),
+        ("{}/broken.txt.gz", {}, "broken.txt.gz, which cannot be read"),
+        ("{}/broken.txt.xz", {}, "broken.txt.xz, which cannot be read"),
+        ("{}/broken.txt.zst", {}, "broken.txt.zst, which cannot be read"),
+        ("{}/broken.parquet", {}, "broken.parquet, which cannot be read"),
         (
             "{}/rows.jsonl.gz",
             {"field": "body"},
@@ -221,7 +221,7 @@ def test_fingerprint_is_of_the_content_alone(tmp_path):
         ("hf:{}/nowhere", {}, "cannot be loaded"),
         ("hf:nobody/nothing", {}, "text.source is 'hf:nobody/nothing', which cannot be loaded"),
         ("hf:json:{}/none.jsonl", {}, "cannot be loaded"),
-        ("hf:json:{}/broken.json", {}, "broken.json cannot be read"),
+        ("hf:json:{}/broken.json", {}, "broken.json, which cannot be read"),
         ("hf:json:{}/rows.jsonl.gz", {"split": "validation"}, "text.split is 'validation'"),
         (
             "hf:json:{}/rows.jsonl.gz",
@@ -245,6 +245,7 @@ def test_bad_sources_get_one_sentence(tmp_path, source, options, message):
     with pytest.raises(UserError, match=message) as error:
         read(source.format(tmp_path), **options)
     assert "\n" not in str(error.value)
+    assert ("The traceback is in " in str(error.value)) == ("cannot be" in message or "split" in options)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])

@@ -114,10 +114,10 @@ def test_a_tokenizer_without_a_template_gets_one_sentence(tmp_path):
 def test_a_chat_that_the_template_refuses_gets_one_sentence(tmp_path):
     def strict():
         tokenizer = chatting()
-        tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+        tokenizer.chat_template = "{{ raise_exception('roles must alternate\\nand more') }}"
         return tokenizer
 
-    with pytest.raises(UserError, match=r"chat template refuses a chat .*roles must alternate"):
+    with pytest.raises(UserError, match=r"chat template refuses a chat \(.*roles must alternate\)\. The traceback"):
         build_contexts(config(tmp_path, CHATS), strict, "t", 32)
 
 

@@ -307,11 +307,13 @@ class Lab:
             UserError: some of them could not be trained.
         """
         train = self.sweep.train.model_copy(update={"tokens": tokens, "reports": 2})
+        judge = self.plan.config.stream.leave_out_hook_point  # The recorded rows' judge, so that the same rows are out
         update = {
             "hook_points": list(hook_points), "architectures": [like.architecture], "widths": list(widths),
             "k": [] if like.k is None else [like.k], "sparsities": [] if like.sparsity is None else [like.sparsity],
             "learning_rates": [like.learning_rate], "seeds": [like.seed + i for i in range(seeds)],
             "search": "grid", "scheduler": "none", "train": train, "errors": errors or ErrorsConfig(),
+            "stream": self.sweep.stream.model_copy(update={"leave_out_hook_point": judge}),
             "evaluation": self.sweep.evaluation.model_copy(update={"predicted_tokens": 0}),
         }  # fmt: skip
         config = self.sweep.model_copy(update=update)

@@ -21,6 +21,7 @@ import torch
 from raysae.analysis.instruments.activations import CHUNK_ROWS, SPLITS, Chunk, Split, split_contexts
 from raysae.analysis.lab.tasks import Task, language_model
 from raysae.config import SweepConfig, UserError, digest
+from raysae.storage import local_path
 from raysae.stream.producer import nonfinite
 from raysae.stream.shard import ShardMaker
 from raysae.stream.spec import ActivationSpec
@@ -214,7 +215,7 @@ def collect(
     parts = split_contexts(contexts, seed=seed)
     content = hashlib.sha256(parts.split.tobytes() + parts.group.tobytes()).hexdigest()
     key = [RECORDING_DEFINITION, spec.hash, shards, content]
-    place = Path(folder).expanduser() / digest(key)
+    place = local_path("folder", str(folder)) / digest(key)
     wanted = [*hook_points, "token_loss", "token", "context", "group", "split"]
     wanted += ["kept"] if spec.leave_out_tokens or spec.leave_out_norm or contexts.lengths is not None else []
     missing = [name for name in wanted if not (place / f"{name}.npy").exists()]

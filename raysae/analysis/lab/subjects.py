@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from raysae.analysis.lab.tasks import device
 from raysae.borders import border
@@ -13,7 +14,7 @@ from raysae.config import AnalysisConfig, SAEConfig, UserError, digest, error_ki
 from raysae.knobs import from_flat
 from raysae.sae.base import SAE
 from raysae.sae.files import OWN
-from raysae.sae.importers import FILES, NamedSAE, load_any
+from raysae.sae.importers import FILES, NamedSAE, folder_of, load_any
 from raysae.sae.origins import UNKNOWN, Origin
 from raysae.storage import file_system
 from raysae.tracking.find import TrackedSAE, find_saes
@@ -67,8 +68,9 @@ def find(config: AnalysisConfig) -> list[tuple[str, TrackedSAE | None]]:
         return [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, config.sweep)]
     found: list[tuple[str, TrackedSAE | None]] = []
     for name in config.sae:
-        if "://" in name or Path(name).expanduser().exists():
-            found.append((name if "://" in name else str(Path(name).expanduser().resolve()), None))
+        path = os.path.expanduser(name)
+        if "://" in name or os.path.exists(path):
+            found.append((name if "://" in name else os.path.realpath(path), None))
         else:
             try:
                 found += [(str(tracked.folder), tracked) for tracked in find_saes(config.tracking, name)]
@@ -130,10 +132,13 @@ def content_of(where: str) -> str:
     """A digest that tells an SAE's files from others.
 
     It is that of our own description, which has the files' checksums. Files without one count by name, size and time.
+    Among them is the file that `where` names, whatever its name.
     """
     files, path = file_system(where)
-    folder = path if files.isdir(path) else path.rpartition("/")[0]
+    whole = files.isdir(path)
+    folder = path if whole else folder_of(PurePosixPath(path))
     if files.exists(f"{folder}/{OWN}"):
         return hashlib.sha256(files.cat_file(f"{folder}/{OWN}")).hexdigest()[:16]
-    facts = [files.info(f"{folder}/{name}") for name in FILES if files.exists(f"{folder}/{name}")]
+    paths = dict.fromkeys([*(f"{folder}/{name}" for name in FILES), *([] if whole else [path])])
+    facts = [files.info(file) for file in paths if files.exists(file)]
     return digest([[str(fact.get(key)) for key in ("name", "size", "mtime", "ETag", "LastModified")] for fact in facts])

@@ -67,7 +67,8 @@ def ensure_ray(settled: Plan) -> None:
     if ray.is_initialized():
         return
     config = settled.config
-    held_out_width = TRAINED_AT * max(*settled.widths.values(), settled.facts.d_attn or 0)
+    of_attention = (block.d_attn or 0 for block in settled.facts.architecture.blocks)
+    held_out_width = TRAINED_AT * max(*settled.widths.values(), *of_attention)
     connect(config.resources.address, store_bytes(settled, held_out_width, token_copies=4))
     machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     if len(machines) > 1 and not config.resources.shared_storage:

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from raysae.analysis.lab.lab import _trained_with
 from raysae.config import SweepConfig, TrackingConfig, UserError
-from raysae.tracking.find import STUDY_CONFIG, TrackedSAE, find_saes
+from raysae.tracking.find import STUDY_CONFIG, TrackedSAE, find_saes, study_params
 from raysae.tracking.runs import Study
 
 FILES = ",".join(f"/data/part-{i:04d}.txt" for i in range(400))  # More than MLflow keeps of a parameter
@@ -99,3 +99,36 @@ def test_a_run_without_hook_point_or_width_is_told() -> None:
         _ = sae.hook_point
     with pytest.raises(UserError, match=r"its parameter width is \.\./x, which is no number"):
         _ = sae.width
+
+
+def tracked_with(tags: dict[str, str], output: str) -> TrackedSAE:
+    """An SAE whose run has these tags, in an MLflow whose sweeps all have this output."""
+    run = SimpleNamespace(data=SimpleNamespace(tags=tags, params={"output": output}))
+    return TrackedSAE("a", "s1", "run7", {}, {}, None, "", SimpleNamespace(get_run=lambda run_id: run))
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "simplecache::s3://bucket/runs",
+        "zip://x::http://host/a.zip",
+        "s3://bucket/../x",
+        "file:///etc",
+        "local:///etc",
+        "s3://a\n::b://c",
+    ],
+)
+def test_an_output_in_mlflow_that_no_sweep_writes_is_not_opened(output: str) -> None:
+    with pytest.raises(UserError, match=r"run run1 in MLflow .* its parameter output is ") as caught:
+        _trained_with(tracked_with({"mlflow.parentRunId": "run1"}, output), {})
+    assert repr(output) in str(caught.value)
+
+
+@pytest.mark.parametrize("output", ["/data/runs", "s3://bucket/runs"])
+def test_an_output_that_a_sweep_writes_is_taken(output: str) -> None:
+    assert study_params(tracked_with({"mlflow.parentRunId": "run1"}, output)) == {"output": output}
+
+
+def test_a_run_without_its_sweep_is_told() -> None:
+    with pytest.raises(UserError, match=r"run run7 in MLflow .* it has no tag mlflow\.parentRunId"):
+        study_params(tracked_with({}, "/data/runs"))
