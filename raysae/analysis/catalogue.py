@@ -41,7 +41,7 @@ def run(config: AnalysisConfig, given: Mapping[str, Any], analysis: str) -> int:
     print(f"Study {lab.study}: {len(lab.saes)} SAEs at {', '.join(lab.hook_points)}", flush=True)
     findings = carry_out(lab, analysis, ANALYSES[analysis])
     if not (findings.tables or findings.figures):
-        raise UserError(f"{analysis} has nothing to show of study {lab.study}: {'; '.join(findings.notes)}")
+        raise UserError(f"{analysis} has nothing to show of study {lab.study}: {'. '.join(findings.notes)}")
     for note in findings.notes:
         print(f"Note: {note}")
     for name, value in findings.numbers.items():

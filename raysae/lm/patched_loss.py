@@ -107,7 +107,8 @@ def downstream_metrics(
             reconstructions of the same shape. Several threads may call them at once.
         mean: (w,), mean activation over training rows.
         skip: how many first positions of each context are left intact, less than t − 1.
-        kept: (c, t) bool, whether a later position is replaced. None is that predicts padding. Unset: all are.
+        kept: (c, t) bool, whether a position after the first `skip` is replaced. The caller sets False where the next
+            token is padding, since that prediction must not count. Unset: all are replaced.
 
     Raises:
         ValueError: `skip` is out of range, there are no contexts, or no prediction is made at a replaced position.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPOILT = 0.1  # Share of the variance in the largest 0.1 % of the rows above which FVU says little of the others
+OFF = 0.05  # Relative difference from FVU above which the FVU without outliers is shown
 
 
 def outliers_told(hook_point: str, report: Mapping[str, object], outlier_norm: float) -> str | None:

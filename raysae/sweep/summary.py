@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from raysae.sweep.figures import KNOBS, draw
+from raysae.sweep.notes import OFF
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # Statuses with a final evaluation, at the end of the run or when the scheduler ended the SAE
 EVALUATED = ("done", "stopped")
-OFF = 0.05  # Relative difference from fvu above which fvu_inliers is shown
 METRICS = {  # Column: heading, format
     "fvu": ("FVU", ".4f"),
     "fvu_inliers": ("FVU, no outliers", ".4f"),

@@ -45,19 +45,29 @@ def rows(n: int, d: int = D, seed: int = 0) -> Tensor:
 
 
 def activations(
-    contexts: int = 150, d: int = D, seed: int = 0, x: Tensor | None = None, chunk_rows: int = 500
+    contexts: int = 150,
+    d: int = D,
+    seed: int = 0,
+    x: Tensor | None = None,
+    chunk_rows: int = 500,
+    per_document: int = 1,
 ) -> ArrayActivations:
-    """Activations of contexts with PER_CONTEXT rows each, with tokens and losses. Each is a document."""
+    """Activations of contexts with PER_CONTEXT rows each, with tokens and losses.
+
+    A document has `per_document` contexts, and is a group.
+    """
     n = contexts * PER_CONTEXT
+    context = torch.arange(contexts).repeat_interleave(PER_CONTEXT)
     generator = torch.Generator().manual_seed(seed + 7)
     token = torch.randint(0, 40, (n,), generator=generator)
     loss = torch.rand(n, generator=generator)
     loss[PER_CONTEXT - 1 :: PER_CONTEXT] = torch.nan  # The last position predicts nothing
     return ArrayActivations(
         {HOOK: rows(n, d, seed) if x is None else x},
-        context=torch.arange(contexts).repeat_interleave(PER_CONTEXT),
+        context=context,
         token=token,
         token_loss=loss,
+        document=context // per_document,
         chunk_rows=chunk_rows,
     )
 

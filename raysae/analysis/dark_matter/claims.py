@@ -85,8 +85,8 @@ def _controlled(tables: Tables, column: str, judged: Callable[[Estimate], Verdic
     judge("of SAEs trained on half the tokens ", half, f"{column}{col.HALF}")
     if column in half:
         judge(f"of the same {len(half)} SAEs trained on all ", half, column)
-    ends = f"over SAEs {whole[column].min():.2f} to {whole[column].max():.2f}"
-    return unanimous(verdicts), f"median R² {', '.join(seen)}; {ends}"
+    ends = f"Over SAEs it goes from {whole[column].min():.2f} to {whole[column].max():.2f}"
+    return unanimous(verdicts), f"median R² {', '.join(seen)}. {ends}"
 
 
 def _general(differences: pd.DataFrame, column: str) -> tuple[Verdict, str]:
@@ -96,8 +96,8 @@ def _general(differences: pd.DataFrame, column: str) -> tuple[Verdict, str]:
     """
     above, below = (differences[col.low(column)] > 0).mean(), (differences[col.high(column)] < 0).mean()
     verdict = HOLDS if above >= MOST else FAILS if below >= MOST else UNTOLD
-    seen = f"clearly so for {above:.0%} of {len(differences)} SAEs, clearly the other way for {below:.0%}"
-    return verdict, f"{seen}; median difference {median_of(differences, column):+.2f}"
+    seen = f"Clearly so for {above:.0%} of {len(differences)} SAEs, clearly the other way for {below:.0%}"
+    return verdict, f"{seen}. The median difference is {median_of(differences, column):+.2f}"
 
 
 # ---------------------------------------------------------------- the rules
@@ -149,7 +149,7 @@ def _baselines(tables: Tables) -> tuple[Verdict, str]:
     names = {column: label for column, label in BASELINES.items() if column in table}
     medians = ", ".join(f"{label} {round(table[column].median(), 2) + 0.0:.2f}" for column, label in names.items())
     verdict, seen = _general(table, col.R2_ERROR_NORM_LEAD)
-    return verdict, f"median R² from x {table[col.R2_ERROR_NORM].median():.2f}, from {medians}; {seen}"
+    return verdict, f"median R² from x {table[col.R2_ERROR_NORM].median():.2f}, from {medians}. {seen}"
 
 
 @claim_of(
@@ -161,7 +161,7 @@ def _nonlinear_norm(tables: Tables) -> tuple[Verdict, str]:
     table = tables["error_regression"]["regressions"]
     verdict, seen = _general(table, col.R2_NORM_NONLINEAR_LACK)
     of_nonlinear, of_error = table[col.R2_NORM_NONLINEAR].median(), table[col.R2_ERROR_NORM].median()
-    return verdict, f"median R² of ‖ε‖² {of_nonlinear:.2f}, of ‖e‖² {of_error:.2f}; {seen}"
+    return verdict, f"median R² of ‖ε‖² {of_nonlinear:.2f}, of ‖e‖² {of_error:.2f}. {seen}"
 
 
 @claim_of(
@@ -174,14 +174,14 @@ def _same_tokens(tables: Tables) -> tuple[Verdict, str]:
     if not len(pairs):
         return UNTOLD, "there is only one width"
     verdicts, seen = [], []
-    labels = {col.R2: "R² of ‖e_large‖ from ‖e_small‖", col.R2_BEYOND_X_NORM: "of what ‖x‖ leaves, ‖e_small‖ explains"}
+    labels = {col.R2: "R² of ‖e_large‖ from ‖e_small‖", col.R2_BEYOND_X_NORM: "Of what ‖x‖ leaves, ‖e_small‖ explains"}
     for column, label in labels.items():
         worst = Estimate.of(replicated(pairs, column).min(0), int(pairs[col.GROUPS].min()))
         verdicts.append(between(worst.low, worst.high, SAME_TOKENS))
         pair = pairs.loc[pairs[column].idxmin()]
         widths = f"{int(pair[col.SMALL_WIDTH]):,} → {int(pair[col.LARGE_WIDTH]):,}"
         seen.append(f"{label} {pairs[column].mean():.2f} on average, least {worst:.2f} ({widths})")
-    return unanimous(verdicts), f"{'; '.join(seen)} ({SAME_TOKENS:g} is the border)"
+    return unanimous(verdicts), f"{'. '.join(seen)}. The border is {SAME_TOKENS:g}"
 
 
 @claim_of(
@@ -203,7 +203,7 @@ def _told_apart(tables: Tables) -> tuple[Verdict, str]:
         seen.append(words.format(f"{row[column]:.1%} [{low:.1%}, {high:.1%}]") + f" (at most {limit:.0%})")
     if fault:
         return UNTOLD, fault
-    return conjunction(verdicts), "; ".join(seen)
+    return conjunction(verdicts), ". ".join(seen)
 
 
 def _fault_of_estimates(tables: Mapping[str, pd.DataFrame]) -> str | None:
@@ -241,10 +241,10 @@ def _proportional(tables: Tables) -> tuple[Verdict, str]:
         for part, symbol in RECOVERED.items():
             ratio = over_rows(replicated(table, col.recovered(part)) / replicated(table, share(part)), table)
             of_parts.append(within(ratio.low, ratio.high, PROPORTIONAL))
-            seen += f"; {symbol}: {ratio:.2f} × its share of the {size}, {table[share(part)].median():.0%}"
+            seen += f". {symbol}: {ratio:.2f} × its share of the {size}, {table[share(part)].median():.0%}"
         verdicts.append(conjunction(of_parts))
     least, most = PROPORTIONAL
-    seen += f" (medians over {len(table)} SAEs; {least:g} to {most:g} counts as proportional)"
+    seen += f". Numbers are medians over {len(table)} SAEs. {least:g} to {most:g} counts as proportional"
     if HOLDS in verdicts:
         return HOLDS, seen
     return unanimous(verdicts), seen
@@ -265,8 +265,8 @@ def _worse(tables: Tables) -> tuple[Verdict, str]:
 def _little(tables: Tables) -> tuple[Verdict, str]:
     table = tables["pursuit"]["pursuit"]
     share = median_of(table, col.ENCODER_SHARE)
-    seen = f"pursuit removes {share:.1%} of the nonlinear FVU "
-    seen += f"(median over {len(table)} SAEs; {FEW_PER_CENT:.0%} is the border)"
+    seen = f"pursuit removes {share:.1%} of the nonlinear FVU, the median over {len(table)} SAEs. "
+    seen += f"The border is {FEW_PER_CENT:.0%}"
     return between(share.low, share.high, FEW_PER_CENT, above=False), seen
 
 

@@ -20,6 +20,7 @@ from raysae.analysis.lab.recording import Recorded
 from raysae.analysis.lab.subjects import Subject
 from raysae.analysis.lab.tasks import Task
 from raysae.config import SAEConfig
+from raysae.sweep.notes import SPOILT
 
 GROUP = 3  # How many SAEs share a task's pass over the activations.
 
@@ -28,7 +29,10 @@ GROUP = 3  # How many SAEs share a task's pass over the activations.
 
 
 def regressions(lab: Lab, hook_point: str, saes: Mapping[str, Subject]) -> dict[str, ErrorRegression]:
-    """The regressions (analyses 1 and 2) of each of `saes`, all of one hook point, by name."""
+    """The regressions (analyses 1 and 2) of each of `saes`, all of one hook point, by name.
+
+    Warns where a few outliers hold much of the variance.
+    """
     recorded, outlier_norm = lab.record([hook_point]), lab.sweep.evaluation.outlier_norm
     by_width = sorted(saes.values(), key=lambda sae: sae.width)
     count = -(-len(by_width) // GROUP)
@@ -42,7 +46,24 @@ def regressions(lab: Lab, hook_point: str, saes: Mapping[str, Subject]) -> dict[
         )
         for group in groups
     ]
-    return {name: found for group in lab.run(tasks) for name, found in group.items()}
+    found = {name: result for group in lab.run(tasks) for name, result in group.items()}
+    for result in found.values():
+        lab.warn(outliers_told(hook_point, result.largest_rows_share, outlier_norm))
+    return found
+
+
+def outliers_told(hook_point: str, share: float, outlier_norm: float) -> str | None:
+    """What outliers do to the numbers where the largest rows hold that `share` of the variance. None: they are sound.
+
+    `outlier_norm` is the multiple of the median norm above which a row is an outlier.
+    """
+    if not share > SPOILT:
+        return None
+    return (
+        f"{hook_point}: the largest 0.1 % of the rows in C hold {share:.0%} of the variance, so FVU and R² say little "
+        f"of the others. fvu_inliers is without rows of more than {outlier_norm:g} times the median norm. "
+        f"--stream.leave_out_norm {outlier_norm:g} leaves such rows out of every analysis."
+    )
 
 
 def _regress(

@@ -15,11 +15,14 @@ from raysae.analysis.dark_matter.claims import decide
 from raysae.analysis.dark_matter.earlier_layers import earlier_places
 from raysae.analysis.dark_matter.probes import main_hook_point, model_name
 from raysae.analysis.instruments import columns as col
+from raysae.analysis.instruments.activations import SPLITS
 from raysae.analysis.lab.lab import Lab
+from raysae.analysis.lab.recording import Recorded
 from raysae.analysis.lab.results import Findings, carry_out, track
 from raysae.analysis.report.claims import FAILS, HOLDS, UNTOLD, Claim
 from raysae.analysis.report.page import Paper, write_report
 from raysae.config import AnalysisConfig
+from raysae.sweep.notes import OFF
 
 SECTIONS = {  # Analysis: heading, and what it asks.
     "error_regression": (
@@ -106,9 +109,6 @@ PAPER = (  # Label, analysis, table, column, the paper's value.
 )
 
 
-OFF = 0.05  # Relative difference from FVU above which the FVU without outliers is shown.
-
-
 # ---------------------------------------------------------------- the job
 
 
@@ -125,14 +125,12 @@ def run_all(config: AnalysisConfig, given: Mapping[str, Any], analyses: Mapping[
     print(f"Study {lab.study}: {len(lab.saes)} SAEs at {', '.join(lab.hook_points)}", flush=True)
     hooks = [*lab.hook_points, *earlier_places(lab, main_hook_point(lab))]
     recorded = lab.record(list(dict.fromkeys(hooks)))  # One pass of the language model serves all analyses.
-    if lab.shortage:
-        print(f"Warning: {lab.shortage}", flush=True)
     found: dict[str, Findings] = {}
     for analysis, experiment in analyses.items():
         started = time.monotonic()
         found[analysis] = carry_out(lab, analysis, experiment)
         print(f"{analysis}: {time.monotonic() - started:.0f} s", flush=True)
-    findings, claims = _report(lab, found, len(set(recorded.groups("C").tolist())))
+    findings, claims = _report(lab, found, recorded)
     track(lab, findings)
     for claim in claims:
         print(f"  {claim.verdict:<20} {claim.text}")
@@ -143,11 +141,8 @@ def run_all(config: AnalysisConfig, given: Mapping[str, Any], analyses: Mapping[
     return 0
 
 
-def _report(lab: Lab, found: Mapping[str, Findings], groups: int) -> tuple[Findings, list[Claim]]:
-    """Decides the claims and writes the report. The findings are what MLflow gets of it.
-
-    `groups` is the number of groups of documents that C has.
-    """
+def _report(lab: Lab, found: Mapping[str, Findings], recorded: Recorded) -> tuple[Findings, list[Claim]]:
+    """Decides the claims and writes the report. The findings are what MLflow gets of it."""
     tables = {analysis: findings.tables for analysis, findings in found.items()}
     claims = decide(tables)
     spec = lab.plan.evaluation
@@ -156,16 +151,14 @@ def _report(lab: Lab, found: Mapping[str, Findings], groups: int) -> tuple[Findi
         f"model {model_name(lab)}",
         f"text {lab.plan.config.text.source}",
         f"{len(lab.saes)} SAEs at {', '.join(lab.hook_points)}",
-        f"{lab.shards * spec.rows_per_shard:,} held-out tokens for A, B and C",
+        f"{sum(map(recorded.rows, SPLITS)):,} held-out tokens in A, B and C",
         f"context {spec.context_length}, first {spec.skip_positions} skipped",
-        f"intervals over the {groups} groups of documents in C",
+        f"intervals over the {len(set(recorded.groups('C').tolist()))} groups of documents in C",
     ]
     figures = {analysis: [file for file in each.files if file.suffix == ".png"] for analysis, each in found.items()}
     notes = {analysis: each.notes for analysis, each in found.items()}
     path = lab.folder / "report.html"
-    report = write_report(
-        path, DARK_MATTER, facts, claims, tables, figures, notes, [each for each in (lab.warning, lab.shortage) if each]
-    )
+    report = write_report(path, DARK_MATTER, facts, claims, tables, figures, notes, lab.warnings)
     findings = Findings("dark_matter", [each.key for each in found.values()], pd.DataFrame({"sae": []}), files=[report])
     for verdict in (HOLDS, FAILS, UNTOLD):
         count = sum(claim.verdict == verdict for claim in claims)
@@ -227,7 +220,7 @@ def _introduced(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
 
     synthetic = some("synthetic_closed_form")
     caption = (
-        "Estimates on the synthetic model beside their closed form; deviation: relative, where the closed form is "
+        "Estimates on the synthetic model beside their closed form. Deviation: relative, where the closed form is "
     )
     judged = [f"{column}{end}" for column in (col.DEVIATION, col.REENCODING_FVU) for end in ("", col.LOW, col.HIGH)]
     caption_of_sae = (
@@ -254,8 +247,8 @@ def _error_saes(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, pd.DataFr
         columns += [column, col.low(column), col.high(column)]
     columns += [col.SHARE, col.DEAD_FRACTION]
     caption = (
-        "SAEs on the parts of the error, means over seeds; worse: FVU at equal L0 over that of the linear part, − 1; "
-        "share: the part's variance over e's"
+        "SAEs on the parts of the error, means over seeds. Worse: FVU at equal L0 over that of the linear part, − 1. "
+        "Share: the part's variance over e's"
     )
     return [(caption, tables["error_saes"][columns])]
 

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from raysae.analysis.instruments.activations import SPLITS
 from raysae.analysis.lab.recording import Recorded, Recording
 from raysae.analysis.lab.subjects import Subject, content_of, find, subjects_of
 from raysae.analysis.lab.tasks import Task, ensure_ray, work
@@ -39,6 +40,7 @@ from raysae.tracking.runs import is_cut
 # Default rows of each split. With 256 rows per dimension, the fit costs R² on other rows about 1/256.
 ROWS_PER_DIMENSION = 256
 FEWEST_ROWS, MOST_ROWS = 20_000, 150_000  # The paper has 150,000.
+ENOUGH = 0.8  # Share of the wanted rows below which a warning tells what the lack does
 
 
 def _settings(
@@ -157,9 +159,14 @@ class Lab:
         self.plan, self.stream = self._plan(swept)
         self.folder = Path(self.sweep.output) / self.study / "analysis"
         self.replicates, self.seed = config.replicates, config.seed
-        self.warning = _check_origin(found, self.plan, self.stream if swept else None)
-        if self.warning:
-            print(f"Warning: {self.warning}", file=sys.stderr)
+        self.warnings: list[str] = []
+        self.warn(_check_origin(found, self.plan, self.stream if swept else None))
+
+    def warn(self, told: str | None) -> None:
+        """Puts a warning on the console, and keeps it for the report. Does nothing for None, or if it was told."""
+        if told and told not in self.warnings:
+            self.warnings.append(told)
+            print(f"Warning: {told}", file=sys.stderr, flush=True)
 
     def _check_fit(self) -> None:
         """Raises UserError where an SAE does not fit the language model. Warns where that is not certain."""
@@ -216,36 +223,44 @@ class Lab:
             )
         return min(shards, spec.shards)
 
-    @property
-    def shortage(self) -> str | None:
-        """A warning where the held-out text yields fewer tokens than wanted, with what that does to R².
+    def shortage(self, recorded: Recorded) -> str | None:
+        """A warning where the splits have far fewer tokens than wanted, with what that does to R².
+
+        Padding, rows left out and contexts that join two groups do not count, so a little less than wanted is usual.
 
         Least squares with d predictors and n rows leaves d/(n − d − 1) more than the best map would on other rows, for
         normal predictors (Breiman and Freedman 1983).
         """
         spec, wanted = self.plan.evaluation, self.config.tokens or self._usual(self.plan.facts)
-        have = self.shards * spec.rows_per_shard
-        if self.shards < spec.shards or have >= wanted:
+        have, fit = sum(recorded.rows(split) for split in SPLITS), recorded.rows("A")
+        if have >= ENOUGH * wanted:
             return None
         widest = max(hook_width(hook_point, self.plan.facts) for hook_point in self.hook_points)
-        lost, usual = (widest / max(1, tokens // 3 - widest - 1) for tokens in (have, wanted))
+        lost, usual = (widest / max(1, rows - widest - 1) for rows in (fit, wanted // len(SPLITS)))
+        used_up = self.shards == spec.shards
         return (
-            f"The held-out text yields {have:,} of the {wanted:,} tokens wanted, and a third of them fits {widest:,} "
+            f"The held-out splits have {have:,} of the {wanted:,} tokens wanted, and {fit:,} of them fit {widest:,} "
             f"predictors. That lowers R² on other tokens by about {lost:.1%} of 1 − R², where all would lower it by "
-            f"{usual:.1%}. Intervals are wider too. Raise text.evaluation_fraction or give more text."
+            f"{usual:.1%}. Intervals are wider too. "
+            + ("Raise text.evaluation_fraction or give more text." if used_up else f"Set tokens above {wanted}.")
         )
 
     # ---------------------------------------------------------------- activations and tasks
 
     def record(self, hook_points: Sequence[str]) -> Recorded:
-        """The held-out activations at these hook points. A task with the language model records what is missing."""
+        """The held-out activations at these hook points. A task with the language model records what is missing.
+
+        Warns where they are far fewer than wanted.
+        """
         contexts, spec = self.plan.contexts["evaluation"], self.plan.evaluation
         wanted = Recording(self.folder / "activations", spec, tuple(hook_points), self.shards, self.seed)
-        if found := wanted.find(contexts):
-            return found
-        task = wanted.task(self.plan.config)
-        (self._tasks / task.file).unlink(missing_ok=True)  # It may speak of files that somebody has removed.
-        return self.run([task])[0]
+        recorded = wanted.find(contexts)
+        if recorded is None:
+            task = wanted.task(self.plan.config)
+            (self._tasks / task.file).unlink(missing_ok=True)  # It may speak of files that somebody has removed.
+            recorded = self.run([task])[0]
+        self.warn(self.shortage(recorded))
+        return recorded
 
     def key(self, *saes: Subject, **more: object) -> list:
         """What a task depends on that reads these SAEs and the recorded activations, apart from its analysis."""

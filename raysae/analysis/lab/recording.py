@@ -99,6 +99,10 @@ class Recorded:
         """The activations, with the language model's losses."""
         return StreamActivations(self.folder, self.hook_points, self.first_position, token_loss=True)
 
+    def rows(self, split: str) -> int:
+        """The number of rows of a split, without those left out."""
+        return int(self.kept(split).sum())
+
     def contexts(self, split: str) -> np.ndarray:
         """Indices of the contexts of a split, in the order of its chunks."""
         return self._of_split("context", split)

@@ -27,7 +27,7 @@ from raysae.study.plan import Plan, store_bytes
 from raysae.text.contexts import Contexts
 
 TRAINED_AT = 4  # Most hook points an analysis trains SAEs at. Their held-out rows lie in the object store.
-RESULTS_DEFINITION = 4  # Raise it when results or their classes change. Every result is then worked out anew.
+RESULTS_DEFINITION = 5  # Raise it when results or their classes change. Every result is then worked out anew.
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -124,16 +125,40 @@ def test_of_a_dataset_as_much_text_is_read_as_is_wanted(settings: dict, tmp_path
     assert stream == plan(more.sweep.model_copy(update={"hook_points": [HOOK]})).training.hash != settled.training.hash
 
 
-def test_less_text_than_wanted_is_told_with_what_it_does_to_r2(settings: dict, tmp_path: Path) -> None:
-    sae = saved(tmp_path, 96)
-    assert lab_of(settings, sae=[sae]).shortage is None
-    text = settings["text"] | {"max_documents": 800, "evaluation_fraction": 0.2}
+def test_fewer_rows_than_wanted_are_told_once_with_what_they_do_to_r2(
+    settings: dict, tmp_path: Path, cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sae, text = saved(tmp_path, 96), settings["text"] | {"max_documents": 500, "evaluation_fraction": 0.2}
     lab = lab_of(settings, sae=[sae], text=text, tokens=None)
-    have = lab.shards * lab.plan.evaluation.rows_per_shard
-    assert have < 60_000
-    assert f"{have:,} of the 60,000 tokens wanted" in lab.shortage
-    lost = 100 * D / (have // 3 - D - 1)
-    assert f"lowers R² on other tokens by about {lost:.1f}% of 1 − R², where all would lower it by 0.3%" in lab.shortage
+    recorded = lab.record([HOOK])
+    lab.record([HOOK])
+    rows = {split: sum(len(chunk.token) for chunk in recorded.open().chunks(split)) for split in "ABC"}
+    assert {split: recorded.rows(split) for split in "ABC"} == rows
+    (told,) = lab.warnings
+    assert f"have {sum(rows.values()):,} of the 60,000 tokens wanted, and {rows['A']:,} of them fit 64 pred" in told
+    lost = 100 * D / (rows["A"] - D - 1)
+    assert f"lowers R² on other tokens by about {lost:.1f}% of 1 − R², where all would lower it by 0.3%" in told
+    assert told.endswith("Raise text.evaluation_fraction or give more text.")
+    assert capsys.readouterr().err.count("tokens wanted") == 1
+
+
+def test_rows_that_are_left_out_are_told_and_a_few_dropped_contexts_are_not(settings: dict, tmp_path: Path) -> None:
+    lab = lab_of(settings, sae=[saved(tmp_path, 96)])  # 12,000 tokens are wanted, and the text has more
+    assert lab.shortage(SimpleNamespace(rows={"A": 3900, "B": 3700, "C": 3600}.get)) is None
+    assert lab.shortage(SimpleNamespace(rows={"A": 3000, "B": 3000, "C": 3000}.get)).endswith("Set tokens above 12000.")
+
+
+def test_outliers_are_told_once_where_rows_are_analysed(
+    settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab = lab_of(settings, sae=[saved(tmp_path, 96)])
+    monkeypatch.setattr(lab, "record", lambda hook_points: None)
+    for share, count in ((0.1, 0), (0.97, 1), (0.97, 1)):
+        monkeypatch.setattr(lab, "run", lambda tasks, at=share: [{"a": SimpleNamespace(largest_rows_share=at)}])
+        regressions(lab, HOOK, lab.saes)
+        assert len(lab.warnings) == count
+    assert f"{HOOK}: the largest 0.1 % of the rows in C hold 97% of the variance" in lab.warnings[0]
+    assert capsys.readouterr().err.count("--stream.leave_out_norm 10 ") == 1
 
 
 def test_a_sweeps_parameters_give_its_config_back() -> None:
@@ -209,7 +234,7 @@ def test_saes_of_other_weights_are_refused(settings: dict, tmp_path: Path) -> No
     digest = lab_of(settings, sae=[folder]).plan.facts.digest
     sae = load_sae(folder)
     save_sae(sae, folder, {"model_digest": digest})
-    assert lab_of(settings, sae=[folder]).warning is None
+    assert lab_of(settings, sae=[folder]).warnings == []
     save_sae(sae, folder, {"model_digest": "0123456789abcdef"})
     with pytest.raises(UserError, match=r"model\.name is .*whose weights are not those"):
         lab_of(settings, sae=[folder])

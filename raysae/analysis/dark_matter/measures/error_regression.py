@@ -33,8 +33,8 @@ from raysae.analysis.instruments.activations import Activations, Activity, Chunk
 from raysae.analysis.instruments.intervals import REPLICATES, Estimate, GroupSums, in_columns
 from raysae.analysis.instruments.regression import Fit, Linear, Moments, add_target, r2
 from raysae.config import OUTLIER_NORM
-from raysae.kernels.rows import norm_limit
 from raysae.sae.base import SAE
+from raysae.train.evaluation import HeldOut
 
 # v → name of the R² with which x predicts ‖v‖²
 NORMS = {
@@ -78,6 +78,7 @@ class ErrorRegression:
     probe: Linear  # x → ê
     fit: Fit  # Pass A's rows, method, ridge, rank and condition, without its maps
     rescale: float  # α
+    largest_rows_share: float  # Share of C's Σ‖x−x̄‖² that the 0.1 % of its rows farthest from x̄ hold
     loading: Tensor  # (n,), a*·decoder row, where a* is the probe z → ‖z‖² for z = Sae(x) − b_dec, no intercept
     mean_active: Tensor  # (n,), mean value of each latent over the rows of A where it is active
     active_rows: Tensor  # (n,), number of rows of A where each latent is active
@@ -97,6 +98,7 @@ class ErrorRegression:
         """Every number in one flat mapping, with its interval as `in_columns` writes it."""
         return in_columns(self.numbers) | {
             "rescale": self.rescale,
+            "largest_rows_share": self.largest_rows_share,
             "loading_correlation": self.loading_correlation,
             "fit_rows": self.fit.rows,
             "fit_ridge": self.fit.ridge,
@@ -117,7 +119,7 @@ def error_regression(
     """Runs analyses 1 and 2 for the folded `saes` (by name) of one hook point.
 
     The activations are (b, d) in raw units. Rows of C are outliers where their norm is above `outlier_norm` times the
-    median norm. Memory is 4 bytes per row of C, and for each SAE a few (d, d) and (replicates, 3d) matrices in float64.
+    median norm. Memory is 12 bytes per row of C, and a few (d, d) and (replicates, 3d) matrices in float64 per SAE.
     """
     fitted = {name: _PassA(sae) for name, sae in saes.items()}
     shared = _Shared()
@@ -141,11 +143,13 @@ def error_regression(
 
     common = GroupSums(replicates, seed)
     sums = {name: GroupSums(replicates, seed) for name in saes}
-    limit = _limit(activations, hook_point, outlier_norm)
+    held_out = HeldOut(
+        lambda: (chunk.x[hook_point] for chunk in activations.chunks("C")), activations.widths[hook_point], outlier_norm
+    )
     for chunk in activations.chunks("C"):
         x = chunk.x[hook_point].double()
         squared = x.square().sum(1)
-        inside = squared.sqrt() <= limit
+        inside = squared.sqrt() <= held_out.limit
         add_target(common, chunk.group, "x", x, {})
         add_target(common, chunk.group[inside], "x_inliers", x[inside], {})
         add_target(common, chunk.group, "x_norm", squared, {"x": whole.maps["x_norm"](x)})
@@ -157,12 +161,7 @@ def error_regression(
             missed = {"inliers_e": parts.e[inside].square().sum(1)}
             missed["inliers_nonlinear"] = parts.nonlinear[inside].square().sum(1)
             sums[name].add(chunk.group[inside], **missed)
-    return {name: fitted[name].result(common, sums[name]) for name in saes}
-
-
-def _limit(activations: Activations, hook_point: str, outlier_norm: float) -> float:
-    """The norm above which a row of C is an outlier."""
-    return norm_limit(torch.cat([chunk.x[hook_point].norm(dim=1) for chunk in activations.chunks("C")]), outlier_norm)
+    return {name: fitted[name].result(common, sums[name], held_out.largest_rows_share) for name in saes}
 
 
 # ---------------------------------------------------------------- the passes
@@ -214,7 +213,7 @@ class _PassA:
         linear = self.probe(x)
         return _Parts(x, reconstruction, e, linear, e - linear, self.rescale * e + (1 - self.rescale) * (x - self.bias))
 
-    def result(self, common: GroupSums, sums: GroupSums) -> ErrorRegression:
+    def result(self, common: GroupSums, sums: GroupSums, largest_rows_share: float) -> ErrorRegression:
         variance = common.variation("x").sum(1)
         inliers = common.variation("x_inliers").sum(1)
         missed = sums["e_missed_x"].sum(1)
@@ -245,6 +244,7 @@ class _PassA:
             probe=self.probe,
             fit=self.fit,
             rescale=float(self.rescale),
+            largest_rows_share=largest_rows_share,
             loading=self.sae.decoder().detach().double().cpu() @ self.a,
             mean_active=self.activity.mean_active,
             active_rows=self.activity.count,
@@ -306,7 +306,7 @@ def _fit(chunk: Chunk, hook_point: str, saes: Mapping[str, SAE], fitted: dict[st
         state.l0.add(l0.unsqueeze(1), {"e": norms[name]})
         targets |= {f"{name}/e": e, f"{name}/e_norm": norms[name]}
         targets[f"{name}/reconstruction_norm"] = reconstruction.square().sum(1)
-    _, of_row = torch.unique_consecutive(chunk.group, return_inverse=True)
+    _, of_row = torch.unique_consecutive(chunk.context, return_inverse=True)
     odd = (of_row + shared.contexts) % 2 == 1
     shared.contexts += int(of_row[-1]) + 1
     for half, rows in zip(shared.halves, (~odd, odd), strict=True):

@@ -117,6 +117,9 @@ class NoiseGrid:
 
         It is ‖estimates − closed forms‖ / ‖closed forms‖ over all (σ_x, σ_r), the larger of the linear and the
         nonlinear estimate's. `spectrum` (d,) is that of `closed_form`.
+
+        Replicates resample the estimates alone. The spectrum is that of all rows, held fixed: one per replicate would
+        need (r, d, d) sums. So the interval leaves out how far the closed form itself would vary.
         """
         apart, whole = 0.0, 0.0
         for x, r in itertools.product(self.levels, self.levels):

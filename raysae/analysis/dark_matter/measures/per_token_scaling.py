@@ -110,7 +110,7 @@ def token_lines(
     """
     seen = 0
     for chunk in activations.chunks("C"):
-        contexts, of_row = torch.unique_consecutive(chunk.group, return_inverse=True)
+        contexts, of_row = torch.unique_consecutive(chunk.context, return_inverse=True)
         if context >= seen + len(contexts):
             seen += len(contexts)
             continue

@@ -117,6 +117,30 @@ def test_one_context_in_a_split():
     assert numbers["r2_error"].value == numbers["r2_error_half_fit"].value
 
 
+def test_half_a_fit_is_half_of_the_contexts_where_one_document_is_all_of_a_split():
+    source, autoencoder = activations(per_document=50, chunk_rows=25 * PER_CONTEXT), sae()
+    assert len(gathered(source, "A", "group").unique()) == 1
+    numbers, expected = (
+        error_regression(source, HOOK, {"a": autoencoder}, replicates=5)["a"].numbers,
+        naive(source, autoencoder),
+    )
+    for name in ("r2_error", "r2_error_norm"):
+        half = numbers[f"{name}_half_fit"].value
+        assert half == pytest.approx(expected[f"{name}_half_fit"], abs=1e-5)
+        assert half != pytest.approx(numbers[name].value, abs=1e-5)
+
+
+def test_the_share_of_the_largest_rows_is_that_of_the_rows_evaluated_on():
+    x = rows(3000)
+    x[::150] *= 100
+    source = activations(x=x)
+    row = error_regression(source, HOOK, {"a": sae()}, replicates=5)["a"].row()
+    held_out = gathered(source, "C").double()
+    far = (held_out - held_out.mean(0)).square().sum(1)
+    assert row["largest_rows_share"] == pytest.approx(float(far.max() / far.sum()))  # One row in 1,000
+    assert row["largest_rows_share"] > 0.1
+
+
 def test_planted_linear_error_is_all_found():
     """Sae(x) = x·M has the error x(1 − M). It is linear, so nothing is left."""
     mixing = 0.7 * torch.eye(12) + 0.1 * torch.randn(12, 12, generator=torch.Generator().manual_seed(3))

@@ -10,7 +10,7 @@ from raysae.analysis.dark_matter.measures.error_regression import error_regressi
 from raysae.analysis.dark_matter.measures.per_token_scaling import per_token_scaling, token_lines
 from raysae.analysis.instruments.regression import Linear
 from raysae.config import UserError
-from tests.analysis.planted import HOOK, activations, gathered, sae
+from tests.analysis.planted import HOOK, PER_CONTEXT, activations, gathered, sae
 
 SAES = {"wide": sae(64, seed=1), "narrow": sae(16, seed=2), "middle": sae(32, seed=3)}
 SOURCE = activations()
@@ -71,6 +71,16 @@ def test_errors_in_proportion_to_the_norm_predict_nothing_beyond_it():
 def test_one_sae_is_too_few(probes):
     with pytest.raises(UserError, match="there is 1: name more SAEs"):
         per_token_scaling(SOURCE, HOOK, {"wide": SAES["wide"]}, probes)
+
+
+def test_lines_keep_to_one_of_the_contexts_of_a_document(probes):
+    source = activations(per_document=10)
+    context = gathered(source, "C", "context")
+    wanted = torch.nonzero(context == context.unique_consecutive()[13]).squeeze(1)
+    lines = token_lines(source, HOOK, SAES, probes, context=13)
+    assert lines.groupby("sae").size().eq(PER_CONTEXT).all()
+    tokens = gathered(source, "C", "token")[wanted].tolist()
+    assert all(part["token"].tolist() == tokens for _, part in lines.groupby("sae"))
 
 
 def test_lines_of_a_context(probes):
