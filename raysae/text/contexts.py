@@ -41,13 +41,14 @@ from typing import Any, Literal
 import numpy as np
 
 from raysae.config import TextConfig, UserError, digest
-from raysae.storage import check_folder, local_path
+from raysae.storage import SEAL, check_folder, local_path, sealed, unsealed
 from raysae.text.sources import Document, content, documents, fingerprint
 from raysae.text.tokens import Encoder, Piece, pieces
 
 log = logging.getLogger(__name__)
 
 DEFINITION = 2
+MANIFEST = "contexts.json"
 BATCH_CHARACTERS = 1 << 19  # Characters per call of the tokenizer, which holds some 200 bytes per token
 SPELLED_OFTEN = 1e-6  # Special tokens per character of text. Rarer ones separate nothing, such as <s> in a web page
 
@@ -143,7 +144,7 @@ def build_contexts(
         contexts = {split: _open_split(folder, split) for split in SPLITS}
         if None in contexts.values():
             raise OSError(f"tokenised text written to {folder} could not be read back")
-    if told := _spelled(text, json.loads((folder / "contexts.json").read_text()).get("special_tokens", {})):
+    if told := _spelled(text, _manifest(folder).get("special_tokens", {})):
         log.warning(told)
     return contexts
 
@@ -307,8 +308,8 @@ def _write_splits(
     try:
         encode = Encoder(text, load_tokenizer, load_vocabulary)
         manifest = _write_batches(work, text, encode, context_length, enough)
-        with (work / "contexts.json").open("w") as file:
-            json.dump(manifest, file, indent=1)
+        with (work / MANIFEST).open("wb") as file:
+            file.write(sealed(manifest))
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -356,6 +357,18 @@ def _check_documents(text: TextConfig, train: int, evaluation: int, spelled: str
         )
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What a folder's manifest holds. Those of older folders have no counts of special tokens, and no checksum.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is damaged.
+    """
+    data = (folder / MANIFEST).read_bytes()
+    content = json.loads(data)
+    return unsealed(data, MANIFEST) if "special_tokens" in content or SEAL in content else content
+
+
 def _open_split(folder: Path, split: Split) -> Contexts | None:
     """Contexts of a split as written, or None if there are none.
 
@@ -364,7 +377,7 @@ def _open_split(folder: Path, split: Split) -> Contexts | None:
     if not folder.is_dir():
         return None
     try:
-        manifest = json.loads((folder / "contexts.json").read_text())
+        manifest = _manifest(folder)
         length, dtype, entry = manifest["context_length"], manifest["dtype"], manifest[split]
         path = folder / f"{split}.tokens"
         shape = (entry["contexts"], length)

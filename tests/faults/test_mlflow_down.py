@@ -173,7 +173,9 @@ def test_dead_for_good(server: Server, migrated: Path, tmp_path: Path, caplog: p
 
     refused = send()
     assert refused.returncode == 2
-    assert refused.stderr.startswith(f"error: MLflow at {server.uri} takes nothing now"), refused.stderr
+    assert refused.stderr.startswith(f"error: tracking.uri is {server.uri}, where MLflow takes nothing now"), (
+        refused.stderr
+    )
     assert len(refused.stderr.splitlines()) == 1
     assert Outbox(box).unsent() >= 600, "and what could not be sent waits on"
     shutil.copy(migrated, other := tmp_path / "other.db")
