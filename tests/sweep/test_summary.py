@@ -154,7 +154,7 @@ def test_a_panel_per_hook_point_and_architecture():
         "resid_post.2 · topk",
     ]
     labels = [label.get_text() for label in figure.legends[0].get_texts()]
-    assert labels == ["k = 8", "k = 16", "k = 32", "coefficient 0.03", "coefficient 0.3", "coefficient 3"]
+    assert labels == ["k = 8", "k = 16", "k = 32", *(f"coefficient {x}" for x in (0.0003, 0.001, 0.003))]
 
 
 def test_importing_the_summary_imports_no_matplotlib():
