@@ -150,6 +150,7 @@ class TextConfig(Strict):
     )
     delimiter: str | None = Field(
         None,
+        min_length=1,
         description="String that separates documents inside a text, e.g. '<|endoftext|>'. Unset: each txt or md file, "
         "each line of jsonl and each row is one document. Python files are never split.",
     )

@@ -21,6 +21,7 @@ state-space mixer as well. Blocks may differ in what they have. A block of one p
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -200,6 +201,10 @@ def _config_file(config: ModelConfig) -> tuple[Path, str | None]:
         return folder / "config.json", None
     if config.name == "embedded":
         raise not_loadable(config)
+    if os.path.isfile(os.path.expanduser(config.name)):
+        raise not_loadable(config, "it is a file: name its folder")
+    if config.name.startswith(("/", ".", "~")) or config.name.count("/") > 1:
+        raise not_loadable(config, "there is no such folder")
     from huggingface_hub import hf_hub_download  # Imported only for models from the hub
 
     with not_loading(config):

@@ -350,10 +350,15 @@ def _check_documents(text: TextConfig, train: int, evaluation: int, spelled: str
     total = train + evaluation
     if train == 0 or evaluation == 0:
         amount = "a single document" if total == 1 else f"{total} documents, all of them in one split"
+        more = (
+            "Give more documents: each is a line of jsonl, a row of parquet, or a whole txt or md file unless "
+            "text.delimiter splits it"
+        )
+        if total == 1 and text.delimiter:
+            more = f"text.delimiter {text.delimiter!r} occurs nowhere in it: give what separates its documents"
         raise UserError(
             f"text.source '{text.source}' is {amount}, so train and evaluation cannot both have text. "
-            "Give more documents: each is a line of jsonl, a row of parquet, or a whole txt or md file unless "
-            "text.delimiter splits it" + (f". {spelled}" if spelled else "")
+            f"{more}" + (f". {spelled}" if spelled else "")
         )
 
 

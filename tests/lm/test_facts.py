@@ -134,6 +134,17 @@ def test_embedded_is_a_folder_in_the_package(llama, monkeypatch):
     assert facts == model_facts(ModelConfig(name=str(llama)))
 
 
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "a/folder/of/mine"])
+def test_a_path_is_no_name_on_the_hub(name):
+    with pytest.raises(UserError, match=r"there is no such folder"):
+        model_facts(ModelConfig(name=name))
+
+
+def test_a_file_of_a_models_folder_is_told_from_the_folder(llama):
+    with pytest.raises(UserError, match=r"it is a file: name its folder"):
+        model_facts(ModelConfig(name=str(llama / "config.json")))
+
+
 def test_hub_names(llama, tmp_path):
     """A model in the hub client's local cache is found by name without a network. Its commit identifies it."""
     commit = "0123456789abcdef0123456789abcdef01234567"

@@ -224,6 +224,8 @@ def test_mapped_contexts_are_plain_arrays(text):
 def test_sources_that_cannot_be_split(text, tmp_path):
     with pytest.raises(UserError, match=r"a single document, .* unless text\.delimiter"):
         build_contexts(text.model_copy(update={"delimiter": None}), lambda: BOS, "t", 32)["train"]
+    with pytest.raises(UserError, match=r"a single document, .* text\.delimiter '<\|endoftxt\|>' occurs nowhere in it"):
+        build_contexts(text.model_copy(update={"delimiter": "<|endoftxt|>"}), lambda: BOS, "t", 32)
     with pytest.raises(UserError, match=r"5 documents, all of them in one split, .* text\.delimiter"):
         build_contexts(text.model_copy(update={"evaluation_fraction": 1e-9, "max_documents": 5}), lambda: BOS, "t", 32)[
             "train"
