@@ -208,9 +208,10 @@ def test_an_error_reaches_the_consumer_that_it_concerns(stream, relays):
     relay.leave.remote(Life("gone"))
     with pytest.raises(StreamError, match="consumer short asks for shard 1, outside its shards 0 to 1"):
         ray.get(fetches["short"])
-    for name in ("gone", "stranger"):
-        with pytest.raises(NotJoinedError, match=name):
-            ray.get(fetches[name], timeout=TIMEOUT)
+    with pytest.raises((NotJoinedError, SupersededError), match="gone"):  # The queue or the relay hears of it first
+        ray.get(fetches["gone"], timeout=TIMEOUT)
+    with pytest.raises(NotJoinedError, match="stranger"):
+        ray.get(fetches["stranger"], timeout=TIMEOUT)
     with pytest.raises(StreamError, match="hook point none is not streamed"):
         ray.get(relay.join.remote(Life("lost"), "none", 0))
     ray.get([relay.acknowledge.remote(Life(name), 1) for name in ("short", "long")])
